@@ -1,0 +1,92 @@
+# Every target sets .venv up by itself. PYTHON chooses the interpreter it is made from.
+PYTHON ?= python3
+PY := .venv/bin/python
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+
+.NOTPARALLEL:
+.PHONY: help demo test test-cpu test-interpret test-gpu native ext check format aot spills sanitize \
+  compare clean
+help:
+	@sed -n 's/^## //p' Makefile
+
+# An interrupted installation leaves no `complete`, and the next one starts from an empty .venv.
+.venv/ready-%: pyproject.toml constraints.txt setup.py
+	@test -e .venv/complete || $(PYTHON) -m venv --clear .venv
+	@rm -f .venv/complete
+	$(PY) -m pip install -q -c constraints.txt torch setuptools
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[$*]'
+	@touch .venv/complete $@
+
+## demo      fine-tune MiniLM at half the FLOPs beside the dense model, into runs/demo
+demo: .venv/ready-demo
+	rm -rf runs/demo
+	.venv/bin/sensikernels finetune --task demo --model minilm --method sensi-bert \
+	  --flops 0.5 --compare-dense --output runs/demo
+
+## test      the suite, then Triton's kernels in its interpreter
+test: test-cpu test-interpret
+
+test-cpu: native
+	$(PY) -m pytest
+
+# The interpreter is chosen when triton is imported, so it needs a process of its own.
+test-interpret: .venv/ready-test
+	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret
+
+## test-gpu  what needs a CUDA device
+test-gpu: native
+	$(PY) -m pytest -m gpu
+
+## ext       compile what changed in csrc; a failure is an error
+ext:
+	@test -e $(PY) || $(MAKE) .venv/ready-test
+	$(PY) setup.py -q build_ext --inplace
+
+# The tests run without a compiler too: then what is native is skipped, with the reason.
+native: .venv/ready-test
+	@if command -v $${CXX:-c++} >/dev/null; then $(PY) setup.py -q build_ext --inplace; \
+	else echo 'no C++ compiler: testing without native kernels'; fi
+
+## check     ruff, mypy, clang-format
+check: .venv/ready-lint
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+## format    let the formatters have their way
+format: .venv/ready-lint
+	$(PY) -m ruff check --fix .
+	.venv/bin/clang-format -i $(CXX_FILES)
+
+## aot       compile every Triton kernel for the GPUs we name; no GPU needed
+aot: .venv/ready-test
+	$(PY) -m sensikernels.bench.aot
+
+## spills    compile the CUDA kernels; a register spill is an error
+spills: .venv/ready-test
+	SENSIKERNELS_BUILD=cuda $(PY) setup.py -q build_ext --inplace
+	@grep -c 'Compiling entry function' build/ptxas.log | sed 's/$$/ kernels compiled/'
+	@! grep -B2 -E '(^|[^0-9])[1-9][0-9]* bytes spill' build/ptxas.log
+	@echo 'no register spills'
+
+## sanitize  the C++ kernels and the CUDA kernels on the CPU, under ASan and UBSan
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
+sanitize: .venv/ready-test
+	SENSIKERNELS_BUILD=cpu CXXFLAGS='$(SANITIZE)' $(PY) setup.py -q build --build-lib build/sanitize
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 SENSIKERNELS_BACKEND=native \
+	  $(PY) -m pytest -q -o 'pythonpath=build/sanitize .' -k native tests/test_native.py tests/ops
+	$(PY) -m pytest -q -k shim
+
+## compare   the newest benchmark results against the committed ones
+compare: .venv/ready-test
+	$(PY) -m sensikernels.bench.compare
+
+## clean     remove what was built; .venv stays
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f sensikernels/libsensikernels.so sensikernels/_native_missing.txt
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

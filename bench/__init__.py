@@ -1,0 +1,1 @@
+"""Benchmarks: interleaved, gated by correctness, written as JSON rows."""

@@ -1,0 +1,448 @@
+// One streaming pass over all (weight, gradient) pairs; the work list is group_reduce/table.py's.
+//
+// A chunk's partial sums depend on the chunk alone and groups add them in a fixed order, so the
+// result has the same bits for any number of threads.
+#include "checks.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <optional>
+
+// Vectors are passed between functions of one build only.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#define SK_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define SK_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+using sk::ScalarType;
+using sk::Tensor;
+
+enum Statistic { kAbsWG, kWG, kWG2, kG2, kAbsG, kW2, kAbsW, kMaxG, kStatistics };
+enum Kind : int64_t { kRowSums, kColumnSums, kGather };
+enum Type : int64_t { kFloat, kBFloat16, kHalf };
+
+struct Descriptor {
+    int64_t weight, grad, weight_stride, grad_stride, weight_type, grad_type;
+};
+
+struct Chunk {
+    int64_t kind, tensor, row0, rows, col0, cols, block, pitch, partial0;
+};
+
+constexpr int64_t kBlock = 2048;  // elements summed in float before a total in double
+constexpr int64_t kTile = 512;    // columns of four rows that are converted at a time
+constexpr int64_t kStrip = 2048;  // columns of a strip, as in table.py
+constexpr int kLanes = 16;
+constexpr int kAhead = 512;      // elements to prefetch ahead: the hardware stops at each page
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef float UnalignedVec __attribute__((vector_size(kLanes * 4), aligned(4)));
+
+SK_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+SK_INLINE void store(float* p, const Vec& v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+SK_INLINE Vec magnitude(const Vec& v) { return (Vec)((Bits)v & 0x7fffffff); }
+
+// On magnitudes: the order of the bits is the order of the values, with NaN above infinity.
+SK_INLINE Vec larger(const Vec& a, const Vec& b) {
+    return (Vec)((Bits)a > (Bits)b ? (Bits)a : (Bits)b);
+}
+
+SK_INLINE float larger(float a, float b) {
+    int32_t x, y;
+    std::memcpy(&x, &a, 4);
+    std::memcpy(&y, &b, 4);
+    return x > y ? a : b;
+}
+
+SK_INLINE Vec term(int statistic, const Vec& w, const Vec& g) {
+    switch (statistic) {
+        case kAbsWG: return magnitude(w * g);
+        case kWG: return w * g;
+        case kWG2: return (w * g) * (w * g);
+        case kG2: return g * g;
+        case kAbsG: return magnitude(g);
+        case kW2: return w * w;
+        case kAbsW: return magnitude(w);
+        default: return magnitude(g);
+    }
+}
+
+SK_INLINE float half_to_float(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, body = (uint32_t)(h & 0x7fff) << 13;
+    const uint32_t normal = body + (112u << 23);
+    const uint32_t special = body | 0x7f800000u;
+    uint32_t shifted = body + (113u << 23), base = 113u << 23;
+    float a, b;
+    std::memcpy(&a, &shifted, 4);
+    std::memcpy(&b, &base, 4);
+    a -= b;  // subnormal halves
+    uint32_t small;
+    std::memcpy(&small, &a, 4);
+    uint32_t bits = body < (1u << 23) ? small : (body >= (31u << 23) ? special : normal);
+    bits |= sign;
+    std::memcpy(&a, &bits, 4);
+    return a;
+}
+
+// float32 at `first` elements from `base`: in place, or converted into `scratch`.
+SK_INLINE const float* as_float(
+    int64_t base, int64_t type, int64_t first, int64_t n, float* __restrict scratch) {
+    if (type == kFloat) return reinterpret_cast<const float*>(base) + first;
+    const uint16_t* source = reinterpret_cast<const uint16_t*>(base) + first;
+    if (type == kBFloat16) {
+        uint32_t* bits = reinterpret_cast<uint32_t*>(scratch);
+        for (int64_t i = 0; i < n; ++i) bits[i] = (uint32_t)source[i] << 16;
+    } else {
+        for (int64_t i = 0; i < n; ++i) scratch[i] = half_to_float(source[i]);
+    }
+    return scratch;
+}
+
+// Two accumulators per statistic hide the latency of the additions.
+SK_INLINE void accumulate(
+    unsigned mask, const float* w, const float* g, int64_t n, Vec (&acc)[kStatistics][2]) {
+#define SK_EACH(STATISTIC)                                                           \
+    if (mask >> STATISTIC & 1) {                                                     \
+        if constexpr (STATISTIC == kMaxG) {                                          \
+            acc[STATISTIC][0] = larger(acc[STATISTIC][0], larger(magnitude(g0), magnitude(g2))); \
+            acc[STATISTIC][1] = larger(acc[STATISTIC][1], larger(magnitude(g1), magnitude(g3))); \
+        } else {                                                                     \
+            acc[STATISTIC][0] += term(STATISTIC, w0, g0) + term(STATISTIC, w2, g2);  \
+            acc[STATISTIC][1] += term(STATISTIC, w1, g1) + term(STATISTIC, w3, g3);  \
+        }                                                                            \
+    }
+#define SK_ALL                                                                       \
+    SK_EACH(kAbsWG) SK_EACH(kWG) SK_EACH(kWG2) SK_EACH(kG2)                          \
+    SK_EACH(kAbsG) SK_EACH(kW2) SK_EACH(kAbsW) SK_EACH(kMaxG)
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+        for (int line = 0; line < 4; ++line) {
+            __builtin_prefetch(w + i + kAhead + line * kLanes);
+            __builtin_prefetch(g + i + kAhead + line * kLanes);
+        }
+        const Vec w0 = load(w + i), w1 = load(w + i + 16), w2 = load(w + i + 32),
+                  w3 = load(w + i + 48);
+        const Vec g0 = load(g + i), g1 = load(g + i + 16), g2 = load(g + i + 32),
+                  g3 = load(g + i + 48);
+        SK_ALL
+    }
+    if (i < n) {
+        float pad[8][kLanes] = {};
+        std::memcpy(pad[0], w + i, (n - i) * 4);
+        std::memcpy(pad[4], g + i, (n - i) * 4);
+        const Vec w0 = load(pad[0]), w1 = load(pad[1]), w2 = load(pad[2]), w3 = load(pad[3]);
+        const Vec g0 = load(pad[4]), g1 = load(pad[5]), g2 = load(pad[6]), g3 = load(pad[7]);
+        SK_ALL
+    }
+#undef SK_ALL
+#undef SK_EACH
+}
+
+template <int half>
+SK_INLINE Vec exchange(const Vec& v) {
+    Bits from;
+    for (int i = 0; i < kLanes; ++i) from[i] = i ^ half;
+    return __builtin_shuffle(v, from);
+}
+
+SK_INLINE float fold(const Vec& a, const Vec& b) {
+    Vec v = a + b;
+    v += exchange<8>(v);
+    v += exchange<4>(v);
+    v += exchange<2>(v);
+    v += exchange<1>(v);
+    return v[0];
+}
+
+SK_INLINE float fold_larger(const Vec& a, const Vec& b) {
+    Vec v = larger(a, b);
+    v = larger(v, exchange<8>(v));
+    v = larger(v, exchange<4>(v));
+    v = larger(v, exchange<2>(v));
+    v = larger(v, exchange<1>(v));
+    return v[0];
+}
+
+struct Work {
+    const Descriptor* tensors;
+    const Chunk* chunks;
+    const int64_t* members;
+    float* partials;
+    int64_t n_partials;
+    unsigned mask;
+};
+
+SK_SIMD void row_sums(const Work& work, const Chunk& c) {
+    const Descriptor& t = work.tensors[c.tensor];
+    const int64_t w_pitch = c.pitch ? c.pitch : t.weight_stride;
+    const int64_t g_pitch = c.pitch ? c.pitch : t.grad_stride;
+    alignas(64) float w_scratch[kBlock], g_scratch[kBlock];
+    for (int64_t r = 0; r < c.rows; ++r) {
+        const int64_t w0 = (c.row0 + r) * w_pitch + c.col0, g0 = (c.row0 + r) * g_pitch + c.col0;
+        double total[kStatistics] = {};
+        for (int64_t i = 0; i < c.cols; i += kBlock) {
+            const int64_t n = std::min(kBlock, c.cols - i);
+            const float* w = as_float(t.weight, t.weight_type, w0 + i, n, w_scratch);
+            const float* g = as_float(t.grad, t.grad_type, g0 + i, n, g_scratch);
+            Vec acc[kStatistics][2] = {};
+            accumulate(work.mask, w, g, n, acc);
+            for (int s = 0; s < kMaxG; ++s)
+                if (work.mask >> s & 1) total[s] += fold(acc[s][0], acc[s][1]);
+            if (work.mask >> kMaxG & 1)
+                total[kMaxG] = larger((float)total[kMaxG], fold_larger(acc[kMaxG][0], acc[kMaxG][1]));
+        }
+        float* out = work.partials + c.partial0 + r;
+        for (int s = 0; s < kStatistics; ++s)
+            if (work.mask >> s & 1) *out = (float)total[s], out += work.n_partials;
+    }
+}
+
+// Adds the terms of up to four rows to the running column sums of one statistic.
+template <int statistic>
+SK_INLINE void add_rows(
+    const float* const (&w)[4], const float* const (&g)[4], int rows, int64_t n, float* acc) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        Vec t[4] = {};
+        for (int r = 0; r < rows; ++r) t[r] = term(statistic, load(w[r] + i), load(g[r] + i));
+        const Vec sum = load(acc + i);
+        if (statistic == kMaxG)
+            store(acc + i, larger(sum, larger(larger(t[0], t[1]), larger(t[2], t[3]))));
+        else
+            store(acc + i, sum + ((t[0] + t[1]) + (t[2] + t[3])));
+    }
+    for (; i < n; ++i)
+        for (int r = 0; r < rows; ++r) {
+            const float t = term(statistic, Vec{w[r][i]}, Vec{g[r][i]})[0];
+            acc[i] = statistic == kMaxG ? larger(acc[i], t) : acc[i] + t;
+        }
+}
+
+SK_INLINE void add_rows_of(
+    int statistic, const float* const (&w)[4], const float* const (&g)[4], int rows, int64_t n,
+    float* acc) {
+    switch (statistic) {
+        case kAbsWG: return add_rows<kAbsWG>(w, g, rows, n, acc);
+        case kWG: return add_rows<kWG>(w, g, rows, n, acc);
+        case kWG2: return add_rows<kWG2>(w, g, rows, n, acc);
+        case kG2: return add_rows<kG2>(w, g, rows, n, acc);
+        case kAbsG: return add_rows<kAbsG>(w, g, rows, n, acc);
+        case kW2: return add_rows<kW2>(w, g, rows, n, acc);
+        case kAbsW: return add_rows<kAbsW>(w, g, rows, n, acc);
+        default: return add_rows<kMaxG>(w, g, rows, n, acc);
+    }
+}
+
+SK_SIMD void column_sums(const Work& work, const Chunk& c) {
+    const Descriptor& t = work.tensors[c.tensor];
+    const int64_t w_pitch = c.pitch ? c.pitch : t.weight_stride;
+    const int64_t g_pitch = c.pitch ? c.pitch : t.grad_stride;
+    alignas(64) float w_scratch[4][kTile], g_scratch[4][kTile];
+    alignas(64) float acc[kStatistics][kStrip];
+    // A block wider than a strip is the chunk's only one, and one partial over several strips.
+    const int64_t step = c.block < kStrip ? kStrip / c.block * c.block : kStrip;
+    double wide[kStatistics] = {};
+    for (int64_t strip = 0; strip < c.cols; strip += step) {
+        const int64_t width = std::min(step, c.cols - strip);
+        for (int s = 0; s < kStatistics; ++s)
+            if (work.mask >> s & 1) std::memset(acc[s], 0, width * 4);
+        for (int64_t r = 0; r < c.rows; r += 4) {
+            const int rows = (int)std::min<int64_t>(4, c.rows - r);
+            for (int64_t i = 0; i < width; i += kTile) {
+                const int64_t n = std::min(kTile, width - i);
+                const float *w[4] = {}, *g[4] = {};
+                for (int q = 0; q < rows; ++q) {
+                    const int64_t row = c.row0 + r + q, col = c.col0 + strip + i;
+                    w[q] = as_float(t.weight, t.weight_type, row * w_pitch + col, n, w_scratch[q]);
+                    g[q] = as_float(t.grad, t.grad_type, row * g_pitch + col, n, g_scratch[q]);
+                }
+                for (int s = 0; s < kStatistics; ++s)
+                    if (work.mask >> s & 1) add_rows_of(s, w, g, rows, n, acc[s] + i);
+            }
+        }
+        float* out = work.partials + c.partial0 + strip / c.block;
+        for (int s = 0; s < kStatistics; ++s) {
+            if (!(work.mask >> s & 1)) continue;
+            if (c.block == 1) {
+                std::memcpy(out, acc[s], width * 4);
+            } else {
+                for (int64_t b = 0; b < width; b += c.block) {
+                    double total = c.block > kStrip ? wide[s] : 0.0;
+                    for (int64_t i = b; i < std::min(b + c.block, width); ++i)
+                        total = s == kMaxG ? larger((float)total, acc[s][i]) : total + acc[s][i];
+                    if (c.block > kStrip) wide[s] = total;
+                    out[b / c.block] = (float)total;
+                }
+            }
+            out += work.n_partials;
+        }
+    }
+}
+
+SK_SIMD void gather(const Work& work, const Chunk& c) {
+    const Descriptor& t = work.tensors[c.tensor];
+    alignas(64) float w_tile[kTile], g_tile[kTile];
+    double total[kStatistics] = {};
+    for (int64_t i = 0; i < c.rows; i += kTile) {
+        const int64_t n = std::min(kTile, c.rows - i);
+        for (int64_t j = 0; j < n; ++j) {
+            const int64_t at = work.members[c.row0 + i + j];
+            w_tile[j] = *as_float(t.weight, t.weight_type, at, 1, w_tile + j);
+            g_tile[j] = *as_float(t.grad, t.grad_type, at, 1, g_tile + j);
+        }
+        Vec acc[kStatistics][2] = {};
+        accumulate(work.mask, w_tile, g_tile, n, acc);
+        for (int s = 0; s < kMaxG; ++s) total[s] += fold(acc[s][0], acc[s][1]);
+        total[kMaxG] = larger((float)total[kMaxG], fold_larger(acc[kMaxG][0], acc[kMaxG][1]));
+    }
+    float* out = work.partials + c.partial0;
+    for (int s = 0; s < kStatistics; ++s)
+        if (work.mask >> s & 1) *out = (float)total[s], out += work.n_partials;
+}
+
+struct Finish {
+    const int64_t* starts;
+    const int32_t* order;  // null: the identity
+    const float* partials;
+    float *out, *running, *ema;
+    int64_t n_partials, n_groups;
+    float decay;
+};
+
+void finish(const Finish& f, int slot, bool largest, int64_t begin, int64_t end) {
+    const float* partials = f.partials + slot * f.n_partials;
+    for (int64_t j = begin; j < end; ++j) {
+        double total = 0.0;
+        for (int64_t i = f.starts[j]; i < f.starts[j + 1]; ++i) {
+            const float p = partials[f.order ? f.order[i] : i];
+            total = largest ? larger((float)total, p) : total + p;
+        }
+        const float sum = (float)total;
+        const int64_t at = slot * f.n_groups + j;
+        f.out[at] = sum;
+        if (f.running)
+            f.running[at] = largest ? larger(f.running[at], sum) : f.running[at] + sum;
+        if (f.ema) f.ema[at] = f.decay * f.ema[at] + (1.0f - f.decay) * sum;
+    }
+}
+
+float* float_data(const std::optional<Tensor>& t, const char* name, int64_t slots, int64_t groups) {
+    if (!t) return nullptr;
+    sk::check_cpu(*t, name);
+    sk::check_dtype(*t, name, ScalarType::Float);
+    sk::check_contiguous(*t, name);
+    sk::check_dim(*t, name, 2);
+    sk::check_size(*t, name, 0, slots);
+    sk::check_size(*t, name, 1, groups);
+    return static_cast<float*>(t->data_ptr());
+}
+
+void group_reduce(
+    Tensor descriptors, Tensor chunks, Tensor starts, Tensor order, Tensor members,
+    int64_t statistics, Tensor partials, Tensor out, std::optional<Tensor> running,
+    std::optional<Tensor> ema, double decay) {
+    for (const auto* t : {&descriptors, &chunks, &starts, &members}) {
+        sk::check_cpu(*t, "table");
+        sk::check_dtype(*t, "table", ScalarType::Long);
+        sk::check_contiguous(*t, "table");
+    }
+    sk::check_dtype(order, "order", ScalarType::Int);
+    sk::check_size(chunks, "chunks", 1, sizeof(Chunk) / 8);
+    sk::check_size(descriptors, "descriptors", 1, sizeof(Descriptor) / 8);
+    STD_TORCH_CHECK(
+        statistics > 0 && statistics < 1 << kStatistics, "statistics: expected bits of ",
+        (int)kStatistics, " statistics, got ", statistics);
+    const unsigned mask = (unsigned)statistics;
+    const int slots = __builtin_popcount(mask);
+    const int64_t groups = starts.numel() - 1, n_partials = partials.size(1);
+    float* scratch = float_data(partials, "partials", slots, n_partials);
+    const Finish f{
+        static_cast<const int64_t*>(starts.data_ptr()),
+        order.numel() ? static_cast<const int32_t*>(order.data_ptr()) : nullptr,
+        scratch,
+        float_data(out, "out", slots, groups),
+        float_data(running, "running", slots, groups),
+        float_data(ema, "ema", slots, groups),
+        n_partials,
+        groups,
+        (float)decay,
+    };
+    const Work work{
+        static_cast<const Descriptor*>(descriptors.data_ptr()),
+        static_cast<const Chunk*>(chunks.data_ptr()),
+        static_cast<const int64_t*>(members.data_ptr()),
+        scratch,
+        n_partials,
+        mask,
+    };
+    const int64_t n_chunks = chunks.size(0);
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), n_chunks);
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t lane = begin; lane < end; ++lane)
+            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n_chunks;) {
+                const Chunk& c = work.chunks[i];
+                if (c.kind == kRowSums) row_sums(work, c);
+                else if (c.kind == kColumnSums) column_sums(work, c);
+                else gather(work, c);
+            }
+    });
+    for (int s = 0, slot = 0; s < kStatistics; ++s) {
+        if (!(mask >> s & 1)) continue;
+        torch::stable::parallel_for(0, groups, 16384, [&](int64_t begin, int64_t end) {
+            finish(f, slot, s == kMaxG, begin, end);
+        });
+        ++slot;
+    }
+}
+
+SK_SIMD int64_t xor_of(const int64_t* p, int64_t n) {
+    typedef int64_t Words __attribute__((vector_size(64), aligned(8)));
+    Words acc[4] = {};
+    const Words* v = reinterpret_cast<const Words*>(p);
+    for (int64_t i = 0; i < n / 32; ++i)
+        for (int u = 0; u < 4; ++u) acc[u] ^= v[4 * i + u];
+    acc[0] ^= acc[1] ^ acc[2] ^ acc[3];
+    int64_t all = 0;
+    for (int i = 0; i < 8; ++i) all ^= acc[0][i];
+    return all;
+}
+
+// Reads every byte and does nothing else: what the machine's memory gives, for the benchmarks.
+int64_t read_all(Tensor words) {
+    sk::check_cpu(words, "words");
+    sk::check_dtype(words, "words", ScalarType::Long);
+    sk::check_contiguous(words, "words");
+    const int64_t* p = static_cast<const int64_t*>(words.data_ptr());
+    constexpr int64_t kSlice = 1 << 15;
+    std::atomic<int64_t> all{0}, next{0};
+    const int64_t slices = (words.numel() + kSlice - 1) / kSlice;
+    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t b, int64_t e) {
+        int64_t mine = 0;
+        for (int64_t lane = b; lane < e; ++lane)
+            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < slices;)
+                mine ^= xor_of(p + i * kSlice, std::min(kSlice, words.numel() - i * kSlice));
+        all.fetch_xor(mine, std::memory_order_relaxed);
+    });
+    return all.load();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sensikernels_native, m) {
+    m.def("read_all(Tensor words) -> int");
+    m.def(
+        "group_reduce(Tensor descriptors, Tensor chunks, Tensor starts, Tensor order, "
+        "Tensor members, int statistics, Tensor(a!) partials, Tensor(b!) out, "
+        "Tensor(c!)? running, Tensor(d!)? ema, float decay) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sensikernels_native, CPU, m) {
+    m.impl("group_reduce", TORCH_BOX(&group_reduce));
+    m.impl("read_all", TORCH_BOX(&read_all));
+}

@@ -1,0 +1,583 @@
+// AdamW over kept entries: one pass over weight, gradient and compact state, all tensors in a call.
+#include "subset_adamw.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "checks.h"
+
+#if defined(__x86_64__)
+#define SK_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SK_SIMD
+#endif
+
+namespace sk::subset_adamw {
+namespace {
+
+constexpr int64_t kBlock = 1024;  // entries staged in L1 where they cannot be used in place
+
+// A step's numbers for one parameter.
+struct Rates {
+    float scale, unscale;  // of the gradient: for the update, and for the sums
+    float decay, one_minus_beta1, beta2, one_minus_beta2, eps;
+    float step_size, inverse_root;      // by bias correction
+    std::vector<float> cohort_factors;  // 256 step sizes, then 256 inverse roots
+    double tick[3];                     // of the clock
+};
+
+SK_SIMD void adamw(float* __restrict w, const float* __restrict g, float* __restrict m,
+                   float* __restrict v, int64_t n, float scale, float decay, float rate1,
+                   float beta2, float rate2, float step_size, float inverse_root, float eps) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float grad = g[i] * scale;
+        const float first = m[i] + (grad - m[i]) * rate1;
+        const float second = beta2 * v[i] + rate2 * grad * grad;
+        m[i] = first;
+        v[i] = second;
+        w[i] = w[i] * decay - step_size * (first / (std::sqrt(second) * inverse_root + eps));
+    }
+}
+
+SK_SIMD void adamw_cohorts(float* __restrict w, const float* __restrict g, float* __restrict m,
+                           float* __restrict v, const uint8_t* __restrict cohort, int64_t n,
+                           float scale, float decay, float rate1, float beta2, float rate2,
+                           const float* __restrict factors, float eps) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float grad = g[i] * scale;
+        const float first = m[i] + (grad - m[i]) * rate1;
+        const float second = beta2 * v[i] + rate2 * grad * grad;
+        const int which = cohort[i];
+        m[i] = first;
+        v[i] = second;
+        w[i] = w[i] * decay -
+               factors[which] * (first / (std::sqrt(second) * factors[256 + which] + eps));
+    }
+}
+
+using Floats = float __attribute__((vector_size(64), aligned(4)));
+using Ints = int32_t __attribute__((vector_size(64), aligned(4)));
+using Doubles = double __attribute__((vector_size(64)));
+
+// Adds Σ|w·g| and Σg² of n entries to sixteen lanes each.
+SK_SIMD void sum_lanes(const float* w, const float* g, int64_t n, float* lanes) {
+    Floats product, square;
+    std::memcpy(&product, lanes, sizeof product);
+    std::memcpy(&square, lanes + 16, sizeof square);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const Floats grad = *reinterpret_cast<const Floats*>(g + i);
+        const Floats both = *reinterpret_cast<const Floats*>(w + i) * grad;
+        product += reinterpret_cast<Floats>(reinterpret_cast<Ints>(both) & 0x7FFFFFFF);
+        square += grad * grad;
+    }
+    std::memcpy(lanes, &product, sizeof product);
+    std::memcpy(lanes + 16, &square, sizeof square);
+    for (; i < n; ++i) {
+        lanes[i % 16] += std::fabs(w[i] * g[i]);
+        lanes[16 + i % 16] += g[i] * g[i];
+    }
+}
+
+// The same where every entry is its own row.
+SK_SIMD void sum_entries(const float* __restrict w, const float* __restrict g, const int32_t* index,
+                         int64_t n, float* __restrict product, float* __restrict square,
+                         float unscale) {
+    if (product)
+        for (int64_t i = 0; i < n; ++i)
+            product[index ? index[i] : i] += std::fabs(w[i] * g[i]) * unscale;
+    if (square)
+        for (int64_t i = 0; i < n; ++i)
+            square[index ? index[i] : i] += g[i] * g[i] * (unscale * unscale);
+}
+
+SK_SIMD double sum_of_squares(const float* g, int64_t n) {
+    Doubles low = {}, high = {};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        for (int j = 0; j < 8; ++j) {
+            const double a = g[i + j], b = g[i + 8 + j];
+            low[j] += a * a;
+            high[j] += b * b;
+        }
+    }
+    low += high;
+    double total = 0;
+    for (int j = 0; j < 8; ++j) total += low[j];
+    for (; i < n; ++i) total += static_cast<double>(g[i]) * g[i];
+    return total;
+}
+
+SK_SIMD void widen_bfloat16(const uint16_t* __restrict from, float* __restrict to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+        std::memcpy(to + i, &bits, 4);
+    }
+}
+
+SK_SIMD void narrow_bfloat16(const float* __restrict from, uint16_t* __restrict to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, from + i, 4);
+        const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+        to[i] = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+    }
+}
+
+SK_SIMD void widen_half(const _Float16* __restrict from, float* __restrict to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
+SK_SIMD void narrow_half(const float* __restrict from, _Float16* __restrict to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<_Float16>(from[i]);
+}
+
+template <class T>
+inline __attribute__((always_inline)) void gather_entries(const T* from, const int32_t* index,
+                                                          T* to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[index[i]];
+}
+SK_SIMD void gather32(const uint32_t* __restrict from, const int32_t* __restrict index,
+                      uint32_t* __restrict to, int64_t n) {
+    gather_entries(from, index, to, n);
+}
+SK_SIMD void gather16(const uint16_t* __restrict from, const int32_t* __restrict index,
+                      uint16_t* __restrict to, int64_t n) {
+    gather_entries(from, index, to, n);
+}
+
+// Entries whose bit is set, zero elsewhere; `to` may be `from`.
+SK_SIMD void mask_entries(const uint8_t* bits, int64_t origin, const float* from, float* to,
+                          int64_t n) {
+    int64_t i = 0;
+    if (origin % 8 == 0) {
+        for (; i + 8 <= n; i += 8) {
+            const int byte = bits[(origin + i) >> 3];
+            for (int j = 0; j < 8; ++j) to[i + j] = byte >> j & 1 ? from[i + j] : 0.0f;
+        }
+    }
+    for (; i < n; ++i) to[i] = bits[(origin + i) >> 3] >> ((origin + i) & 7) & 1 ? from[i] : 0.0f;
+}
+
+SK_SIMD void multiply(float* x, int64_t n, float factor) {
+    for (int64_t i = 0; i < n; ++i) x[i] *= factor;
+}
+
+int64_t width(int64_t dtype) {
+    return dtype == kFloat ? 4 : 2;
+}
+
+void widen(const void* from, int64_t dtype, float* to, int64_t n) {
+    if (dtype == kBFloat16) {
+        widen_bfloat16(static_cast<const uint16_t*>(from), to, n);
+    } else {
+        widen_half(static_cast<const _Float16*>(from), to, n);
+    }
+}
+
+void narrow(const float* from, int64_t dtype, void* to, int64_t n) {
+    if (dtype == kBFloat16) {
+        narrow_bfloat16(from, static_cast<uint16_t*>(to), n);
+    } else {
+        narrow_half(from, static_cast<_Float16*>(to), n);
+    }
+}
+
+const char* at(const void* base, int64_t dtype, int64_t entry) {
+    return static_cast<const char*>(base) + entry * width(dtype);
+}
+char* at(void* base, int64_t dtype, int64_t entry) {
+    return static_cast<char*>(base) + entry * width(dtype);
+}
+
+// Visits kept entries in pieces of at most kBlock. `piece(param, grad, state, index, bits, n)` gets
+// the offsets of a run, or of the origin of `index` (n relative int32) where that is not null;
+// `row_done(row)` follows the last piece of a row where rows are summed.
+template <class Piece, class RowDone>
+void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&& row_done) {
+    const auto* index = static_cast<const int32_t*>(item.index);
+    const int64_t wide = item.columns;
+    const bool sums = item.sums();
+    const auto run = [&](int64_t param, int64_t grad, int64_t state, int64_t n) {
+        for (int64_t i = 0; i < n; i += kBlock)
+            piece(param + i, grad + i, state + i, nullptr, std::min(kBlock, n - i));
+    };
+    switch (item.kind) {
+        case kAll:
+            if (!sums || wide == 1) return run(first, first, first, end - first);
+            for (int64_t r = first; r < end; ++r) {
+                run(r * wide, r * wide, r * wide, wide);
+                row_done(r);
+            }
+            return;
+        case kRows:
+            for (int64_t u = first; u < end;) {
+                const int64_t row = index[u];
+                int64_t next = u + 1;
+                if (!sums || wide == 1)
+                    while (next < end && index[next] == row + (next - u)) ++next;
+                run(row * wide, row * wide, u * wide, (next - u) * wide);
+                row_done(row);
+                u = next;
+            }
+            return;
+        case kTouched:
+            for (int64_t u = first; u < end; ++u) {
+                const int64_t row = index[u];
+                if (row < 0) continue;
+                run(row * wide, u * wide, row * wide, wide);
+                row_done(row);
+            }
+            return;
+        case kColumns:
+            for (int64_t r = first; r < end; ++r) {
+                for (int64_t i = 0; i < item.units; i += kBlock)
+                    piece(r * wide, r * wide, r * item.units + i, index + i,
+                          std::min(kBlock, item.units - i));
+                row_done(r);
+            }
+            return;
+        case kBlocks: {
+            const int64_t across = wide / item.block_columns, high = item.block_rows;
+            if (!sums) {
+                for (int64_t u = first; u < end; ++u)
+                    for (int64_t i = 0; i < high; ++i) {
+                        const int64_t place = (index[u] / across * high + i) * wide +
+                                              index[u] % across * item.block_columns;
+                        run(place, place, (u * high + i) * item.block_columns, item.block_columns);
+                    }
+                return;
+            }
+            const auto* stop = index + item.units;
+            const auto* u = std::lower_bound(index, stop, first * across);
+            for (int64_t b = first; b < end; ++b) {
+                const auto* next = std::lower_bound(u, stop, (b + 1) * across);
+                for (int64_t i = 0; i < high && u != next; ++i) {
+                    for (const auto* block = u; block != next; ++block) {
+                        const int64_t place =
+                            (b * high + i) * wide + *block % across * item.block_columns;
+                        run(place, place, ((block - index) * high + i) * item.block_columns,
+                            item.block_columns);
+                    }
+                    row_done(b * high + i);
+                }
+                u = next;
+            }
+            return;
+        }
+        default:
+            break;
+    }
+    const auto* bits = static_cast<const uint8_t*>(item.index);
+    const auto kept = [&](int64_t entry) { return bits[entry >> 3] >> (entry & 7) & 1; };
+    const int64_t unit = sums && wide > 1 ? wide : kSpan;
+    const int64_t stop = std::min(end * unit, item.rows * wide);
+    int64_t rank = 0;
+    if (item.kind == kElements && first * unit < stop) {
+        const int64_t start = first * unit, span = start / kSpan;
+        rank = item.offsets[span];
+        for (int64_t e = span * kSpan; e < start;) {
+            if (e % 8 == 0 && e + 8 <= start) {
+                rank += __builtin_popcount(bits[e >> 3]);
+                e += 8;
+            } else {
+                rank += kept(e++);
+            }
+        }
+    }
+    int32_t list[kBlock];
+    for (int64_t begin = first * unit; begin < stop; begin += unit) {
+        const int64_t limit = std::min(begin + unit, stop);
+        for (int64_t e = begin; e < limit; e += kBlock) {
+            const int64_t n = std::min(kBlock, limit - e);
+            if (item.kind == kMasked) {
+                piece(e, e, e, nullptr, n);
+                continue;
+            }
+            int64_t found = 0;
+            for (int64_t i = 0; i < n;) {
+                if ((e + i) % 8 == 0 && i + 8 <= n) {
+                    for (unsigned byte = bits[(e + i) >> 3]; byte; byte &= byte - 1)
+                        list[found++] = static_cast<int32_t>(i + __builtin_ctz(byte));
+                    i += 8;
+                } else {
+                    list[found] = static_cast<int32_t>(i);
+                    found += kept(e + i++);
+                }
+            }
+            if (found) piece(e, e, rank, list, found);
+            rank += found;
+        }
+        if (sums && wide > 1) row_done(begin / wide);
+    }
+}
+
+// Float gradient of a piece: in place, or staged in `buffer`.
+const float* load_grad(const Item& item, int64_t origin, const int32_t* index, int64_t n,
+                       float* buffer) {
+    const char* from = at(item.grad, item.grad_dtype, origin);
+    alignas(64) uint16_t narrow16[kBlock];
+    const float* grad = buffer;
+    if (item.grad_dtype == kFloat) {
+        grad = reinterpret_cast<const float*>(from);
+        if (index) {
+            gather32(reinterpret_cast<const uint32_t*>(from), index,
+                     reinterpret_cast<uint32_t*>(buffer), n);
+            grad = buffer;
+        }
+    } else if (index) {
+        gather16(reinterpret_cast<const uint16_t*>(from), index, narrow16, n);
+        widen(narrow16, item.grad_dtype, buffer, n);
+    } else {
+        widen(from, item.grad_dtype, buffer, n);
+    }
+    if (item.kind != kMasked) return grad;
+    mask_entries(static_cast<const uint8_t*>(item.index), origin, grad, buffer, n);
+    return buffer;
+}
+
+float* load_weight(const Item& item, int64_t origin, int64_t state, const int32_t* index, int64_t n,
+                   float* buffer) {
+    if (item.master) return item.master + state;
+    char* from = at(item.param, item.param_dtype, origin);
+    if (item.param_dtype == kFloat) {
+        if (!index) return reinterpret_cast<float*>(from);
+        gather32(reinterpret_cast<const uint32_t*>(from), index,
+                 reinterpret_cast<uint32_t*>(buffer), n);
+        return buffer;
+    }
+    alignas(64) uint16_t narrow16[kBlock];
+    if (index) gather16(reinterpret_cast<const uint16_t*>(from), index, narrow16, n);
+    widen(index ? reinterpret_cast<const char*>(narrow16) : from, item.param_dtype, buffer, n);
+    return buffer;
+}
+
+void store_weight(const Item& item, int64_t origin, const int32_t* index, int64_t n,
+                  const float* weight) {
+    char* to = at(item.param, item.param_dtype, origin);
+    if (item.param_dtype == kFloat) {
+        if (index)
+            for (int64_t i = 0; i < n; ++i) reinterpret_cast<float*>(to)[index[i]] = weight[i];
+        return;
+    }
+    if (!index) return narrow(weight, item.param_dtype, to, n);
+    alignas(64) uint16_t narrow16[kBlock];
+    narrow(weight, item.param_dtype, narrow16, n);
+    for (int64_t i = 0; i < n; ++i) reinterpret_cast<uint16_t*>(to)[index[i]] = narrow16[i];
+}
+
+double squares(const Item& item, const Chunk& chunk) {
+    double total = 0;
+    alignas(64) float buffer[kBlock];
+    visit(
+        item, chunk.first, chunk.end,
+        [&](int64_t, int64_t grad, int64_t, const int32_t* index, int64_t n) {
+            total += sum_of_squares(load_grad(item, grad, index, n, buffer), n);
+        },
+        [](int64_t) {});
+    return total;
+}
+
+void update(const Item& item, const Rates& rates, const Chunk& chunk) {
+    alignas(64) float weights[kBlock], grads[kBlock], lanes[32] = {};
+    const float* factors = rates.cohort_factors.data();
+    const bool entrywise = item.columns == 1 && item.kind != kTouched;
+    const auto piece = [&](int64_t param, int64_t grad, int64_t state, const int32_t* index,
+                           int64_t n) {
+        float* w = load_weight(item, param, state, index, n, weights);
+        const float* g = load_grad(item, grad, index, n, grads);
+        float *m = item.exp_avg + state, *v = item.exp_avg_sq + state;
+        float decay = rates.decay;
+        if (item.sums()) {
+            if (!entrywise) {
+                sum_lanes(w, g, n, lanes);
+            } else {
+                sum_entries(w, g, index, n, item.sum_abs ? item.sum_abs + param : nullptr,
+                            item.sum_squared ? item.sum_squared + param : nullptr, rates.unscale);
+            }
+        }
+        if (item.kind == kTouched) {
+            const double* row = item.row_clock + param / item.columns * 3;
+            const auto missed = [&](int k) {
+                return static_cast<float>(std::exp(item.clock[k] - row[k]));
+            };
+            decay *= missed(0);
+            multiply(m, n, missed(1));
+            multiply(v, n, missed(2));
+        }
+        if (item.cohort) {
+            adamw_cohorts(w, g, m, v, item.cohort + state, n, rates.scale, decay,
+                          rates.one_minus_beta1, rates.beta2, rates.one_minus_beta2, factors,
+                          rates.eps);
+        } else {
+            adamw(w, g, m, v, n, rates.scale, decay, rates.one_minus_beta1, rates.beta2,
+                  rates.one_minus_beta2, rates.step_size, rates.inverse_root, rates.eps);
+        }
+        store_weight(item, param, index, n, w);
+    };
+    const auto row_done = [&](int64_t row) {
+        if (item.kind == kTouched)
+            for (int k = 0; k < 3; ++k) item.row_clock[row * 3 + k] = item.clock[k] + rates.tick[k];
+        if (!item.sums() || entrywise) return;
+        float product = 0, square = 0;
+        for (int j = 0; j < 16; ++j) {
+            product += lanes[j];
+            square += lanes[16 + j];
+        }
+        std::fill(lanes, lanes + 32, 0.0f);
+        if (item.sum_abs) item.sum_abs[row] += product * rates.unscale;
+        if (item.sum_squared) item.sum_squared[row] += square * (rates.unscale * rates.unscale);
+    };
+    visit(item, chunk.first, chunk.end, piece, row_done);
+}
+
+Rates make_rates(const Item& item, const double* hyper, double clip, double unscale) {
+    const double lr = hyper[kLr], beta1 = hyper[kBeta1], beta2 = hyper[kBeta2];
+    const double decay = 1 - lr * hyper[kWeightDecay];
+    const auto step_size = [&](double age) { return lr / (1 - std::pow(beta1, age)); };
+    const auto inverse_root = [&](double age) { return 1 / std::sqrt(1 - std::pow(beta2, age)); };
+    const double age = static_cast<double>(*item.step) + 1;
+    Rates rates{static_cast<float>(clip * unscale),
+                static_cast<float>(unscale),
+                static_cast<float>(decay),
+                static_cast<float>(1 - beta1),
+                static_cast<float>(beta2),
+                static_cast<float>(1 - beta2),
+                static_cast<float>(hyper[kEps]),
+                static_cast<float>(step_size(age)),
+                static_cast<float>(inverse_root(age)),
+                {},
+                {std::log(std::max(decay, kTiny)), std::log(std::max(beta1, kTiny)),
+                 std::log(std::max(beta2, kTiny))}};
+    if (item.cohort) rates.cohort_factors.resize(512);
+    for (int64_t c = 0; c < item.cohorts; ++c) {
+        rates.cohort_factors[c] = static_cast<float>(step_size(age - item.cohort_start[c]));
+        rates.cohort_factors[256 + c] =
+            static_cast<float>(inverse_root(age - item.cohort_start[c]));
+    }
+    return rates;
+}
+
+void step(const Tensor& table, const Tensor& chunk_table, const Tensor& hyper, Tensor partials,
+          Tensor norm, double max_grad_norm, const std::optional<Tensor>& grad_scale,
+          const std::optional<Tensor>& found_inf) {
+    check_dtype(table, "table", ScalarType::Long);
+    check_dim(table, "table", 2);
+    check_size(table, "table", 1, sizeof(Item) / 8);
+    check_dtype(chunk_table, "chunks", ScalarType::Long);
+    check_dim(chunk_table, "chunks", 2);
+    check_size(chunk_table, "chunks", 1, 3);
+    check_dtype(hyper, "hyper", ScalarType::Double);
+    check_dim(hyper, "hyper", 2);
+    check_size(hyper, "hyper", 1, kHypers);
+    check_dtype(partials, "partials", ScalarType::Double);
+    check_size(partials, "partials", 0, chunk_table.size(0));
+    for (const Tensor& t : {table, chunk_table, hyper, partials}) {
+        check_contiguous(t, "table");
+        check_cpu(t, "table");
+    }
+    const auto* items = static_cast<const Item*>(table.const_data_ptr());
+    const auto* chunks = static_cast<const Chunk*>(chunk_table.const_data_ptr());
+    const auto* rows = static_cast<const double*>(hyper.const_data_ptr());
+    auto* sums = static_cast<double*>(partials.mutable_data_ptr());
+    const int64_t count = chunk_table.size(0), parameters = table.size(0);
+    const auto scalar = [](const std::optional<Tensor>& t, float otherwise) {
+        return t ? *static_cast<const float*>(t->const_data_ptr()) : otherwise;
+    };
+
+    const double unscale = 1 / static_cast<double>(scalar(grad_scale, 1.0f));
+    double clip = 1;
+    auto* norm_out = static_cast<float*>(norm.mutable_data_ptr());
+    *norm_out = 0;
+    if (max_grad_norm > 0) {
+        torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t c = begin; c < end; ++c)
+                sums[c] = squares(items[chunks[c].item], chunks[c]);
+        });
+        double total = 0;
+        for (int64_t c = 0; c < count; ++c) total += sums[c];
+        *norm_out = static_cast<float>(std::sqrt(total) * std::fabs(unscale));
+        const float share = static_cast<float>(max_grad_norm) / (*norm_out + 1e-6f);
+        clip = share > 1 ? 1 : share;
+    }
+    if (scalar(found_inf, 0.0f) != 0) return;
+
+    std::vector<Rates> rates;
+    rates.reserve(parameters);
+    for (int64_t i = 0; i < parameters; ++i)
+        rates.push_back(make_rates(items[i], rows + items[i].group * kHypers, clip, unscale));
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c)
+            update(items[chunks[c].item], rates[chunks[c].item], chunks[c]);
+    });
+    for (int64_t i = 0; i < parameters; ++i) {
+        *items[i].step += 1;
+        if (items[i].kind == kTouched)
+            for (int k = 0; k < 3; ++k) items[i].clock[k] += rates[i].tick[k];
+    }
+}
+
+// Rows of a sparse gradient, ascending and distinct, each summed in the order of its entries.
+std::tuple<Tensor, Tensor> coalesce(const Tensor& rows, const Tensor& values) {
+    check_dtype(rows, "rows", ScalarType::Long);
+    check_dim(rows, "rows", 1);
+    check_contiguous(rows, "rows");
+    check_contiguous(values, "values");
+    check_size(values, "values", 0, rows.size(0));
+    const ScalarType dtype = values.scalar_type();
+    const int64_t n = rows.size(0), wide = n ? values.numel() / n : 0;
+    const int64_t type = dtype == ScalarType::Float      ? kFloat
+                         : dtype == ScalarType::BFloat16 ? kBFloat16
+                                                         : kHalf;
+    STD_TORCH_CHECK(type != kHalf || dtype == ScalarType::Half,
+                    "values: expected float32, bfloat16 or float16");
+    Tensor touched = torch::stable::new_empty(rows, {n}, ScalarType::Int);
+    Tensor sums = torch::stable::new_zeros(values, values.sizes(), ScalarType::Float);
+    const auto* row = static_cast<const int64_t*>(rows.const_data_ptr());
+    auto* named = static_cast<int32_t*>(touched.mutable_data_ptr());
+    auto* out = static_cast<float*>(sums.mutable_data_ptr());
+
+    std::vector<int64_t> order(n), heads;
+    for (int64_t i = 0; i < n; ++i) order[i] = i;
+    std::stable_sort(order.begin(), order.end(),
+                     [row](int64_t a, int64_t b) { return row[a] < row[b]; });
+    for (int64_t i = 0; i < n; ++i)
+        if (!i || row[order[i]] != row[order[i - 1]]) heads.push_back(i);
+    const int64_t distinct = static_cast<int64_t>(heads.size());
+    heads.push_back(n);
+    std::fill(named, named + n, -1);
+    torch::stable::parallel_for(0, distinct, 16, [&](int64_t begin, int64_t end) {
+        std::vector<float> wider(type == kFloat ? 0 : wide);
+        for (int64_t u = begin; u < end; ++u) {
+            named[u] = static_cast<int32_t>(row[order[heads[u]]]);
+            for (int64_t i = heads[u]; i < heads[u + 1]; ++i) {
+                const char* from = at(values.const_data_ptr(), type, order[i] * wide);
+                const auto* source = reinterpret_cast<const float*>(from);
+                if (type != kFloat) {
+                    widen(from, type, wider.data(), wide);
+                    source = wider.data();
+                }
+                for (int64_t c = 0; c < wide; ++c) out[u * wide + c] += source[c];
+            }
+        }
+    });
+    return {touched, sums};
+}
+
+}  // namespace
+}  // namespace sk::subset_adamw
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sensikernels_native, m) {
+    m.def(
+        "subset_adamw_step(Tensor table, Tensor chunks, Tensor hyper, Tensor(a!) partials, "
+        "Tensor(b!) norm, float max_grad_norm, Tensor? grad_scale, Tensor? found_inf) -> ()");
+    m.def("subset_adamw_coalesce(Tensor rows, Tensor values) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sensikernels_native, CPU, m) {
+    m.impl("subset_adamw_step", TORCH_BOX(&sk::subset_adamw::step));
+    m.impl("subset_adamw_coalesce", TORCH_BOX(&sk::subset_adamw::coalesce));
+}

@@ -1,0 +1,65 @@
+"""Masked and selective linear kernels, sensitivity reductions, and budgeted BERT fine-tuning.
+
+    scores = sensikernels.sensitivity(model, batches)
+    plan = sensikernels.plan(scores, sensikernels.Budget(flops=0.5))
+    sensikernels.apply(model, plan)      # train with any loop
+    model = sensikernels.compact(model)  # a smaller HuggingFace model
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sensikernels.hf import apply as apply
+    from sensikernels.hf import compact as compact
+    from sensikernels.hf import restore as restore
+    from sensikernels.hf import sensitivity as sensitivity
+    from sensikernels.masks import Budget as Budget
+    from sensikernels.masks import Mask as Mask
+    from sensikernels.masks import Plan as Plan
+    from sensikernels.masks import Scores as Scores
+    from sensikernels.masks import plan as plan
+    from sensikernels.nn import MaskedLinear as MaskedLinear
+    from sensikernels.nn import SelectiveLinear as SelectiveLinear
+    from sensikernels.ops.group_reduce import group_reduce as group_reduce
+    from sensikernels.ops.masked_linear import masked_linear as masked_linear
+    from sensikernels.ops.select_kept import select_kept as select_kept
+    from sensikernels.ops.selective_linear import selective_linear as selective_linear
+    from sensikernels.ops.subset_adamw import SubsetAdamW as SubsetAdamW
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that importing the package costs torch and nothing more.
+_HOMES = {
+    "Budget": "masks",
+    "Mask": "masks",
+    "MaskedLinear": "nn",
+    "Plan": "masks",
+    "Scores": "masks",
+    "SelectiveLinear": "nn",
+    "SubsetAdamW": "ops.subset_adamw",
+    "apply": "hf",
+    "compact": "hf",
+    "group_reduce": "ops.group_reduce",
+    "masked_linear": "ops.masked_linear",
+    "plan": "masks",
+    "restore": "hf",
+    "select_kept": "ops.select_kept",
+    "selective_linear": "ops.selective_linear",
+    "sensitivity": "hf",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

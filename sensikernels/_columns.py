@@ -1,0 +1,70 @@
+"""Gather and scatter of feature columns: what a packed layer of full width pays beside its GEMM.
+
+Torch moves single bf16 columns an element at a time (1.8-2.4 ms for 1024 x 1536, most of the GEMM
+they feed); the compiled extension moves them at memory speed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sensikernels import _native
+
+_LIB = torch.library.Library("sensikernels", "FRAGMENT")
+_LIB.define("gather_columns(Tensor x, Tensor index) -> Tensor")
+_LIB.define("scatter_columns(Tensor x, Tensor index, int width, Tensor? fill) -> Tensor")
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _gather_torch(x: Tensor, index: Tensor) -> Tensor:
+    return x.index_select(1, index)
+
+
+def _scatter_torch(x: Tensor, index: Tensor, width: int, fill: Tensor | None) -> Tensor:
+    full = x.new_zeros((x.shape[0], width)) if fill is None else fill.repeat(x.shape[0], 1)
+    return full.index_copy_(1, index.long(), x)
+
+
+def _gather_cpu(x: Tensor, index: Tensor) -> Tensor:
+    if x.dtype in _NATIVE_DTYPES and _native.available():
+        return _native.ops().gather_columns(x.contiguous(), index)
+    return _gather_torch(x, index)
+
+
+def _scatter_cpu(x: Tensor, index: Tensor, width: int, fill: Tensor | None) -> Tensor:
+    if x.dtype in _NATIVE_DTYPES and _native.available():
+        return _native.ops().scatter_columns(x.contiguous(), index, width, fill)
+    return _scatter_torch(x, index, width, fill)
+
+
+_LIB.impl("gather_columns", _gather_cpu, "CPU")
+_LIB.impl("scatter_columns", _scatter_cpu, "CPU")
+_LIB.impl("gather_columns", _gather_torch, "CUDA")
+_LIB.impl("scatter_columns", _scatter_torch, "CUDA")
+
+
+@torch.library.register_fake("sensikernels::gather_columns")
+def _(x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], index.shape[0]))
+
+
+@torch.library.register_fake("sensikernels::scatter_columns")
+def _(x: Tensor, index: Tensor, width: int, fill: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], width))
+
+
+def matrix(x: Tensor) -> Tensor:
+    """``[..., features]`` as ``[T, features]``."""
+    return x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def gather(x: Tensor, index: Tensor | None) -> Tensor:
+    """``x[:, index]`` of a matrix; ``x`` itself without an index. ``index`` is ascending int32."""
+    return x if index is None else torch.ops.sensikernels.gather_columns(x, index)
+
+
+def scatter(x: Tensor, index: Tensor | None, width: int, fill: Tensor | None = None) -> Tensor:
+    """``[T, width]`` with ``x`` at columns ``index``, ``fill [width]`` (zero) in the others."""
+    return x if index is None else torch.ops.sensikernels.scatter_columns(x, index, width, fill)

@@ -1,0 +1,59 @@
+"""The compiled extension: loaded when first asked for, and never required."""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sensikernels.errors import SensiError
+
+_LIBRARY = Path(__file__).with_name("libsensikernels.so")
+_MISSING = Path(__file__).with_name("_native_missing.txt")
+
+
+@cache
+def why_not() -> str | None:
+    """Why the extension cannot be used, on one line; None if it can. Loads it."""
+    if not _LIBRARY.exists():
+        reason = _MISSING.read_text().splitlines()[0] if _MISSING.exists() else "it was not built"
+        return (
+            f"no compiled extension ({reason}); "
+            "`SENSIKERNELS_BUILD=cpu pip install --no-build-isolation .` builds it"
+        )
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return f"{_LIBRARY.name} does not load beside torch {torch.__version__}: {error}"
+    return None
+
+
+@cache
+def available() -> bool:
+    """True if the extension is loaded. The first refusal is logged, with its reason."""
+    reason = why_not()
+    if reason is not None:
+        logging.getLogger("sensikernels").warning("slower path: %s", reason)
+    return reason is None
+
+
+def ops() -> Any:
+    """``torch.ops.sensikernels_native``, the raw launchers.
+
+    Raises:
+        SensiError: the extension cannot be used, with the reason of :func:`why_not`.
+    """
+    reason = why_not()
+    if reason is not None:
+        raise SensiError(f"native backend: {reason}")
+    return torch.ops.sensikernels_native
+
+
+def build_info() -> dict[str, str]:
+    """What was built: ``torch``, ``stable_abi``, ``compiler`` and ``cuda_archs`` ("" for none)."""
+    info: dict[str, str] = json.loads(ops().build_info())
+    return info

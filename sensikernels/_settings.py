@@ -1,0 +1,35 @@
+"""The only place that reads the environment."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from sensikernels._checks import require_one_of
+
+BACKENDS: Final = ("auto", "reference", "native", "triton")
+
+
+def backend() -> str:
+    """``SENSIKERNELS_BACKEND``: what ``backend="auto"`` stands for (default ``auto``)."""
+    name = os.environ.get("SENSIKERNELS_BACKEND", "auto")
+    require_one_of(name, "SENSIKERNELS_BACKEND", BACKENDS)
+    return name
+
+
+def log_level() -> str:
+    """``SENSIKERNELS_LOG``: a ``logging`` level name (default ``WARNING``)."""
+    return os.environ.get("SENSIKERNELS_LOG", "WARNING").upper()
+
+
+def interpreting() -> bool:
+    """True when Triton kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def reserve_primitive_cache(entries: int) -> None:
+    """Let oneDNN keep ``entries`` compiled shapes; a value the user set stays.
+
+    oneDNN reads the variable at its first product, so this must come before it.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(entries))

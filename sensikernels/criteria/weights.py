@@ -1,0 +1,37 @@
+"""Scores from weights and their gradients, through one batched reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sensikernels.masks.structure import Coupling
+from sensikernels.ops.group_reduce import group_reduce
+
+
+def unit_sums(
+    couplings: Sequence[Coupling],
+    weights: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor] | None,
+    statistic: str,
+) -> dict[str, Tensor]:
+    """``statistic`` of every unit: summed over its rows and columns in all its linears.
+
+    ``weights`` and ``grads`` are ``[out_features, in_features]`` by module name. Returns float64
+    ``[units]`` by coupling name. ``sum_abs_wg`` is the first-order loss change Σ|w·g| (Molchanov
+    et al. 2017, arXiv 1611.06440); ``sum_abs_weight`` is magnitude.
+    """
+    members = [(c, m) for c in couplings for m in c.members]
+    sums = group_reduce(
+        [weights[m.module] for _, m in members],
+        None if grads is None else [grads[m.module] for _, m in members],
+        statistics=(statistic,),
+        groups=["row" if m.axis == 0 else "column" for _, m in members],
+    )
+    totals = {c.name: torch.zeros(c.units, dtype=torch.float64) for c in couplings}
+    for index, (coupling, _) in enumerate(members):
+        lines = sums[statistic, index].double().cpu()
+        totals[coupling.name] += lines.view(coupling.units, coupling.unit_size).sum(1)
+    return totals

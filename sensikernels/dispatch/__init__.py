@@ -1,0 +1,130 @@
+"""What ``backend="auto"`` runs: a measured table per device, an analytic rule where there is none.
+
+A table is a list of break-even densities: above them dense is faster. It is looked up by what is
+run, dtype, and the nearest measured block size and token count. ``<device>.json`` beside this
+file ships with the package; ``sensikernels tune`` writes one for the user's device, which wins.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sensikernels._checks import require
+from sensikernels.errors import DataError
+
+USER_TABLES = Path.home() / ".cache" / "sensikernels" / "dispatch"
+KINDS = ("packed", "block-sparse", "selective")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BreakEven:
+    """Dense wins above ``density`` for this kind, dtype, smaller block side and token count."""
+
+    kind: str
+    dtype: str
+    block: int
+    tokens: int
+    density: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """``form``: dense, packed or block-sparse; ``backend``: what runs it; and why."""
+
+    form: str
+    backend: str
+    reason: str
+
+
+def device_key(device: torch.device | str) -> str:
+    """A file-safe name of a device model, such as ``cpu-avx512`` or ``nvidia-h200``."""
+    kind = torch.device(device)
+    if kind.type == "cpu":
+        raw = f"cpu-{torch.backends.cpu.get_cpu_capability()}"
+    else:
+        raw = torch.cuda.get_device_name(kind)
+    return "".join(c if c.isalnum() else "-" for c in raw.lower())
+
+
+def read_table(path: Path) -> tuple[BreakEven, ...]:
+    """The entries of a table file.
+
+    Raises:
+        DataError: the file is not a table.
+    """
+    try:
+        return tuple(BreakEven(**entry) for entry in json.loads(path.read_text())["break_even"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: expected a dispatch table, got {error!r}") from error
+
+
+def write_table(path: Path, table: Sequence[BreakEven], facts: dict[str, Any]) -> None:
+    """Write a table and the ``facts`` of its measurement by renaming; forget what was loaded."""
+    document = {**facts, "break_even": [vars(entry) for entry in table]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    temporary.replace(path)
+    load.cache_clear()
+    break_even.cache_clear()
+
+
+@cache
+def load(device: str) -> tuple[tuple[BreakEven, ...], str]:
+    """The table of a device key and where it came from; empty if there is none."""
+    for folder in (USER_TABLES, Path(__file__).parent):
+        path = folder / f"{device}.json"
+        if path.exists():
+            return read_table(path), f"measured on {device}"
+    return (), "analytic"
+
+
+@cache
+def break_even(
+    device: torch.device, kind: str, dtype: torch.dtype, block: int, tokens_log2: int
+) -> tuple[float, str]:
+    """Density above which dense is faster, and where the number comes from."""
+    require(kind in KINDS, "kind", "one of " + ", ".join(KINDS), kind)
+    table, source = load(device_key(device))
+    name = str(dtype).removeprefix("torch.")
+    near = [entry for entry in table if entry.kind == kind and entry.dtype == name]
+    if near:
+        best = min(
+            near,
+            key=lambda e: (
+                abs(math.log2(max(e.block, 1) / max(block, 1))),
+                abs(math.log2(max(e.tokens, 1)) - tokens_log2),
+            ),
+        )
+        return best.density, source
+    return analytic(device, kind, block), "analytic"
+
+
+def analytic(device: torch.device, kind: str, block: int) -> float:
+    """Break-even without a measurement.
+
+    Blocks on a GPU are bound by L2: a product with 128 tokens by ``block`` has an intensity of
+    128 b / (128 + b) FLOP per byte; at 5.5 TB/s against 550 TFLOP/s dense that is density 0.25,
+    0.43 and 0.64 for blocks of 32, 64 and 128. Elsewhere dense must save a tenth to be chosen
+    over kernels that run at the GEMM's own rate.
+    """
+    if device.type == "cpu" or kind == "packed":
+        return 0.9
+    intensity = 128 * block / (128 + block)
+    return min(0.9, intensity * 5.5 / 550)
+
+
+def tokens_log2(x: torch.Tensor) -> int:
+    """Size class of the token count; fixed while a graph is traced, which must not depend on it."""
+    if torch.compiler.is_compiling():
+        return 12
+    tokens = x.numel() // max(x.shape[-1], 1)
+    return tokens.bit_length()

@@ -1,0 +1,96 @@
+"""From an applied plan to a plain, smaller HuggingFace model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sensikernels.errors import UsageError
+from sensikernels.hf.modeling import COMPACT_CLASSES, SkBertConfig
+from sensikernels.hf.swap import applied, restore
+from sensikernels.hf.targets import Layer, encoder_layers
+from sensikernels.nn import MaskedLinear, SelectiveLinear
+
+
+@torch.no_grad()
+def compact(model: nn.Module) -> nn.Module:
+    """The same function as a plain HF model without masks: smaller where units were trimmed.
+
+    Trimmed models become ``SkBert…`` classes (registered with the Auto classes; their saved
+    ``config.json`` carries every layer's widths), other plans come back as the original class
+    with trained entries merged. ``save_pretrained`` then ``from_pretrained`` is bit-equal.
+    The given model is left as it is when trimmed, and restored when its shapes never changed.
+
+    Raises:
+        UsageError: no plan is applied, the plan was applied with ``form="masked"``, or the
+            model's class has no compact counterpart.
+    """
+    swap = applied(model)
+    if swap is None:
+        raise UsageError("model: expected a plan applied, got none")
+    if not swap.plan.weight_masks:
+        restore(model)
+        return model
+    if swap.form != "packed":
+        raise UsageError(f"model: expected a plan applied as 'packed', got {swap.form!r}")
+    made_of: Any = type(model)
+    known = {c: c for c in COMPACT_CLASSES.values()} | COMPACT_CLASSES
+    if made_of not in known:
+        names = ", ".join(sorted(c.__name__ for c in COMPACT_CLASSES))
+        raise UsageError(f"model: expected one of {names}, got {made_of.__name__}")
+    config = _config(model)
+    small: nn.Module = known[made_of](config)
+    small.load_state_dict(_plain_state(model))
+    reference = next(model.parameters())
+    small = small.to(device=reference.device, dtype=reference.dtype).train(model.training)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(flags[name])
+    return small
+
+
+def _config(model: nn.Module) -> SkBertConfig:
+    given: Any = model.config
+    widths = {str(layer.index): _widths(layer) for layer in encoder_layers(model)}
+    plain = {k: v for k, v in given.to_dict().items() if k not in ("model_type", "widths")}
+    config = SkBertConfig(widths=widths, **plain)
+    config._attn_implementation = given._attn_implementation
+    return config
+
+
+def _widths(layer: Layer) -> dict[str, int]:
+    attention: Any = layer.module.get_submodule("attention.self")
+    full = attention.attention_head_size
+    qk = getattr(attention, "qk_head_size", full)
+    weights: dict[str, Any] = {
+        part: layer.linear(part).weight for part in ("query", "intermediate")
+    }
+    return {
+        "heads": weights["query"].shape[0] // qk,
+        "qk_head_size": qk,
+        "vo_head_size": getattr(attention, "vo_head_size", full),
+        "neurons": weights["intermediate"].shape[0],
+    }
+
+
+def _plain_state(model: nn.Module) -> dict[str, Any]:
+    """The state dict with packed layers' own small tensors under the usual names."""
+    masked = _masked(model)
+    state = {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] not in masked}
+    for name, module in masked.items():
+        state[f"{name}.weight"] = module.weight
+        if module.bias is not None:
+            state[f"{name}.bias"] = module.bias
+    return state
+
+
+def _masked(model: nn.Module) -> dict[str, MaskedLinear]:
+    layers: dict[str, MaskedLinear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SelectiveLinear):
+            raise UsageError(f"{name}: expected weight masks alone, got an update mask as well")
+        if isinstance(module, MaskedLinear):
+            layers[name] = module
+    return layers

@@ -1,0 +1,171 @@
+"""BERT with per-layer widths: what ``compact`` saves and ``from_pretrained`` loads.
+
+Self-contained on purpose: it travels with a checkpoint, so that
+``from_pretrained(..., trust_remote_code=True)`` works where this package is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import BertSelfAttention, eager_attention_forward
+
+
+class SkBertConfig(BertConfig):  # type: ignore[misc]
+    """``BertConfig`` plus ``widths``: per layer ``heads, qk_head_size, vo_head_size, neurons``.
+
+    Keys of ``widths`` are layer numbers as strings, since JSON has no other.
+    """
+
+    model_type = "sk_bert"
+
+    def __init__(self, widths: Mapping[str, Mapping[str, int]] | None = None, **named: Any) -> None:
+        self.widths = {k: dict(v) for k, v in (widths or {}).items()}
+        super().__init__(**named)
+
+
+class TrimmedSelfAttention(BertSelfAttention):  # type: ignore[misc]
+    """HF's self-attention with ``qk_head_size`` and ``vo_head_size`` of their own.
+
+    The scaling stays that of the untrimmed head, so that zeroed and removed dimensions agree.
+    """
+
+    qk_head_size: int
+    vo_head_size: int
+
+    @classmethod
+    def around(
+        cls, attention: nn.Module, qk_head_size: int, vo_head_size: int
+    ) -> TrimmedSelfAttention:
+        """An instance that shares ``attention``'s submodules."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.__dict__.update({k: v for k, v in vars(attention).items() if k != "_modules"})
+        made._modules = dict(attention._modules)
+        made.qk_head_size, made.vo_head_size = qk_head_size, vo_head_size
+        return made
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[batch, sequence, hidden]`` to ``[batch, sequence, heads · vo_head_size]``."""
+        lead = hidden_states.shape[:-1]
+
+        def heads(projection: Callable[[Tensor], Tensor], size: int) -> Tensor:
+            return projection(hidden_states).view(*lead, -1, size).transpose(1, 2)
+
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        kwargs.pop("past_key_values", None)
+        out, weights = attend(
+            self,
+            heads(self.query, self.qk_head_size),
+            heads(self.key, self.qk_head_size),
+            heads(self.value, self.vo_head_size),
+            attention_mask,
+            dropout=self.dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return out.reshape(*lead, -1).contiguous(), weights
+
+
+def resize(model: nn.Module, config: SkBertConfig) -> None:
+    """Give every encoder layer of a freshly built BERT the widths of ``config``."""
+    encoder: Any = model.bert if hasattr(model, "bert") else model
+    for number, width in config.widths.items():
+        layer = encoder.encoder.layer[int(number)]
+        attention = layer.attention.self
+        query_key = width["heads"] * width["qk_head_size"]
+        value = width["heads"] * width["vo_head_size"]
+        hidden = config.hidden_size
+        attention.query = nn.Linear(hidden, query_key)
+        attention.key = nn.Linear(hidden, query_key)
+        attention.value = nn.Linear(hidden, value)
+        layer.attention.output.dense = nn.Linear(value, hidden)
+        layer.intermediate.dense = nn.Linear(hidden, width["neurons"])
+        layer.output.dense = nn.Linear(width["neurons"], hidden)
+        attention.num_attention_heads, attention.all_head_size = width["heads"], query_key
+        full = attention.attention_head_size
+        if (width["qk_head_size"], width["vo_head_size"]) != (full, full):
+            layer.attention.self = TrimmedSelfAttention.around(
+                attention, width["qk_head_size"], width["vo_head_size"]
+            )
+
+
+class SkBertModel(BertModel):  # type: ignore[misc]
+    """``BertModel`` with per-layer widths."""
+
+    config_class = SkBertConfig
+
+    def __init__(self, config: SkBertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config, add_pooling_layer=add_pooling_layer)
+        resize(self, config)
+        self.post_init()
+
+
+class SkBertForSequenceClassification(BertForSequenceClassification):  # type: ignore[misc]
+    """``BertForSequenceClassification`` with per-layer widths."""
+
+    config_class = SkBertConfig
+
+    def __init__(self, config: SkBertConfig) -> None:
+        super().__init__(config)
+        resize(self, config)
+        self.post_init()
+
+
+class SkBertForQuestionAnswering(BertForQuestionAnswering):  # type: ignore[misc]
+    """``BertForQuestionAnswering`` with per-layer widths."""
+
+    config_class = SkBertConfig
+
+    def __init__(self, config: SkBertConfig) -> None:
+        super().__init__(config)
+        resize(self, config)
+        self.post_init()
+
+
+class SkBertForMaskedLM(BertForMaskedLM):  # type: ignore[misc]
+    """``BertForMaskedLM`` with per-layer widths."""
+
+    config_class = SkBertConfig
+
+    def __init__(self, config: SkBertConfig) -> None:
+        super().__init__(config)
+        resize(self, config)
+        self.post_init()
+
+
+COMPACT_CLASSES: dict[type, type] = {
+    BertModel: SkBertModel,
+    BertForSequenceClassification: SkBertForSequenceClassification,
+    BertForQuestionAnswering: SkBertForQuestionAnswering,
+    BertForMaskedLM: SkBertForMaskedLM,
+}
+
+AutoConfig.register("sk_bert", SkBertConfig, exist_ok=True)
+for _auto, _compact in (
+    (AutoModel, SkBertModel),
+    (AutoModelForSequenceClassification, SkBertForSequenceClassification),
+    (AutoModelForQuestionAnswering, SkBertForQuestionAnswering),
+    (AutoModelForMaskedLM, SkBertForMaskedLM),
+):
+    _auto.register(SkBertConfig, _compact, exist_ok=True)
+

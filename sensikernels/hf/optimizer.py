@@ -1,0 +1,57 @@
+"""Carry an optimizer's moments along when parameters shrink."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sensikernels.layouts import PackedLayout
+from sensikernels.nn import MaskedLinear
+
+
+@torch.no_grad()
+def slice_optimizer(optimizer: Optimizer, old: nn.Linear, new: MaskedLinear) -> None:
+    """Replace ``old``'s parameters by ``new``'s in every group and slice their moments alike.
+
+    A state tensor of the parameter's own shape is cut with the indices that cut the weight;
+    anything else (a step count) is kept. Works on any ``torch.optim.Optimizer``.
+    """
+    layout = new.layout
+    if not isinstance(layout, PackedLayout):
+        raise TypeError(f"layer: expected a packed layout, got {type(layout).__name__}")
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    cuts = [(layout.rows, 0), (layout.columns, 1)]
+    _replace(inner, old.weight, new.weight, [(i, d) for i, d in cuts if i is not None])
+    if old.bias is not None and new.bias is not old.bias and layout.rows is not None:
+        _replace(inner, old.bias, new.bias, [(layout.rows, 0)])
+
+
+def _replace(
+    optimizer: Optimizer,
+    old: nn.Parameter,
+    new: nn.Parameter | None,
+    cuts: list[tuple[Tensor, int]],
+) -> None:
+    if new is None or new is old:
+        return
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    state: dict[str, Any] | None = optimizer.state.pop(old, None)
+    if state is not None:
+        optimizer.state[new] = {
+            key: _cut(value, cuts) if _is_like(value, old) else value
+            for key, value in state.items()
+        }
+
+
+def _is_like(value: Any, parameter: Tensor) -> bool:
+    return torch.is_tensor(value) and value.shape == parameter.shape and value.ndim > 0
+
+
+def _cut(value: Tensor, cuts: list[tuple[Tensor, int]]) -> Tensor:
+    for index, dim in cuts:
+        value = value.index_select(dim, index.to(value.device))
+    return value.contiguous()

@@ -1,0 +1,240 @@
+"""How much the loss would rise if a unit went: one score per head, dimension or neuron."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sensikernels._checks import require, require_one_of
+from sensikernels._progress import track
+from sensikernels.criteria import UnitTap, tap, unit_sums
+from sensikernels.hf.targets import encoder_layers, structure
+from sensikernels.masks.scores import Scores
+from sensikernels.masks.structure import Coupling, Structure
+
+CRITERIA = ("mask-gradient", "learned", "first-order", "magnitude")
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+def sensitivity(
+    model: nn.Module,
+    batches: Batches,
+    criterion: str = "mask-gradient",
+    *,
+    granularity: str = "heads",
+    statistic: str = "sum_batch_grad_squared",
+    learning_rate: float = 2e-5,
+    l1: float = 1e-4,
+) -> Scores:
+    """Score every unit of ``model`` on ``batches`` (dictionaries that ``model(**batch)`` takes).
+
+    - ``mask-gradient``: Σ over batches of (∂L/∂mask)², weights frozen, no weight gradient
+      computed (Kwon et al. 2022, arXiv 2204.09656; a reconstruction of Sensi-BERT, arXiv
+      2307.11764). ``statistic`` says whether a batch's or each example's gradient is squared.
+    - ``learned``: masks train with the weights under λ·Σ|m| (``l1``, ``learning_rate``: EarlyBERT,
+      arXiv 2101.00063); |m| is the score, the weights are put back.
+    - ``first-order``: Σ |w·g| over a unit's weights. - ``magnitude``: Σ |w|; needs no batch.
+
+    ``granularity``: ``heads`` (heads and FFN neurons) or ``dimensions`` (Q/K and V/O dimensions
+    and neurons). The model's weights, gradients, training mode and random state are as before.
+    With ``torch.distributed`` running, scores are summed over ranks.
+
+    Raises:
+        UsageError: unknown criterion, granularity or statistic; no batches; not a BERT.
+    """
+    require_one_of(criterion, "criterion", CRITERIA)
+    parts = structure(model, granularity)
+    meter = _Meter(batches, f"sensitivity ({criterion})", _device(model))
+    with _left_as_it_was(model):
+        if criterion == "magnitude":
+            values = unit_sums(parts.couplings, _weights(model, parts), None, "sum_abs_weight")
+            statistic, length = "sum_abs_weight", 128.0
+            return _scores(parts, values, criterion, statistic, 0, length)
+        if criterion == "mask-gradient":
+            values = _mask_gradients(model, parts, meter, statistic)
+        elif criterion == "first-order":
+            values, statistic = _first_order(model, parts, meter), "sum_abs_wg"
+        else:
+            values, statistic = _learned(model, parts, meter, learning_rate, l1), "abs_mask"
+    require(meter.rows > 0, "batches", "at least one batch", "none")
+    _sum_over_ranks(values)
+    return _scores(parts, values, criterion, statistic, meter.rows, meter.length)
+
+
+class _Meter:
+    """Moves batches to the device and keeps their geometry."""
+
+    def __init__(self, batches: Batches, label: str, device: torch.device) -> None:
+        self.batches, self.label, self.device = batches, label, device
+        self.rows = 0
+        self.tokens = self.attended = 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        total = len(self.batches) if hasattr(self.batches, "__len__") else None
+        for batch in track(self.batches, self.label, total):
+            rows, width = batch["input_ids"].shape
+            self.rows += rows
+            self.tokens += rows * width
+            self.attended += rows * width * width
+            yield {name: value.to(self.device) for name, value in batch.items()}
+
+    @property
+    def length(self) -> float:
+        """The padded length that makes attention FLOPs exact: Σ B·S² / Σ B·S."""
+        return self.attended / max(self.tokens, 1)
+
+
+def _mask_gradients(
+    model: nn.Module, parts: Structure, meter: _Meter, statistic: str
+) -> dict[str, Tensor]:
+    model.eval().requires_grad_(False)
+    anchor = torch.ones((), device=meter.device, requires_grad=True)
+    taps = {c.name: UnitTap(c.units, statistic, meter.device) for c in parts.couplings}
+
+    def change(coupling: Coupling) -> Callable[[Tensor], Tensor]:
+        return lambda activation: tap(activation, anchor, taps[coupling.name])
+
+    with _on_units(model, parts, change):
+        for batch in meter:
+            model(**batch).loss.backward()
+    return {name: unit_tap.total.cpu() for name, unit_tap in taps.items()}
+
+
+def _first_order(model: nn.Module, parts: Structure, meter: _Meter) -> dict[str, Tensor]:
+    model.eval().requires_grad_(False)
+    weights = _weights(model, parts)
+    totals = {c.name: torch.zeros(c.units, dtype=torch.float64) for c in parts.couplings}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    for batch in meter:
+        grads = torch.autograd.grad(model(**batch).loss, list(weights.values()))
+        by_name = dict(zip(weights, grads, strict=True))
+        for name, sums in unit_sums(parts.couplings, weights, by_name, "sum_abs_wg").items():
+            totals[name] += sums
+    return totals
+
+
+def _learned(
+    model: nn.Module, parts: Structure, meter: _Meter, learning_rate: float, l1: float
+) -> dict[str, Tensor]:
+    model.train()
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    gates = {
+        c.name: torch.ones(c.units, device=meter.device, requires_grad=True)
+        for c in parts.couplings
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([*trained, *gates.values()], lr=learning_rate, weight_decay=0.0)
+
+    def change(coupling: Coupling) -> Callable[[Tensor], Tensor]:
+        def gate(activation: Tensor) -> Tensor:
+            wide = gates[coupling.name].repeat_interleave(coupling.unit_size)
+            return activation * wide.to(activation.dtype)
+
+        return gate
+
+    try:
+        with _on_units(model, parts, change):
+            for batch in meter:
+                penalty = torch.stack([g.abs().sum() for g in gates.values()]).sum()
+                (model(**batch).loss + l1 * penalty).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    finally:
+        model.load_state_dict(before)
+    return {name: gate.detach().abs().double().cpu() for name, gate in gates.items()}
+
+
+@contextmanager
+def _on_units(
+    model: nn.Module, parts: Structure, change: Callable[[Coupling], Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """Pass every coupling's activation through ``change(coupling)`` while the context lasts.
+
+    A unit's activation is the input of the linear that loses columns; Q/K dimensions have no such
+    linear, so theirs is the query's output (Σ q·∂q = Σ k·∂k).
+    """
+    with ExitStack() as hooks:
+        for coupling in parts.couplings:
+            through = change(coupling)
+            consumer = next((m.module for m in coupling.members if m.axis == 1), None)
+            module = model.get_submodule(consumer or coupling.members[0].module)
+            if consumer is not None:
+                handle = module.register_forward_pre_hook(
+                    lambda _, inputs, through=through: (through(inputs[0]), *inputs[1:])
+                )
+            else:
+                handle = module.register_forward_hook(
+                    lambda _, __, output, through=through: through(output)
+                )
+            hooks.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Give back training mode, gradients, ``requires_grad`` and the random state at the end."""
+    training = model.training
+    saved = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            model.train(training)
+            for parameter, required, grad in saved:
+                parameter.requires_grad_(required)
+                parameter.grad = grad
+
+
+def _weights(model: nn.Module, parts: Structure) -> dict[str, nn.Parameter]:
+    names = {m.module for c in parts.couplings for m in c.members}
+    return {name: model.get_parameter(f"{name}.weight") for name in sorted(names)}
+
+
+def _device(model: nn.Module) -> torch.device:
+    encoder_layers(model)
+    return next(model.parameters()).device
+
+
+def _sum_over_ranks(values: dict[str, Tensor]) -> None:
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    for name in sorted(values):
+        on_device = values[name].to("cuda" if distributed.get_backend() == "nccl" else "cpu")
+        distributed.all_reduce(on_device)
+        values[name] = on_device.cpu()
+
+
+def _scores(
+    parts: Structure,
+    values: Mapping[str, Tensor],
+    criterion: str,
+    statistic: str,
+    rows: int,
+    length: float,
+) -> Scores:
+    return Scores(
+        structure=parts,
+        values=values,
+        criterion=criterion,
+        statistic=statistic,
+        rows=rows,
+        sequence_length=length,
+    )
+
+
+def describe(scores: Scores) -> list[dict[str, Any]]:
+    """The ranking of tensors, best first: coupling, kind, layer and score per FLOP."""
+    by_name = {c.name: c for c in scores.structure.couplings}
+    ranked = sorted(scores.per_tensor().items(), key=lambda item: -item[1])
+    return [
+        {"name": n, "kind": by_name[n].kind, "layer": by_name[n].layer, "score_per_flop": s}
+        for n, s in ranked
+    ]

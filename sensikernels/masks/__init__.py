@@ -1,0 +1,22 @@
+"""Masks, budgets, structures and plans: plain data, no ``nn.Module``."""
+
+from sensikernels.masks.budget import Budget
+from sensikernels.masks.flops import training_flops
+from sensikernels.masks.mask import Mask
+from sensikernels.masks.plans import Measured, Plan
+from sensikernels.masks.planning import plan
+from sensikernels.masks.scores import Scores
+from sensikernels.masks.structure import Coupling, Member, Structure
+
+__all__ = [
+    "Budget",
+    "Coupling",
+    "Mask",
+    "Measured",
+    "Member",
+    "Plan",
+    "Scores",
+    "Structure",
+    "plan",
+    "training_flops",
+]

@@ -1,0 +1,226 @@
+"""Scores and a budget become a plan: the exact allocation over units of two kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sensikernels._checks import require
+from sensikernels.errors import UsageError
+from sensikernels.masks.budget import Budget
+from sensikernels.masks.mask import Mask
+from sensikernels.masks.plans import Plan
+from sensikernels.masks.scores import Scores
+from sensikernels.masks.structure import Coupling, Structure
+from sensikernels.ops.select_kept import select_kept
+
+MULTIPLES: Mapping[str, int] = {"heads": 1, "neurons": 16, "qk": 8, "vo": 8}
+"""Kept counts are multiples of these: 16 neurons fill a tensor core tile, and few widths repeat."""
+
+MINIMUMS: Mapping[str, int] = {"heads": 1, "neurons": 16, "qk": 8, "vo": 8}
+"""Units that every layer keeps whatever its scores."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Pool:
+    """The units of several couplings as flat arrays, ready for ``select_kept``."""
+
+    couplings: tuple[Coupling, ...]
+    scores: Tensor
+    costs: Tensor
+    segments: Tensor
+    kinds: Tensor
+    names: tuple[str, ...]
+
+
+def plan(
+    scores: Scores,
+    budget: Budget,
+    *,
+    method: str = "sensi-bert",
+    sequence_length: float | None = None,
+    multiples: Mapping[str, int] | None = None,
+    minimums: Mapping[str, int] | None = None,
+) -> Plan:
+    """Keep the units with the largest summed score that the budget allows.
+
+    For heads and neurons the optimum over whole chunks of ``multiples`` units is exact: for
+    every number of heads the rest of the budget is filled with the best neurons (methods.md
+    §1.3 B; Kwon et al. 2022, arXiv 2204.09656). ``sequence_length`` defaults to the scores'.
+
+    Raises:
+        UsageError: the budget is below the smallest feasible one, which is named; an unknown
+            kind of unit; a count that is not a multiple.
+    """
+    length = scores.sequence_length if sequence_length is None else sequence_length
+    require(length > 0, "sequence_length", "a positive number of tokens", length)
+    multiples = {**MULTIPLES, **(multiples or {})}
+    minimums = {**MINIMUMS, **(minimums or {})}
+    structure = scores.structure
+    kept: dict[str, Tensor] = {}
+    for group in _scopes(structure, budget.scope):
+        pool = _pool(group, scores, budget.measure, length)
+        if budget.units is not None:
+            kept |= _by_counts(pool, budget.units, multiples)
+        else:
+            room = _room(structure, group, budget, length)
+            kept |= _by_cost(pool, room, budget, multiples, minimums, structure, length)
+    bits = {c.name: _unfold(c, scores.values[c.name], kept[c.name]) for c in structure.couplings}
+    return _assemble(structure, bits, budget, method, length, scores)
+
+
+def _scopes(structure: Structure, scope: str) -> list[tuple[Coupling, ...]]:
+    if scope == "global":
+        return [structure.couplings]
+    layers = sorted({c.layer for c in structure.couplings})
+    return [tuple(c for c in structure.couplings if c.layer == layer) for layer in layers]
+
+
+def _pool(group: tuple[Coupling, ...], scores: Scores, measure: str, length: float) -> _Pool:
+    names = tuple(sorted({c.kind for c in group}))
+    folded = [_fold(c, scores.values[c.name]) for c in group]
+    counts = torch.tensor([len(values) for values in folded])
+    unit_costs = [c.params if measure == "params" else c.flops(length) for c in group]
+    costs = torch.tensor([cost * c.heads for cost, c in zip(unit_costs, group, strict=True)])
+    segments = torch.arange(len(group), dtype=torch.int32)
+    kinds = torch.tensor([names.index(c.kind) for c in group], dtype=torch.int32)
+    return _Pool(
+        couplings=group,
+        scores=torch.cat(folded),
+        costs=costs.double().repeat_interleave(counts),
+        segments=segments.repeat_interleave(counts),
+        kinds=kinds.repeat_interleave(counts),
+        names=names,
+    )
+
+
+def _fold(coupling: Coupling, values: Tensor) -> Tensor:
+    """Per-dimension attention units become slices: the r-th best dimension of every head."""
+    values = values.detach().double().cpu()
+    if coupling.heads == 1:
+        return values
+    ranked = values.view(coupling.heads, -1).sort(dim=1, descending=True, stable=True).values
+    return ranked.sum(0)
+
+
+def _unfold(coupling: Coupling, values: Tensor, kept: Tensor) -> Tensor:
+    """The inverse of ``_fold``: as many best dimensions in every head as slices were kept."""
+    if coupling.heads == 1:
+        return kept
+    ranked = values.detach().double().cpu().view(coupling.heads, -1)
+    order = ranked.argsort(dim=1, descending=True, stable=True)[:, : int(kept.sum())]
+    bits = torch.zeros(ranked.shape, dtype=torch.bool)
+    return bits.scatter_(1, order, True).flatten()
+
+
+def _room(
+    structure: Structure, group: tuple[Coupling, ...], budget: Budget, length: float
+) -> float:
+    """What the budget leaves for the group's units once the fixed part is paid."""
+    if budget.params is not None:
+        fixed, total = float(structure.fixed_params), float(structure.params())
+        share = budget.params
+        unit_total = sum(c.params * c.units for c in group)
+    else:
+        assert budget.flops is not None
+        fixed, total = structure.fixed_flops(length), structure.flops(length)
+        share = budget.flops
+        unit_total = sum(c.flops(length) * c.units for c in group)
+    # A layer carries its share of what is fixed.
+    part = unit_total / (total - fixed)
+    return (share * total - fixed) * part
+
+
+def _by_cost(
+    pool: _Pool,
+    room: float,
+    budget: Budget,
+    multiples: Mapping[str, int],
+    minimums: Mapping[str, int],
+    structure: Structure,
+    length: float,
+) -> dict[str, Tensor]:
+    least = _least_cost(pool, minimums, multiples)
+    if least > room * (1 + 1e-12):
+        fixed = structure.fixed_params if budget.params else structure.fixed_flops(length)
+        total = structure.params() if budget.params else structure.flops(length)
+        part = float(pool.costs.sum()) / (total - fixed)
+        smallest = (least / part + fixed) / total
+        raise UsageError(
+            f"budget {budget.measure}: expected at least {smallest:.4f} (the smallest feasible "
+            f"for this model), got {budget.requested}"
+        )
+    selected = select_kept(
+        pool.scores,
+        costs=pool.costs,
+        budget=room * (1 + 1e-12),
+        segments=pool.segments,
+        kinds=pool.kinds,
+        minimum={i: minimums[name] for i, name in enumerate(pool.names)},
+        multiple={i: multiples[name] for i, name in enumerate(pool.names)},
+    )
+    return _split(pool, selected.bits)
+
+
+def _least_cost(pool: _Pool, minimums: Mapping[str, int], multiples: Mapping[str, int]) -> float:
+    total = 0.0
+    for segment, coupling in enumerate(pool.couplings):
+        costs = pool.costs[pool.segments == segment]
+        step = multiples[coupling.kind]
+        count = min(len(costs), -(-minimums[coupling.kind] // step) * step)
+        total += float(costs[:count].sum())
+    return total
+
+
+def _by_counts(
+    pool: _Pool, units: Mapping[str, int], multiples: Mapping[str, int]
+) -> dict[str, Tensor]:
+    bits = torch.zeros(len(pool.scores), dtype=torch.bool)
+    unknown = sorted(set(units) - set(pool.names))
+    require(not unknown, "budget units", f"kinds among {list(pool.names)}", unknown)
+    for index, name in enumerate(pool.names):
+        where = (pool.kinds == index).nonzero().flatten()
+        count = units.get(name, len(where))
+        require(count <= len(where), f"budget units[{name!r}]", f"at most {len(where)}", count)
+        bits[where] = select_kept(pool.scores[where], k=count).bits
+    return _split(pool, bits)
+
+
+def _split(pool: _Pool, bits: Tensor) -> dict[str, Tensor]:
+    return {c.name: bits[pool.segments == segment] for segment, c in enumerate(pool.couplings)}
+
+
+def _assemble(
+    structure: Structure,
+    bits: Mapping[str, Tensor],
+    budget: Budget,
+    method: str,
+    length: float,
+    scores: Scores,
+) -> Plan:
+    masks: dict[str, Mask] = {}
+    for coupling in structure.couplings:
+        kept = bits[coupling.name]
+        for member in coupling.members:
+            band = Mask.rows if member.axis == 0 else Mask.columns
+            masks[member.module] = band(kept, member.shape, **_size(member.axis, coupling))
+    counts = {name: int(kept.sum()) for name, kept in bits.items()}
+    return Plan(
+        method=method,
+        weight_masks=masks,
+        couplings=structure.couplings,
+        budget=budget,
+        sequence_length=length,
+        flops_dense=structure.flops(length),
+        flops_planned=structure.flops(length, counts),
+        params_dense=structure.params(),
+        params_planned=structure.params(counts),
+        origin={"criterion": scores.criterion, "statistic": scores.statistic, "rows": scores.rows},
+    )
+
+
+def _size(axis: int, coupling: Coupling) -> dict[str, int]:
+    return {"height" if axis == 0 else "width": coupling.unit_size}

@@ -1,0 +1,94 @@
+"""What of a model can be trimmed together, and what each unit costs. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TRAIN_FACTOR = 3
+"""Forward, input gradient and weight gradient cost the same FLOPs (methods.md's F, dX, dW)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One linear of a coupling: units are bands of its rows (axis 0) or columns (axis 1)."""
+
+    module: str
+    axis: int
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coupling:
+    """Linears that lose the same units together; ``unit_size`` rows or columns make a unit.
+
+    ``linear_flops``: forward FLOPs per token and unit; ``attention_flops``: forward FLOPs per
+    token, unit and key position; ``params``: parameters per unit, biases of rows included.
+    ``heads``: for per-dimension attention kinds, how many heads share the units evenly.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    units: int
+    unit_size: int
+    members: tuple[Member, ...]
+    linear_flops: int
+    attention_flops: int
+    params: int
+    heads: int = 1
+
+    def flops(self, sequence_length: float) -> float:
+        """Training FLOPs per token and unit at this sequence length."""
+        return TRAIN_FACTOR * (self.linear_flops + self.attention_flops * sequence_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """Every coupling of a model, and what no mask can remove.
+
+    ``fixed_token_flops`` are forward FLOPs per token, ``fixed_sequence_flops`` per sequence
+    (pooler, classifier); ``fixed_params`` leaves out the embeddings.
+    """
+
+    couplings: tuple[Coupling, ...]
+    fixed_token_flops: int
+    fixed_sequence_flops: int
+    fixed_params: int
+
+    def fixed_flops(self, sequence_length: float) -> float:
+        """Training FLOPs per token that no mask can remove."""
+        per_token = self.fixed_token_flops + self.fixed_sequence_flops / sequence_length
+        return TRAIN_FACTOR * per_token
+
+    def flops(self, sequence_length: float, kept: Mapping[str, int] | None = None) -> float:
+        """Training FLOPs per token with ``kept`` units by coupling name (default all)."""
+        counts = {c.name: c.units for c in self.couplings} | dict(kept or {})
+        trimmable = sum(c.flops(sequence_length) * counts[c.name] for c in self.couplings)
+        return trimmable + self.fixed_flops(sequence_length)
+
+    def forward_and_input_flops(self, sequence_length: float) -> float:
+        """Training FLOPs per token when no encoder weight has a gradient."""
+        linear = sum(c.linear_flops * c.units for c in self.couplings) + self.fixed_token_flops
+        return self.flops(sequence_length) - linear
+
+    def params(self, kept: Mapping[str, int] | None = None) -> int:
+        """Parameters outside the embeddings with ``kept`` units by coupling name."""
+        counts = {c.name: c.units for c in self.couplings} | dict(kept or {})
+        return self.fixed_params + sum(c.params * counts[c.name] for c in self.couplings)
+
+
+def coupling_to_json(coupling: Coupling) -> dict[str, Any]:
+    """A plain dictionary that ``coupling_from_json`` reads back."""
+    return {
+        **{k: v for k, v in vars(coupling).items() if k != "members"},
+        "members": [vars(m) | {"shape": list(m.shape)} for m in coupling.members],
+    }
+
+
+def coupling_from_json(data: Mapping[str, Any]) -> Coupling:
+    """The inverse of ``coupling_to_json``."""
+    members = tuple(Member(**{**m, "shape": tuple(m["shape"])}) for m in data["members"])
+    return Coupling(**{**data, "members": members})
+

@@ -1,0 +1,82 @@
+"""What a method is: hooks around the steps of a fine-tuning run, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sensikernels.errors import UsageError
+from sensikernels.masks.budget import Budget
+from sensikernels.masks.plans import Plan
+from sensikernels.masks.scores import Scores
+
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+@dataclass(kw_only=True, eq=False)
+class Run:
+    """A fine-tuning run as a method sees it.
+
+    ``step`` counts finished optimizer steps; ``batches()`` yields training batches for ranking,
+    the same ones at every call; ``sequence_length`` is their padded mean (Σ B·S² / Σ B·S).
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    max_steps: int
+    batches: Callable[[], Batches]
+    sequence_length: float
+    budget: Budget | None = None
+    seed: int = 0
+    step: int = 0
+    plan: Plan | None = None
+    scores: Scores | None = None
+    events: list[str] = field(default_factory=list)
+
+
+class Method:
+    """Base of every method: hooks that do nothing.
+
+    Order in a run: ``begin``, then per optimizer step ``begin_step`` (before the forward pass) and
+    ``before_step`` (gradients are there, the optimizer has not moved yet). ``state`` and
+    ``resume`` carry a method across a killed process.
+    """
+
+    name = "dense"
+    summary = "every parameter trains"
+    learning_rate = 5e-5
+    schedule = "linear"
+    needs_budget = False
+
+    def begin(self, run: Run) -> None:
+        """Before the first step."""
+
+    def begin_step(self, run: Run) -> None:
+        """Before the step's forward pass; ``run.step`` steps are done."""
+
+    def before_step(self, run: Run) -> None:
+        """Gradients are ready, the optimizer has not moved."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors to put into a checkpoint."""
+        return {}
+
+    def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
+        """Bring a fresh run to where ``run.step``, ``run.plan`` and ``tensors`` say it was.
+
+        Called instead of ``begin``, before weights and optimizer state are loaded.
+        """
+
+    def options(self) -> dict[str, Any]:
+        """The method's settings, for the report."""
+        return {k: v for k, v in vars(self).items() if not k.startswith("_")}
+
+    def budget_of(self, run: Run) -> Budget:
+        """The run's budget. Raises UsageError where the method needs one and has none."""
+        if run.budget is None:
+            raise UsageError(f"budget: expected one for method {self.name}, got none")
+        return run.budget

@@ -1,0 +1,78 @@
+"""BitFit: train biases and the classifier only (Ben Zaken et al. 2022, arXiv 2106.10199)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from sensikernels._checks import require_one_of
+from sensikernels.hf import apply, structure
+from sensikernels.masks import Plan
+from sensikernels.methods.base import Method, Run
+
+SUBSETS: Mapping[str, tuple[str, ...]] = {
+    "all": ("bias",),
+    "query": ("attention.self.query.bias",),
+    "key": ("attention.self.key.bias",),
+    "value": ("attention.self.value.bias",),
+    "intermediate": ("intermediate.dense.bias",),
+    "output": ("output.dense.bias",),
+    "output_layernorm": ("output.LayerNorm.bias",),
+    "attention_layernorm": ("attention.output.LayerNorm.bias",),
+    "frozen": (),
+}
+"""Substrings of parameter names, as the paper's code selects them; ``output`` and
+``output_layernorm`` match the attention's and the FFN's alike."""
+
+ALWAYS = ("pooler.dense.bias",)
+HEADS = ("classifier", "qa_outputs")
+
+
+def select(names: Iterable[str], subsets: Sequence[str]) -> tuple[str, ...]:
+    """The parameters that BitFit trains, of all ``names``.
+
+    A name trains if it contains one of the subsets' strings; the task head always does, the
+    pooler's bias too unless the subset is ``frozen`` alone.
+    """
+    for subset in subsets:
+        require_one_of(subset, "subsets", SUBSETS)
+    patterns = [pattern for subset in subsets for pattern in SUBSETS[subset]]
+    patterns += [] if set(subsets) == {"frozen"} else ALWAYS
+    return tuple(n for n in names if any(p in n for p in patterns) or n.startswith(HEADS))
+
+
+class BitFit(Method):
+    """Freeze every weight; ``subsets`` names the biases that train (``SUBSETS``)."""
+
+    name = "bitfit"
+    summary = "biases and the classifier train, every weight is frozen"
+    learning_rate = 1e-3
+    schedule = "constant"
+
+    def __init__(self, *, subsets: Sequence[str] = ("all",)) -> None:
+        for subset in subsets:
+            require_one_of(subset, "subsets", SUBSETS)
+        self.subsets = tuple(subsets)
+
+    def begin(self, run: Run) -> None:
+        """Freeze before the first step, so that no weight gradient is ever computed."""
+        parts = structure(run.model)
+        length = run.sequence_length
+        trainable = select((n for n, _ in run.model.named_parameters()), self.subsets)
+        run.plan = Plan(
+            method=self.name,
+            trainable=trainable,
+            sequence_length=length,
+            flops_dense=parts.flops(length),
+            flops_planned=parts.forward_and_input_flops(length),
+            params_dense=parts.params(),
+            params_planned=parts.params(),
+            origin={"subsets": list(self.subsets)},
+        )
+        apply(run.model, run.plan)
+        run.events.append(f"step 0: {len(trainable)} parameters train, the rest is frozen")
+
+    def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
+        """Freezing needs nothing but the names."""
+        self.begin(run)

@@ -1,0 +1,87 @@
+"""Sensi-BERT: rank every tensor, trim it during fine-tuning to a budget.
+
+Kundu et al. 2023, arXiv 2307.11764. The paper's text gives the idea and no code: warm-up,
+criterion, allocation and the moment of trimming are a reconstruction, each a field here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from sensikernels._checks import require, require_one_of
+from sensikernels.hf import apply, sensitivity
+from sensikernels.masks import Plan, Scores, plan
+from sensikernels.methods.base import Method, Run
+
+RANKINGS = ("ranked", "uniform", "random", "reversed")
+
+
+class SensiBert(Method):
+    """Train ``warmup`` of the steps dense, rank once, trim, go on.
+
+    ``ranking`` other than ``ranked`` is a control at the same budget: ``uniform`` keeps the same
+    share in every layer (by magnitude), ``random`` and ``reversed`` permute the scores.
+    """
+
+    name = "sensi-bert"
+    summary = "rank heads and neurons once, trim them, train what is left"
+    needs_budget = True
+
+    def __init__(
+        self,
+        *,
+        warmup: float = 0.1,
+        criterion: str = "mask-gradient",
+        statistic: str = "sum_batch_grad_squared",
+        granularity: str = "heads",
+        ranking: str = "ranked",
+        multiples: Mapping[str, int] | None = None,
+    ) -> None:
+        require(0 <= warmup < 1, "warmup", "a share of the steps in [0, 1)", warmup)
+        require_one_of(ranking, "ranking", RANKINGS)
+        self.warmup, self.criterion, self.statistic = warmup, criterion, statistic
+        self.granularity, self.ranking, self.multiples = granularity, ranking, multiples
+
+    def begin_step(self, run: Run) -> None:
+        """Rank and trim once the warm-up is over."""
+        if run.plan is None and run.step >= int(self.warmup * run.max_steps):
+            run.scores = self._scores(run)
+            self._trim(run, self._plan(run, run.scores))
+
+    def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
+        """Trim at once where the run had trimmed already."""
+        if run.plan is not None:
+            self._trim(run, run.plan)
+
+    def _scores(self, run: Run) -> Scores:
+        criterion = "magnitude" if self.ranking == "uniform" else self.criterion
+        scores = sensitivity(
+            run.model,
+            run.batches(),
+            criterion,
+            granularity=self.granularity,
+            statistic=self.statistic,
+        )
+        if self.ranking == "random":
+            return scores.random(run.seed)
+        return scores.reversed() if self.ranking == "reversed" else scores
+
+    def _plan(self, run: Run, scores: Scores) -> Plan:
+        budget = self.budget_of(run)
+        if self.ranking == "uniform":
+            budget = replace(budget, scope="per_layer")
+        return plan(
+            scores,
+            budget,
+            method=self.name,
+            sequence_length=run.sequence_length,
+            multiples=self.multiples,
+        )
+
+    def _trim(self, run: Run, chosen: Plan) -> None:
+        apply(run.model, chosen, optimizer=run.optimizer)
+        run.plan = chosen
+        run.events.append(f"step {run.step}: trimmed to FLOPs x{chosen.flops_ratio:.4f}")

@@ -1,0 +1,6 @@
+"""Drop-in linears: ``MaskedLinear`` trims a weight, ``SelectiveLinear`` trains a part of it."""
+
+from sensikernels.nn.masked import MaskedLinear
+from sensikernels.nn.selective import SelectiveLinear
+
+__all__ = ["MaskedLinear", "SelectiveLinear"]

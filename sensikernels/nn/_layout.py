@@ -1,0 +1,59 @@
+"""A module that owns a mask and the layout made of it, kept on the device of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sensikernels._checks import require
+from sensikernels.layouts import Layout, layout_of, to_device
+from sensikernels.masks.mask import Mask
+
+
+class MaskedModule(nn.Module):
+    """Holds ``mask`` and ``layout``. Index tensors are no buffers: casts and loads pass them by."""
+
+    mask: Mask
+    layout: Layout
+
+    def __init__(
+        self, mask: Mask, device: torch.device, *, compact_input: bool, compact_output: bool
+    ) -> None:
+        super().__init__()
+        self.mask = mask
+        self._compact = {"compact_input": compact_input, "compact_output": compact_output}
+        self.in_features, self.out_features = mask.shape[1], mask.shape[0]
+        self._place(device)
+
+    def _place(self, device: torch.device) -> None:
+        mask = self.mask
+        layout = layout_of(mask.grid.cpu(), mask.block_shape, mask.shape, **self._compact)
+        self.layout = to_device(layout, device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        device = next(self.parameters()).device
+        if device != self._layout_device():
+            self._place(device)
+        return self
+
+    def _layout_device(self) -> torch.device | None:
+        """Where the index tensors lie; None if the layout has none."""
+        tensors = [v for v in vars(self.layout).values() if isinstance(v, Tensor)]
+        return tensors[0].device if tensors else None
+
+    def _describe(self) -> str:
+        mask = self.mask
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"pattern={mask.pattern}, density={mask.density:.3g}"
+        )
+
+
+def check_mask(linear: nn.Linear, mask: Mask) -> None:
+    """Raise unless ``mask`` is one of ``linear``'s weight."""
+    require(isinstance(linear, nn.Linear), "linear", "an nn.Linear", type(linear).__name__)
+    require(mask.shape == linear.weight.shape, "mask", list(linear.weight.shape), list(mask.shape))

@@ -1,0 +1,153 @@
+"""A linear whose weight has only its kept entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sensikernels.dispatch import Choice
+from sensikernels.layouts import ElementLayout, Layout, pack, to_device, unpack
+from sensikernels.masks.mask import Mask
+from sensikernels.nn._layout import MaskedModule, check_mask
+from sensikernels.ops.masked_linear import explain, masked_linear
+
+
+class MaskedLinear(MaskedModule):
+    """``act(x @ W^T + bias)``, W zero outside the mask; ``weight`` holds the kept entries only.
+
+    Made by :meth:`from_linear`. ``weight`` and ``bias`` are ordinary Parameters: optimizers, DDP
+    and checkpoints see what is kept. A state dict of the dense linear loads too and is packed.
+
+    - ``compact_input``: x is ``[..., kept_in]``, the features of kept columns.
+    - ``compact_output``: y is ``[..., kept_out]``, the features of kept rows, and bias with it.
+      Otherwise y is full and dropped rows give ``act(bias)``.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        mask: Mask,
+        *,
+        compact_input: bool = False,
+        compact_output: bool = False,
+        activation: str = "none",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            mask, weight.device, compact_input=compact_input, compact_output=compact_output
+        )
+        self.weight, self.activation, self.backend = weight, activation, backend
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        mask: Mask,
+        *,
+        compact_input: bool = False,
+        compact_output: bool = False,
+        activation: str = "none",
+        backend: str = "auto",
+    ) -> MaskedLinear:
+        """Trim ``linear``. Parameters that lose nothing are shared with it, the others copied.
+
+        Raises:
+            UsageError: the mask is not of this weight's shape; elements asked to be compact.
+        """
+        check_mask(linear, mask)
+        module = cls(
+            linear.weight,
+            linear.bias,
+            mask,
+            compact_input=compact_input,
+            compact_output=compact_output,
+            activation=activation,
+            backend=backend,
+        )
+        kept = pack(linear.weight.detach(), module.layout)
+        if kept.shape != linear.weight.shape or kept.data_ptr() != linear.weight.data_ptr():
+            module.weight = _like(linear.weight, kept)
+        rows = module._bias_rows
+        if linear.bias is not None and rows is not None:
+            module.bias = _like(linear.bias, linear.bias.detach().index_select(0, rows))
+        module.train(linear.training)
+        return module
+
+    def to_linear(self, *, full: bool = False) -> nn.Linear:
+        """The ``nn.Linear`` that computes the same, activation apart: compact sides stay compact.
+
+        ``full``: of the original size, with zeros in what was dropped. Shares Parameters that
+        need no change.
+        """
+        weight = unpack(self.weight, self.layout, compact=not full).detach()
+        bias = self.bias
+        if bias is not None and full and self._bias_rows is not None:
+            filled = bias.new_zeros(self.out_features)
+            bias = _like(bias, filled.index_copy(0, self._bias_rows.long(), bias).detach())
+        linear = nn.Linear(1, 1, bias=False, device="meta")
+        linear.out_features, linear.in_features = weight.shape
+        shared = weight.data_ptr() == self.weight.data_ptr() and weight.shape == self.weight.shape
+        linear.weight = self.weight if shared else _like(self.weight, weight)
+        linear.register_parameter("bias", bias)
+        return linear.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return masked_linear(
+            x,
+            self.weight,
+            self.layout,
+            self.bias,
+            activation=self.activation,
+            backend=self.backend,
+        )
+
+    def explain(self, tokens: int = 1024) -> Choice:
+        """What runs for ``tokens`` tokens, and why."""
+        weight = self.weight
+        return explain(
+            self.layout,
+            tokens=tokens,
+            dtype=weight.dtype,
+            device=weight.device,
+            backend=self.backend,
+        )
+
+    @property
+    def _bias_rows(self) -> Tensor | None:
+        layout: Layout = self.layout
+        if isinstance(layout, ElementLayout) or not layout.compact_output:
+            return None
+        return layout.rows
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Pack tensors of the dense linear's size; the caller's dictionary is left alone."""
+        state_dict = dict(state_dict)
+        weight, bias = (state_dict.get(prefix + name) for name in ("weight", "bias"))
+        if isinstance(weight, Tensor) and weight.shape == self.mask.shape:
+            state_dict[prefix + "weight"] = pack(weight, to_device(self.layout, weight.device))
+        rows = self._bias_rows
+        full = (self.out_features,)
+        if rows is not None and isinstance(bias, Tensor) and bias.shape == full:
+            state_dict[prefix + "bias"] = bias.index_select(0, rows.to(bias.device))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def extra_repr(self) -> str:
+        sides = "".join(f", {side}=True" for side, compact in self._compact.items() if compact)
+        activation = "" if self.activation == "none" else f", activation={self.activation}"
+        return f"{self._describe()}, bias={self.bias is not None}{sides}{activation}"
+
+
+def _like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
+    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+__all__ = ["MaskedLinear"]

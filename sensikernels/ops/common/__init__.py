@@ -1,0 +1,1 @@
+"""Triton parts that several operators share; the op folders do not import each other."""

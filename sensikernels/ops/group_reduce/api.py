@@ -1,0 +1,198 @@
+"""``group_reduce``: the public function, its result, and the choice of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sensikernels import _native, _settings
+from sensikernels._checks import require, require_one_of
+from sensikernels.errors import UsageError
+from sensikernels.ops.group_reduce import ops, reference
+from sensikernels.ops.group_reduce.table import (
+    DTYPE_CODE,
+    NEEDS_GRAD,
+    STATISTICS,
+    Group,
+    GroupTable,
+    Span,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSums:
+    """Every statistic of every group in one ``[statistics, groups]`` arena, and views of it."""
+
+    arena: Tensor
+    statistics: tuple[str, ...]
+    spans: tuple[Span, ...]
+
+    def flat(self, statistic: str) -> Tensor:
+        """``[all groups]``: one statistic, tensor after tensor."""
+        require_one_of(statistic, "statistic", self.statistics)
+        return self.arena[self.statistics.index(statistic)]
+
+    def view(self, statistic: str, tensor: int | str) -> Tensor:
+        """One statistic of one tensor, by position or name, in the shape of its groups."""
+        if isinstance(tensor, str):
+            names = [span.name for span in self.spans]
+            require_one_of(tensor, "tensor", names)
+            tensor = names.index(tensor)
+        span = self.spans[tensor]
+        return self.flat(statistic)[span.offset : span.offset + span.count].view(span.shape)
+
+    def views(self, statistic: str) -> dict[str, Tensor]:
+        """One statistic of every tensor, by name."""
+        return {span.name: self.view(statistic, i) for i, span in enumerate(self.spans)}
+
+
+def zeros(table: GroupTable, statistics: Sequence[str]) -> GroupSums:
+    """Sums to start ``running`` or ``ema`` from."""
+    names = ordered_statistics(statistics)
+    arena = torch.zeros(len(names), table.layout.groups, device=table.device)
+    return GroupSums(arena=arena, statistics=names, spans=table.layout.spans)
+
+
+def ordered_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
+    """The names asked for, checked, in the order of ``STATISTICS``."""
+    require(not isinstance(statistics, str), "statistics", "a sequence of names", statistics)
+    require(len(statistics) > 0, "statistics", "at least one name", "none")
+    for name in statistics:
+        require_one_of(name, "statistics", STATISTICS)
+    return tuple(name for name in STATISTICS if name in statistics)
+
+
+def choose_backend(
+    weights: Sequence[Tensor], grads: Sequence[Tensor] | None, backend: str
+) -> tuple[str, str]:
+    """The backend that serves this call, and why."""
+    require_one_of(backend, "backend", _settings.BACKENDS)
+    asked = _settings.backend() if backend == "auto" else backend
+    if asked == "reference":
+        return asked, "asked for by name"
+    device = weights[0].device.type if weights else "cpu"
+    other = [t.dtype for t in (*weights, *(grads or ())) if t.dtype not in DTYPE_CODE]
+    refusals = {
+        "native": f"{other[0]} is served by the reference only" if other
+        else ops.native_refusal(device),
+        "triton": f"{other[0]} is served by the reference only" if other
+        else ops.triton_refusal(device),
+    }  # fmt: skip
+    if asked != "auto":
+        if refusals[asked]:
+            raise UsageError(f"backend: {asked} cannot serve this call: {refusals[asked]}")
+        return asked, "asked for by name"
+    for name in ("native", "triton"):
+        if name == "triton" and device == "cpu":
+            continue
+        if refusals[name] is None:
+            return name, f"the fastest that serves {device} tensors"
+    return "reference", "; ".join(f"{k}: {v}" for k, v in refusals.items())
+
+
+def explain(
+    weights: Sequence[Tensor], grads: Sequence[Tensor] | None = None, backend: str = "auto"
+) -> str:
+    """One line: which backend ``group_reduce`` takes for these tensors, and why."""
+    name, why = choose_backend(weights, grads, backend)
+    return f"group_reduce: {name} ({why})"
+
+
+def check_tensors(
+    weights: Sequence[Tensor], grads: Sequence[Tensor] | None, statistics: Sequence[str]
+) -> None:
+    """Weights and gradients pair up, on one device, in floating-point types."""
+    if grads is None:
+        missing = [name for name in statistics if name in NEEDS_GRAD]
+        require(not missing, "grads", f"gradients, which {', '.join(missing)} needs", None)
+    else:
+        require(len(grads) == len(weights), "grads", f"{len(weights)} tensors", len(grads))
+        for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+            ok = isinstance(grad, Tensor) and grad.shape == weight.shape
+            got = tuple(grad.shape) if isinstance(grad, Tensor) else grad
+            require(ok, f"grads[{i}]", f"a tensor of shape {tuple(weight.shape)}", got)
+            same = grad.device == weight.device
+            require(same, f"grads[{i}]", f"device {weight.device}", grad.device)
+    for i, weight in enumerate(weights):
+        require(weight.is_floating_point(), f"weights[{i}]", "a floating dtype", weight.dtype)
+
+
+def check_state(
+    name: str, state: GroupSums | None, table: GroupTable, statistics: tuple[str, ...]
+) -> Tensor | None:
+    """The arena of ``running`` or ``ema``, which must hold these statistics of these groups."""
+    if state is None:
+        return None
+    require(isinstance(state, GroupSums), name, "GroupSums", type(state).__name__)
+    require(state.statistics == statistics, name, f"statistics {statistics}", state.statistics)
+    require(state.spans == table.layout.spans, name, "the groups of this call", "other groups")
+    require(state.arena.is_contiguous(), name, "a contiguous arena", state.arena.stride())
+    return state.arena
+
+
+@torch.no_grad()
+def group_reduce(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None = None,
+    statistics: Sequence[str] = ("sum_abs_wg",),
+    *,
+    groups: Group | list[Group] = "tensor",
+    names: Sequence[str] | None = None,
+    running: GroupSums | None = None,
+    ema: tuple[GroupSums, float] | None = None,
+    table: GroupTable | None = None,
+    backend: str = "auto",
+) -> GroupSums:
+    """Sum statistics of ``(weight, gradient)`` over groups of entries, for all tensors at once.
+
+    Args:
+        weights: tensors of any shape, float32, bfloat16 or float16 mixed (float64: reference).
+            A tensor is viewed as ``[shape[0], rest]``; a bias as ``[n, 1]``.
+        grads: one per weight, same shape, of any of these types; ``None`` if no statistic asks.
+        statistics: any of ``STATISTICS``. With ``w``, ``g`` the entries of a group:
+            ``sum_abs_wg`` Σ|w·g|, ``sum_wg`` Σ w·g, ``sum_wg_squared`` Σ (w·g)²,
+            ``sum_batch_grad_squared`` Σ g² (of this batch's gradient; for per-sample gradients
+            see :func:`per_sample_grad_squared`), ``sum_abs_grad`` Σ|g|,
+            ``sum_weight_squared`` Σ w², ``sum_abs_weight`` Σ|w|, ``max_abs_grad`` max|g|.
+        groups: one for all tensors, or a list with one per tensor. ``"tensor"``, ``"row"``,
+            ``"column"``, ``("head", head_dim[, axis])``, ``("block", bm, bn)`` (partial blocks at
+            the edges), or ``("ids", ids, count)`` with int32 ids per row or per entry; an entry
+            of id -1 is in no group.
+        names: names of the tensors, for the views of the result.
+        running: sums updated in place by ``running += sums`` (``max`` for ``max_abs_grad``).
+        ema: ``(state, decay)``, updated in place: ``state = decay·state + (1-decay)·sums``.
+        table: a :class:`GroupTable` of these tensors, which then fixes groups and names.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
+
+    Returns:
+        ``GroupSums``, float32 (float64 if a tensor is). Accumulated in a fixed order: the bits do
+        not depend on the number of threads. A NaN makes its group NaN; an empty group is 0.
+
+    Raises:
+        UsageError: tensors that do not pair up, unknown statistics, groups that do not fit, or a
+            named backend that cannot serve the call.
+    """
+    statistics = ordered_statistics(statistics)
+    check_tensors(weights, grads, statistics)
+    chosen, _ = choose_backend(weights, grads, backend)
+    if table is None:
+        table = GroupTable(weights, grads, groups=groups, names=names)
+    else:
+        shapes = [tuple(w.shape) for w in weights]
+        known = [span.weight_shape for span in table.layout.spans]
+        require(shapes == known, "table", "a table of these tensors", "other shapes")
+    decay = 0.0 if ema is None else float(ema[1])
+    require(0.0 <= decay <= 1.0, "ema", "a decay in [0, 1]", decay)
+    running_arena = check_state("running", running, table, statistics)
+    ema_arena = check_state("ema", ema[0] if ema else None, table, statistics)
+    if chosen == "reference":
+        arena = reference.group_reduce(weights, grads, statistics, table.groups)
+        reference.update_states(arena, statistics, running_arena, ema_arena, decay)
+    else:
+        arena = ops.launch(
+            chosen, table, weights, grads, statistics, running_arena, ema_arena, decay
+        )
+    return GroupSums(arena=arena, statistics=statistics, spans=table.layout.spans)

@@ -1,0 +1,134 @@
+"""The op ``sensikernels::group_reduce``: defined once, one implementation per backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sensikernels import _settings
+from sensikernels.ops.group_reduce import native
+from sensikernels.ops.group_reduce.table import DTYPE_CODE, STATISTICS, GroupTable
+
+_library = torch.library.Library("sensikernels", "FRAGMENT")
+_library.define(
+    "group_reduce(Tensor[] weights, Tensor[] grads, bool[] flat, Tensor chunks, Tensor starts, "
+    "Tensor order, Tensor members, Tensor(a!) host_descriptors, Tensor(b!)? descriptors, "
+    "Tensor(c!) partials, int statistics, Tensor(d!)? running, Tensor(e!)? ema, float decay, "
+    "str backend) -> Tensor"
+)
+
+
+def native_refusal(device: str) -> str | None:
+    """Why the compiled kernels cannot serve ``device``; None if they can."""
+    return native.refusal(device)
+
+
+def triton_refusal(device: str) -> str | None:
+    """Why the Triton kernels cannot serve ``device``; None if they can."""
+    if device != "cuda" and not _settings.interpreting():
+        return f"Triton runs on CUDA tensors, not on {device}"
+    return None
+
+
+def bind(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    flat: Sequence[bool],
+    host: Tensor,
+    device: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Descriptors of the tensors, uploaded only if one changed, and the copies they point into.
+
+    A descriptor: weight and gradient address, their row strides, their ``DTYPE_CODE``.
+    """
+    copies: list[Tensor] = []
+    rows = []
+    for i, weight in enumerate(weights):
+        entry = []
+        for t in (weight, grads[i]) if grads else (weight, weight):
+            plain = t.is_contiguous() if flat[i] else t.dim() == 2 and t.stride(1) == 1
+            if not plain:
+                t = t.contiguous()
+                copies.append(t)
+            entry.append((t.data_ptr(), t.stride(0) if t.dim() > 1 else 1, DTYPE_CODE[t.dtype]))
+        (w, w_ld, w_type), (g, g_ld, g_type) = entry
+        rows.append((w, g, w_ld, g_ld, w_type, g_type))
+    fresh = torch.tensor(rows, dtype=torch.int64).view(len(weights), 6)
+    if device is None:
+        return fresh, copies
+    if not torch.equal(fresh, host):
+        host.copy_(fresh)
+        device.copy_(host, non_blocking=True)
+    return device, copies
+
+
+def _group_reduce(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    flat: list[bool],
+    chunks: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    members: Tensor,
+    host_descriptors: Tensor,
+    descriptors: Tensor | None,
+    partials: Tensor,
+    statistics: int,
+    running: Tensor | None,
+    ema: Tensor | None,
+    decay: float,
+    backend: str,
+) -> Tensor:
+    bound, copies = bind(weights, grads, flat, host_descriptors, descriptors)
+    out = chunks.new_empty(partials.size(0), starts.numel() - 1, dtype=torch.float32)
+    if backend == "triton":
+        from sensikernels.ops.group_reduce import triton as kernels
+    else:
+        kernels = native  # type: ignore[assignment]
+    kernels.group_reduce(
+        bound, chunks, starts, order, members, statistics, partials, out, running, ema, decay
+    )
+    del copies
+    return out
+
+
+def _fake(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    flat: list[bool],
+    chunks: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    members: Tensor,
+    host_descriptors: Tensor,
+    descriptors: Tensor | None,
+    partials: Tensor,
+    *rest: object,
+) -> Tensor:
+    return chunks.new_empty(partials.size(0), starts.numel() - 1, dtype=torch.float32)
+
+
+_library.impl("group_reduce", _group_reduce, "CPU")
+_library.impl("group_reduce", _group_reduce, "CUDA")
+torch.library.register_fake("sensikernels::group_reduce", _fake, lib=_library)
+
+
+def launch(
+    backend: str,
+    table: GroupTable,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+    statistics: Sequence[str],
+    running: Tensor | None,
+    ema: Tensor | None,
+    decay: float,
+) -> Tensor:
+    """Call the op with the table's buffers; ``[statistics, groups]`` float32."""
+    bits = sum(1 << STATISTICS.index(name) for name in statistics)
+    return torch.ops.sensikernels.group_reduce(
+        list(weights), list(grads or ()), list(table.layout.flat), table.chunks, table.starts,
+        table.order, table.members, table.host_descriptors, table.descriptors,
+        table.partials(len(statistics)), bits, running, ema, decay, backend,
+    )  # fmt: skip

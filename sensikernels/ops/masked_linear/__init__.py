@@ -1,0 +1,6 @@
+"""Linear with a weight mask: forward and backward cost what is kept."""
+
+from sensikernels.ops.masked_linear.api import ACTIVATIONS, masked_linear
+from sensikernels.ops.masked_linear.dispatch import explain
+
+__all__ = ["ACTIVATIONS", "explain", "masked_linear"]

@@ -1,0 +1,97 @@
+"""``masked_linear``: the public function, its checks and its autocast rule."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sensikernels import _settings
+from sensikernels._checks import require, require_one_of
+from sensikernels.layouts import Layout, PackedLayout
+from sensikernels.ops.masked_linear import dispatch, reference
+from sensikernels.ops.masked_linear.autograd import KernelLinear, PackedLinear
+
+ACTIVATIONS = ("none", "gelu")
+
+
+def masked_linear(
+    x: Tensor,
+    values: Tensor,
+    layout: Layout,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    backend: str = "auto",
+) -> Tensor:
+    """``act(x @ W^T + bias)``, W being ``unpack(values, layout)``: zero where nothing is kept.
+
+    The mask multiplies the weight only: a full-width output keeps the bias of dropped rows.
+
+    Args:
+        x: ``[..., in_features]``, or ``[..., kept_in]`` for a layout with compact input.
+        values: kept entries, shaped ``layout.values_shape``.
+        layout: where they belong, on x's device; see ``sensikernels.layouts.layout_of``.
+        bias: ``[out_features]``, or ``[kept_out]`` for a layout with compact output.
+        activation: ``none`` or ``gelu`` (exact, by erf; only the pre-activation is saved).
+        backend: ``auto`` chooses (``explain`` says what); ``reference``, ``native`` (oneDNN or
+            cuBLAS on packed shapes, the compiled extension for blocks) or ``triton``.
+
+    Returns:
+        ``[..., out_features]`` or ``[..., kept_out]``, in x's dtype; under autocast in autocast's
+        dtype. Differentiable in x, values and bias (once, except for a compact packed layout).
+
+    Raises:
+        UsageError: shapes, dtypes or devices disagree, or a named backend cannot serve.
+    """
+    _check(x, values, layout, bias, activation)
+    if backend == "auto":
+        backend = _settings.backend()
+    if backend == "auto" and isinstance(layout, PackedLayout) and layout.direct:
+        return _linear(x, values, bias, activation)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, values = x.to(dtype), values.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return _run(x, values, layout, bias, activation, backend)
+    return _run(x, values, layout, bias, activation, backend)
+
+
+def _run(
+    x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None, activation: str, backend: str
+) -> Tensor:
+    choice = dispatch.choose(layout, x, backend)
+    if choice.form == "dense":
+        return reference.masked_linear(x, values, layout, bias, activation)
+    if choice.backend == "torch":
+        assert isinstance(layout, PackedLayout)
+        if layout.direct:
+            return _linear(x, values, bias, activation)
+        return PackedLinear.apply(x, values, bias, layout, activation)
+    return KernelLinear.apply(x, values, bias, layout, activation, choice.backend)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    y = F.linear(x, weight, bias)
+    return F.gelu(y) if activation == "gelu" else y
+
+
+def _check(
+    x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None, activation: str
+) -> None:
+    if activation not in ACTIVATIONS:
+        require_one_of(activation, "activation", ACTIVATIONS)
+    if x.ndim == 0 or x.shape[-1] != layout.in_width:
+        require(False, "x", f"[..., {layout.in_width}]", list(x.shape))
+    if values.shape != layout.values_shape:
+        require(False, "values", list(layout.values_shape), list(values.shape))
+    if bias is not None and bias.shape != (layout.out_width,):
+        require(False, "bias", [layout.out_width], list(bias.shape))
+    if x.device != values.device:
+        require(False, "values", f"a tensor on {x.device}", values.device)
+    if x.dtype != values.dtype and not torch.is_autocast_enabled(x.device.type):
+        require(False, "values", f"dtype {x.dtype} as x", values.dtype)
+    if not x.is_floating_point():
+        require(False, "x", "a floating dtype", x.dtype)

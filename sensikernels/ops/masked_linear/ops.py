@@ -1,0 +1,126 @@
+"""The operators behind ``masked_linear``: schemas, fakes, FLOPs. Kernels are chosen by name.
+
+``sizes`` and ``index`` are a layout, as ``layouts.to_arguments`` writes it. Activations are
+matrices ``[T, features]``; results are contiguous whatever the strides of the arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sensikernels import _blocks
+from sensikernels._checks import require
+from sensikernels.layouts import BlockLayout, PackedLayout, from_arguments
+
+_LIB = torch.library.Library("sensikernels", "FRAGMENT")
+_LAYOUT = "int[] sizes, Tensor[] index, str activation, str backend"
+_LIB.define(
+    "masked_linear(Tensor x, Tensor values, Tensor? bias, int[] sizes, Tensor[] index, "
+    "str activation, str backend) -> (Tensor, Tensor)"
+)
+_LIB.define(
+    "masked_linear_grad_input(Tensor dy, Tensor values, int[] sizes, Tensor[] index, "
+    "str backend) -> Tensor"
+)
+_LIB.define(
+    "masked_linear_grad_values(Tensor dy, Tensor x, int[] sizes, Tensor[] index, "
+    "str backend) -> Tensor"
+)
+
+
+def _forward(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    sizes: list[int],
+    index: list[Tensor],
+    activation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    layout = from_arguments(sizes, index)
+    if backend == "triton":
+        from sensikernels.ops.masked_linear import triton
+
+        y, pre = triton.masked_linear_forward(x, values, layout, bias, activation)
+        return y, x.new_empty(0) if pre is None else pre
+    pre = _blocks.forward(x, values, _require_blocks(layout), bias)
+    return (F.gelu(pre), pre) if activation == "gelu" else (pre, x.new_empty(0))
+
+
+def _grad_input(
+    dy: Tensor, values: Tensor, sizes: list[int], index: list[Tensor], backend: str
+) -> Tensor:
+    layout = from_arguments(sizes, index)
+    if backend == "triton":
+        from sensikernels.ops.masked_linear import triton
+
+        return triton.masked_linear_grad_input(dy, values, layout)
+    return _blocks.grad_input(dy, values, _require_blocks(layout))
+
+
+def _grad_values(
+    dy: Tensor, x: Tensor, sizes: list[int], index: list[Tensor], backend: str
+) -> Tensor:
+    layout = from_arguments(sizes, index)
+    if backend == "triton":
+        from sensikernels.ops.masked_linear import triton
+
+        return triton.masked_linear_grad_values(dy, x, layout)
+    return _blocks.grad_values(dy, x, _require_blocks(layout))
+
+
+def _require_blocks(layout: PackedLayout | BlockLayout) -> BlockLayout:
+    ok = isinstance(layout, BlockLayout) and layout.row_ptr.device.type == "cpu"
+    require(ok, "backend", "triton for this layout and device", "native")
+    assert isinstance(layout, BlockLayout)
+    return layout
+
+
+for _device in ("CPU", "CUDA"):
+    _LIB.impl("masked_linear", _forward, _device)
+    _LIB.impl("masked_linear_grad_input", _grad_input, _device)
+    _LIB.impl("masked_linear_grad_values", _grad_values, _device)
+
+
+@torch.library.register_fake("sensikernels::masked_linear")
+def _(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    sizes: list[int],
+    index: list[Tensor],
+    activation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty((x.shape[0], from_arguments(sizes, index).out_width))
+    return y, x.new_empty(y.shape if activation == "gelu" else 0)
+
+
+@torch.library.register_fake("sensikernels::masked_linear_grad_input")
+def _(
+    dy: Tensor, values: Tensor, sizes: list[int], index: list[Tensor], backend: str
+) -> Tensor:
+    return dy.new_empty((dy.shape[0], from_arguments(sizes, index).in_width))
+
+
+@torch.library.register_fake("sensikernels::masked_linear_grad_values")
+def _(dy: Tensor, x: Tensor, sizes: list[int], index: list[Tensor], backend: str) -> Tensor:
+    return dy.new_empty(from_arguments(sizes, index).values_shape)
+
+
+_PRODUCTS = torch.ops.sensikernels
+
+
+@register_flop_formula(_PRODUCTS.masked_linear)
+def _(x: Any, values: Any, bias: Any, sizes: list[int], *_: Any, **__: Any) -> int:
+    return int(2 * x[0] * sizes[0])
+
+
+@register_flop_formula([_PRODUCTS.masked_linear_grad_input, _PRODUCTS.masked_linear_grad_values])
+def _(dy: Any, other: Any, sizes: list[int], *_: Any, **__: Any) -> int:
+    return int(2 * dy[0] * sizes[0])

@@ -1,0 +1,16 @@
+"""The definition of a masked linear, in plain PyTorch; autograd differentiates it."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sensikernels.layouts import Layout, unpack
+
+
+def masked_linear(
+    x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None, activation: str
+) -> Tensor:
+    """``act(x @ W^T + bias)``, W being ``unpack(values)``; any float dtype."""
+    pre = F.linear(x, unpack(values, layout, compact=True), bias)
+    return F.gelu(pre) if activation == "gelu" else pre

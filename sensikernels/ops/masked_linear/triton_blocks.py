@@ -1,0 +1,255 @@
+"""Block-sparse weight times dense activations: the forward product and, by index, dX."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sensikernels.layouts import BlockLayout
+from sensikernels.ops.common import triton_launch as launch
+from sensikernels.ops.common.triton_gelu import gelu
+from sensikernels.ops.common.triton_launch import Config
+
+
+@triton.jit(do_not_specialize=["tokens", "lines"])
+def block_linear_kernel(
+    x,
+    values,
+    bias,
+    y,
+    pre,
+    ptr,
+    idx,
+    perm,
+    order,
+    tokens,
+    in_width,
+    out_width,
+    lines,
+    stride_x,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``y[:, line] = act(sum over the line's blocks of x[:, block] @ block + bias)``.
+
+    A line is a block row (forward) or, TRANSPOSED, a block column (dX: ``perm`` finds its blocks).
+    Persistent; the longest lines come first. EVEN: no tile is cut by a block's or the weight's edge.
+    """
+    O: tl.constexpr = BN if TRANSPOSED else BM
+    K: tl.constexpr = BM if TRANSPOSED else BN
+    PARTS_O: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O
+    PARTS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    per_line = tl.cdiv(tokens, BLOCK_T) * PARTS_O
+    for tile in range(tl.program_id(0), lines * per_line, tl.num_programs(0)):
+        line = tl.load(order + tile // per_line)
+        o0 = (tile % PARTS_O) * BLOCK_O
+        t0 = ((tile % per_line) // PARTS_O) * BLOCK_T
+        first = tl.load(ptr + line)
+        last = tl.load(ptr + line + 1)
+        here = tl.arange(0, BLOCK_T)
+        t = t0 + here
+        o = o0 + tl.arange(0, BLOCK_O)
+        k = tl.arange(0, BLOCK_K)
+        x_rows = x
+        if not DESCRIPTORS:
+            x_rows = x + t0.to(tl.int64) * stride_x + here[:, None] * stride_x
+        acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
+        coming = tl.load(idx + first, mask=first < last, other=0)
+        coming_block = first
+        if TRANSPOSED:
+            coming_block = tl.load(perm + first, mask=first < last, other=0)
+        for step in range(first * PARTS_K, last * PARTS_K):
+            k0 = (step % PARTS_K) * BLOCK_K
+            column = coming * K + k0
+            block = coming_block
+            after = (step + 1) // PARTS_K
+            coming = tl.load(idx + after, mask=after < last, other=0)
+            coming_block = after
+            if TRANSPOSED:
+                coming_block = tl.load(perm + after, mask=after < last, other=0)
+            if DESCRIPTORS:
+                a = x.load([t0, column])
+                if TRANSPOSED:
+                    b = values.load([block * BM + k0, o0])
+                else:
+                    b = values.load([block * BM + o0, k0]).T
+            else:
+                from_block = values + block.to(tl.int64) * (BM * BN)
+                if TRANSPOSED:
+                    from_block += (k0 + k)[:, None] * BN + o[None, :]
+                else:
+                    from_block += o[None, :] * BN + (k0 + k)[:, None]
+                if EVEN:
+                    a = tl.load(x_rows + (column + k)[None, :], mask=(t < tokens)[:, None], other=0.0)
+                    b = tl.load(from_block)
+                else:
+                    inside = (k0 + k < K) & (column + k < in_width)
+                    a = tl.load(
+                        x_rows + (column + k)[None, :],
+                        mask=(t < tokens)[:, None] & inside[None, :],
+                        other=0.0,
+                    )
+                    b = tl.load(from_block, mask=inside[:, None] & (o < O)[None, :], other=0.0)
+            if UPCAST:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        out = line * O + o
+        kept = (out < out_width) & (o < O)
+        if HAS_BIAS:
+            acc += tl.load(bias + out, mask=kept, other=0.0).to(tl.float32)[None, :]
+        base = t0.to(tl.int64) * out_width
+        at = here[:, None] * out_width + out[None, :]
+        mask = (t < tokens)[:, None] & kept[None, :]
+        if GELU:
+            tl.store(pre + base + at, acc.to(pre.dtype.element_ty), mask=mask)
+            acc = gelu(acc)
+        tl.store(y + base + at, acc.to(y.dtype.element_ty), mask=mask)
+
+
+def _config(t: int, o: int, k: int, warps: int, stages: int) -> Config:
+    return Config(tile={"BLOCK_T": t, "BLOCK_O": o, "BLOCK_K": k}, warps=warps, stages=stages)
+
+
+CONFIGS = (
+    _config(128, 128, 64, 8, 4),
+    _config(64, 128, 64, 4, 4),
+    _config(256, 64, 64, 8, 4),
+    _config(128, 64, 64, 4, 4),
+    _config(64, 64, 64, 4, 4),
+    _config(256, 32, 64, 8, 4),
+    _config(128, 32, 64, 4, 4),
+    _config(128, 128, 32, 8, 4),
+    _config(256, 64, 32, 8, 4),
+    _config(128, 64, 32, 4, 4),
+    _config(64, 64, 32, 4, 4),
+    _config(256, 32, 32, 8, 4),
+    _config(128, 32, 32, 4, 4),
+    _config(64, 32, 32, 4, 4),
+)
+
+
+def select(
+    out_size: int, inner_size: int, tokens: int, lines: int, dtype: torch.dtype, processors: int
+) -> Config:
+    """The tile for blocks of ``out_size`` x ``inner_size``: as many tokens as still fill the device.
+
+    Few tokens' reuse of a weight tile bounds the kernel by L2 (performance: AI = T·b/(T + b)), so
+    the tallest tile wins while each processor has one.
+    """
+    o = max(launch.tile_of(out_size), 32)
+    k = 32 if dtype == torch.float32 or inner_size <= 32 else 64
+    fitting = [c for c in CONFIGS if (c.tile["BLOCK_O"], c.tile["BLOCK_K"]) == (o, k)]
+    for config in fitting[:-1]:
+        tiles = triton.cdiv(tokens, config.tile["BLOCK_T"]) * lines * triton.cdiv(out_size, o)
+        if tiles >= processors:
+            return config
+    return fitting[-1]
+
+
+def block_linear(
+    x: Tensor,
+    values: Tensor,
+    layout: BlockLayout,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    gelu: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``(y, preactivation or None)``: ``act(x @ W^T + bias)``, or ``x @ W`` when transposed."""
+    x, values = launch.matrix(x), values.contiguous()
+    tokens, (height, width) = x.shape[0], layout.block_shape
+    out_width = layout.in_width if transposed else layout.out_width
+    y = x.new_empty((tokens, out_width))
+    pre = torch.empty_like(y) if gelu else None
+    if not y.numel():
+        return y, pre
+    out_size, inner_size = (width, height) if transposed else (height, width)
+    lines = layout.grid_shape[1 if transposed else 0]
+    config = launch.fit(
+        select(out_size, inner_size, tokens, lines, x.dtype, launch.processors(x)), _stage_bytes, x
+    )
+    t, o, k = config.tile.values()
+    whole = out_size % o == 0 and inner_size % k == 0
+    table = values.view(-1, width)
+    descriptors = whole and launch.can_describe(x, table)
+    index = (
+        (layout.row_ptr_t, layout.row_idx_t, layout.perm_t, layout.row_order_t)
+        if transposed
+        else (layout.row_ptr, layout.col_idx, layout.col_idx, layout.row_order)
+    )
+    tiles = triton.cdiv(tokens, t) * lines * triton.cdiv(out_size, o)
+    block_linear_kernel[(min(tiles, launch.programs(x, config)),)](
+        launch.describe(x, t, k) if descriptors else x,
+        launch.describe(table, *((k, o) if transposed else (o, k))) if descriptors else values,
+        y if bias is None else bias,
+        y,
+        y if pre is None else pre,
+        *index,
+        tokens, x.shape[1], out_width, lines, x.stride(0),
+        BM=height, BN=width, TRANSPOSED=transposed, HAS_BIAS=bias is not None, GELU=gelu,
+        DESCRIPTORS=descriptors, EVEN=whole and x.shape[1] % inner_size == 0,
+        PRECISION=launch.precision(x.dtype), UPCAST=launch.upcast(x.dtype), **config.options,
+    )  # fmt: skip
+    return y, pre
+
+
+def _stage_bytes(tile: dict[str, int], size: int) -> int:
+    return (tile["BLOCK_T"] + tile["BLOCK_O"]) * tile["BLOCK_K"] * size
+
+
+def _case(config: Config, dtype: str, form: str):
+    t, o, k = config.tile.values()
+    transposed, bulk = form.startswith("input"), form.endswith("bulk")
+    counts, sizes = ["tokens", "lines"], ["in_width", "out_width", "stride_x"]
+    signature = dict.fromkeys(["x", "values", "bias", "y", "pre"], f"*{dtype}")
+    signature |= dict.fromkeys(["ptr", "idx", "perm", "order"], "*i32")
+    signature |= dict.fromkeys(counts + sizes, "i32")
+    divisible = [name for name in signature if name not in counts]
+    if bulk:
+        block = f"{k}, {o}" if transposed else f"{o}, {k}"
+        tensors = {"x": f"{t}, {k}", "values": block}
+        signature |= {name: f"tensordesc<{dtype}[{size}]>" for name, size in tensors.items()}
+        divisible = [name for name in divisible if name not in tensors]
+    height, width = (k, o) if transposed else (o, k)
+    return {
+        "name": f"block_linear/{dtype}/{height}x{width}/{form}/{config.name}",
+        "kernel": block_linear_kernel,
+        "signature": signature,
+        "divisible": divisible,
+        "constexprs": {
+            "BM": height, "BN": width, "TRANSPOSED": transposed, "HAS_BIAS": not transposed,
+            "GELU": not transposed, "DESCRIPTORS": bulk, "EVEN": not form.endswith("edges"),
+            "PRECISION": "tf32" if dtype == "fp32" else "ieee", "UPCAST": False, **config.tile,
+        },
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "gemm": True,
+        **({"targets": launch.HOPPER} if bulk else {}),
+    }  # fmt: skip
+
+
+def _cases():
+    for config in CONFIGS:
+        for form in ("forward", "input", "forward-bulk", "input-bulk"):
+            yield _case(config, "bf16", form)
+        if config.tile["BLOCK_K"] == 32:
+            yield _case(config, "fp32", "forward")
+            yield _case(config, "fp32", "input-bulk")
+        elif config.tile["BLOCK_T"] == 128:
+            yield _case(config, "bf16", "forward-edges")
+
+
+AOT_CASES = list(_cases())

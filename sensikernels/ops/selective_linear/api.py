@@ -1,0 +1,104 @@
+"""``selective_linear``: the public function, its checks and its autocast rule."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sensikernels import _settings
+from sensikernels._checks import require, require_one_of
+from sensikernels.layouts import Layout
+from sensikernels.ops.selective_linear import dispatch, reference
+from sensikernels.ops.selective_linear.autograd import SelectiveLinear
+
+ACTIVATIONS = ("none", "gelu")
+
+
+def selective_linear(
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    layout: Layout,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    backend: str = "auto",
+) -> Tensor:
+    """``act(x @ weight^T + bias)`` whose weight gradient exists for the kept entries only.
+
+    Args:
+        x: ``[..., in_features]``.
+        weight: ``[out_features, in_features]``, frozen. Its kept entries must equal ``values``
+            (``layouts.assign_`` writes them): the forward reads ``weight`` alone, which is what
+            makes it one dense GEMM. ``reference`` reads the kept entries from ``values``.
+        values: the trained entries, shaped ``layout.values_shape``; they get the gradient.
+        layout: where they belong. A block layout with compact input (output) reads only the
+            input (output) features that have a kept block. x and y always have full width.
+        bias: ``[out_features]``.
+        activation: ``none`` or ``gelu`` (exact, by erf; only the pre-activation is saved).
+        backend: ``auto`` chooses (``explain`` says what); ``reference``, ``native``, ``triton``.
+
+    Saved for backward: of x the columns that the layout reads, nothing if ``values`` needs no
+    gradient; weight only if x needs one; the pre-activation only for ``gelu``.
+
+    Returns:
+        ``[..., out_features]``, once differentiable in x, values and bias.
+
+    Raises:
+        UsageError: shapes, dtypes or devices disagree, or a named backend cannot serve.
+    """
+    _check(x, weight, values, layout, bias, activation)
+    choice = dispatch.choose(layout, x, _settings.backend() if backend == "auto" else backend)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, values = x.to(dtype), weight.to(dtype), values.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return _run(x, weight, values, layout, bias, activation, choice.backend)
+    return _run(x, weight, values, layout, bias, activation, choice.backend)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    layout: Layout,
+    bias: Tensor | None,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    if backend == "reference":
+        return reference.selective_linear(x, weight, values, layout, bias, activation)
+    if not values.requires_grad:
+        y = F.linear(x, weight.detach(), bias)
+        return F.gelu(y) if activation == "gelu" else y
+    return SelectiveLinear.apply(x, weight.detach(), values, bias, layout, activation, backend)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    layout: Layout,
+    bias: Tensor | None,
+    activation: str,
+) -> None:
+    if activation not in ACTIVATIONS:
+        require_one_of(activation, "activation", ACTIVATIONS)
+    if weight.shape != layout.shape:
+        require(False, "weight", list(layout.shape), list(weight.shape))
+    if x.ndim == 0 or x.shape[-1] != layout.shape[1]:
+        require(False, "x", f"[..., {layout.shape[1]}]", list(x.shape))
+    if values.shape != layout.values_shape:
+        require(False, "values", list(layout.values_shape), list(values.shape))
+    if bias is not None and bias.shape != layout.shape[:1]:
+        require(False, "bias", [layout.shape[0]], list(bias.shape))
+    if x.device != values.device or x.device != weight.device:
+        require(False, "x", f"a tensor on {weight.device}", x.device)
+    same = x.dtype == values.dtype == weight.dtype
+    if not same and not torch.is_autocast_enabled(x.device.type):
+        require(False, "x", f"dtype {weight.dtype} as weight and values", (x.dtype, values.dtype))
+    if not x.is_floating_point():
+        require(False, "x", "a floating dtype", x.dtype)

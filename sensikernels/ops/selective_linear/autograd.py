@@ -1,0 +1,71 @@
+"""Backward of the selective linear. Saved of the input: what the trained entries need, no more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sensikernels._columns import gather, matrix
+from sensikernels.layouts import ElementLayout, Layout, pack, to_arguments
+from sensikernels.ops.selective_linear import ops as _registered  # noqa: F401
+
+
+class SelectiveLinear(torch.autograd.Function):
+    """Dense forward and input gradient; weight gradient of the kept entries only.
+
+    ``backend`` names what forms that gradient: ``torch`` (one GEMM on the kept rows and columns,
+    all of a packed layout's entries), or ``native`` / ``triton`` (kept blocks only).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        layout: Layout,
+        activation: str,
+        backend: str,
+    ) -> Tensor:
+        ctx.leading, ctx.layout, ctx.backend = x.shape[:-1], layout, backend
+        x2d = matrix(x)
+        pre = F.linear(x2d, weight, bias)
+        columns = None if isinstance(layout, ElementLayout) else layout.columns
+        x_needed, _, values_needed = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(
+            gather(x2d, columns) if values_needed else None,
+            weight if x_needed else None,
+            pre if activation == "gelu" else None,
+        )
+        y = F.gelu(pre) if activation == "gelu" else pre
+        return y.view(*ctx.leading, weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        read, weight, pre = ctx.saved_tensors
+        dy = matrix(grad)
+        if pre is not None:
+            dy = torch.ops.aten.gelu_backward(dy, pre)
+        dx = dvalues = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight).view(*ctx.leading, weight.shape[1])
+        if ctx.needs_input_grad[2]:
+            dvalues = _grad_values(dy, read, ctx.layout, ctx.backend)
+        if ctx.needs_input_grad[3]:
+            dbias = dy.sum(0)
+        return dx, None, dvalues, dbias, None, None, None
+
+
+def _grad_values(dy: Tensor, read: Tensor, layout: Layout, backend: str) -> Tensor:
+    if isinstance(layout, ElementLayout):
+        return pack(dy.T @ read, layout)
+    dy = gather(dy, layout.rows)
+    if backend == "torch":
+        return pack(dy.T @ read, layout, compact=True)
+    return torch.ops.sensikernels.selective_grad_values(dy, read, *to_arguments(layout), backend)

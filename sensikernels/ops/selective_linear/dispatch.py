@@ -1,0 +1,64 @@
+"""What forms the gradient of the kept entries, and why."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sensikernels import _settings
+from sensikernels._checks import require, require_one_of
+from sensikernels.dispatch import Choice, break_even, tokens_log2
+from sensikernels.layouts import BlockLayout, ElementLayout, Layout, PackedLayout
+
+
+def choose(layout: Layout, x: Tensor, backend: str) -> Choice:
+    """The form that serves ``x``; ``auto`` takes the fastest known one.
+
+    Raises:
+        UsageError: a named backend cannot serve this layout or device.
+    """
+    if backend == "reference":
+        return Choice(form="dense", backend="reference", reason="asked for by name")
+    if isinstance(layout, ElementLayout):
+        reason = "single elements take a dense gradient, of which the kept entries stay"
+        require(backend == "auto", "backend", f"auto or reference ({reason})", backend)
+        return Choice(form="dense", backend="torch", reason=reason)
+    if backend == "triton":
+        ok = x.is_cuda or _settings.interpreting()
+        require(ok, "backend", "a CUDA tensor for triton", f"triton with x on {x.device}")
+        return Choice(form="selective", backend="triton", reason="asked for by name")
+    require_one_of(backend, "backend", _settings.BACKENDS)
+    if isinstance(layout, PackedLayout):
+        reason = "one GEMM on the kept rows and columns"
+        return Choice(form="packed", backend="torch", reason=reason)
+    if backend == "native":
+        require(not x.is_cuda, "backend", "triton for blocks on a GPU", "native")
+        return Choice(form="selective", backend="native", reason="asked for by name")
+    return _auto(layout, x)
+
+
+def _auto(layout: BlockLayout, x: Tensor) -> Choice:
+    """Blocks against one GEMM over all rows and columns that have a kept block."""
+    block = min(layout.block_shape)
+    limit, source = break_even(x.device, "selective", x.dtype, block, tokens_log2(x))
+    rows = layout.shape[0] if layout.rows is None else layout.rows.shape[0]
+    columns = layout.shape[1] if layout.columns is None else layout.columns.shape[0]
+    share = layout.kept_entries / (rows * columns)
+    dense = share > limit
+    reason = f"density {share:.3g} {'>' if dense else '<='} break-even {limit:.3g} ({source})"
+    if dense:
+        return Choice(form="dense", backend="torch", reason=reason)
+    return Choice(form="selective", backend="triton" if x.is_cuda else "native", reason=reason)
+
+
+def explain(
+    layout: Layout,
+    *,
+    tokens: int = 1024,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+) -> Choice:
+    """What forms the gradient for ``tokens`` rows of ``dtype`` on ``device``, and why."""
+    x = torch.empty(1, dtype=dtype, device=device).expand(tokens, layout.shape[1])
+    return choose(layout, x, _settings.backend() if backend == "auto" else backend)

@@ -1,0 +1,107 @@
+"""The functional subset AdamW step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sensikernels._checks import require, require_one_of
+from sensikernels.ops.subset_adamw import ops as _registered  # noqa: F401
+from sensikernels.ops.subset_adamw.engine import choose
+from sensikernels.ops.subset_adamw.kept import KINDS, make_layout
+
+MODES = ("as_published", "hard_freeze")
+
+
+def subset_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    kept: Sequence[tuple[Any, ...] | None] | None = None,
+    masters: Sequence[Tensor] | None = None,
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    max_grad_norm: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    mode: str = "hard_freeze",
+    backend: str = "auto",
+) -> Tensor:
+    """One AdamW step on the kept entries of each parameter, in place, in one launch.
+
+    ``kept[i]`` is as in :meth:`SubsetAdamW.set_kept`. ``exp_avgs[i]``, ``exp_avg_sqs[i]`` and
+    ``masters[i]`` (float32; an empty tensor or no list for none) are contiguous and hold kept
+    entries only: rows [kept, ...], columns [rows, kept], blocks [kept, h, w], elements [kept];
+    in mode ``as_published`` they have the parameter's shape. ``steps[i]``: float32 [].
+    Gradients are divided by ``grad_scale``; a nonzero ``found_inf`` leaves everything as it is.
+    A gradient's NaN reaches its own entry; with ``max_grad_norm`` it reaches every entry, and an
+    infinity makes its own entry NaN and every other gradient zero, as ``clip_grad_norm_`` does.
+
+    Returns the norm of the kept gradients before clipping, float32 []; 0 without
+    ``max_grad_norm``. Raises ``UsageError`` before anything is changed.
+    """
+    require(len(params) > 0, "params", "at least one tensor", 0)
+    require_one_of(mode, "mode", MODES)
+    masked = mode == "as_published"
+    kept = [None] * len(params) if kept is None else kept
+    named = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
+    for name, tensors in {**named, "kept": kept, "masters": masters or params}.items():
+        require(len(tensors) == len(params), name, f"{len(params)} entries", len(tensors))
+    device = params[0].device
+    layouts = []
+    for i, (param, how) in enumerate(zip(params, kept, strict=True)):
+        require(param.is_floating_point(), f"params[{i}]", "floating point", param.dtype)
+        require(param.device == device, f"params[{i}]", f"a tensor on {device}", param.device)
+        same = grads[i].shape == param.shape and not grads[i].is_sparse
+        require(same, f"grads[{i}]", f"dense {list(param.shape)}", list(grads[i].shape))
+        layout = make_layout(param.shape, how, param)
+        shape = list(param.shape if masked else layout.state_shape)
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        states = {"exp_avgs": exp_avgs[i], "exp_avg_sqs": exp_avg_sqs[i]}
+        if masters is not None and masters[i].numel():
+            states["masters"] = masters[i]
+        for name, value in states.items():
+            fits = list(value.shape) == shape and value.dtype == wide and value.is_contiguous()
+            got = f"{value.dtype} {list(value.shape)}"
+            require(fits, f"{name}[{i}]", f"contiguous {wide} {shape}", got)
+        fits = steps[i].dtype == torch.float32 and steps[i].numel() == 1
+        require(fits, f"steps[{i}]", "a float32 scalar", steps[i].dtype)
+        layouts.append(layout)
+    choose(backend, device, {param.dtype for param in params})
+    numbers = [0.0 if isinstance(lr, Tensor) else lr, *betas, eps, weight_decay]
+    hyper = torch.tensor([numbers], dtype=torch.float64, device=device)
+    if isinstance(lr, Tensor):
+        hyper[0, 0] = lr
+    empty = torch.empty(0, dtype=torch.int32, device=device)
+    norm: Tensor = torch.ops.sensikernels.subset_adamw(
+        list(params),
+        list(grads),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        list(masters or []),
+        list(steps),
+        [empty if layout.index is None else layout.index for layout in layouts],
+        [KINDS.index(layout.kind) for layout in layouts],
+        [size for layout in layouts for size in layout.block_shape],
+        hyper,
+        max_grad_norm=max_grad_norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        masked=masked,
+        backend=backend,
+    )
+    return norm
+
+
+def explain(params: Sequence[Tensor], *, backend: str = "auto") -> str:
+    """Which implementation :func:`subset_adamw` runs for ``params``, and why."""
+    name, why = choose(backend, params[0].device, {param.dtype for param in params})
+    return f"subset_adamw: {name} ({why})"

@@ -1,0 +1,188 @@
+"""Descriptor tables for the compiled kernels, which see pointers and sizes only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sensikernels import _native
+from sensikernels.ops.subset_adamw.item import Item
+from sensikernels.ops.subset_adamw.kept import SPAN, matrix_shape, pack_bits
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KIND = {"all": 0, "rows": 1, "columns": 2, "blocks": 3, "elements": 4}
+MASKED, TOUCHED = 5, 6
+FIELDS = (
+    "param", "grad", "exp_avg", "exp_avg_sq", "master", "step", "index", "offsets",
+    "cohort", "cohort_start", "sum_abs", "sum_squared", "clock", "row_clock",
+    "kind", "param_dtype", "grad_dtype", "rows", "columns", "units", "cohorts",
+    "block_rows", "block_columns", "group",
+)  # fmt: skip
+"""Columns of the int64 table, in the order of ``enum Field`` in csrc."""
+CHUNK = 32768
+"""Entries one thread takes at a time."""
+
+
+def why_not(device: torch.device, dtypes: set[torch.dtype]) -> str | None:
+    """Why the compiled kernels cannot run this step; None if they can."""
+    other = sorted(str(dtype) for dtype in dtypes - DTYPES.keys())
+    if other:
+        return f"parameters of {', '.join(other)}"
+    reason = _native.why_not()
+    if reason is not None:
+        return reason
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type, "")
+    known = hasattr(_native.ops(), "subset_adamw_step")
+    name = "sensikernels_native::subset_adamw_step"
+    if not (key and known and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)):
+        return f"the extension has no {device.type} kernel for it"
+    return None
+
+
+def coalesce(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``reference.coalesce``; float32 sums."""
+    rows, values = grad._indices()[0].contiguous(), grad._values().contiguous()
+    touched, sums = _native.ops().subset_adamw_coalesce(rows, values)
+    return touched, sums
+
+
+class Plan:
+    """The table of an item list, rebuilt only for another list."""
+
+    def __init__(self) -> None:
+        self._items: Sequence[Item] | None = None
+        self._table = np.zeros((0, len(FIELDS)), dtype=np.int64)
+        self._chunks = torch.zeros((0, 3), dtype=torch.int64)
+        self._held: list[Tensor] = []
+        self._partials = torch.zeros(0, dtype=torch.float64)
+        self._on_device: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self,
+        items: Sequence[Item],
+        hyper: Tensor,
+        *,
+        max_grad_norm: float | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Tensor:
+        """See ``reference.update``."""
+        norm = torch.empty((), dtype=torch.float32, device=hyper.device)
+        _native.ops().subset_adamw_step(
+            *self._refresh(items, hyper.device),
+            hyper,
+            self._partials,
+            norm,
+            0.0 if max_grad_norm is None else max_grad_norm,
+            None if grad_scale is None else grad_scale.float(),
+            None if found_inf is None else found_inf.float(),
+        )
+        return norm
+
+    def _refresh(self, items: Sequence[Item], device: torch.device) -> tuple[Tensor, Tensor]:
+        stale = items is not self._items
+        if stale:
+            self._held = []
+            rows = [self._row(item) for item in items]
+            self._table = np.array(rows, dtype=np.int64).reshape(len(rows), len(FIELDS))
+            self._items = items
+        grads = [_served(item.grad) for item in items]
+        pointers = np.array(
+            [(item.param.data_ptr(), grad.data_ptr())
+             for item, grad in zip(items, grads, strict=True)],
+            dtype=np.int64,
+        ).reshape(len(grads), 2)  # fmt: skip
+        moved = stale or not np.array_equal(self._table[:, :2], pointers)
+        self._table[:, :2] = pointers
+        self._grads = grads
+        resized = stale
+        for place, item in enumerate(items):
+            if item.touched is not None:
+                units, index = FIELDS.index("units"), FIELDS.index("index")
+                resized |= int(self._table[place, units]) != item.touched.numel()
+                self._table[place, units] = item.touched.numel()
+                self._table[place, index] = item.touched.data_ptr()
+                moved = True
+        if resized:
+            self._chunks = torch.from_numpy(_chunks(self._table))
+            self._partials = torch.empty(len(self._chunks), dtype=torch.float64, device=device)
+        if device.type == "cpu":
+            return torch.from_numpy(self._table), self._chunks
+        if moved or resized or self._on_device is None:
+            table = torch.from_numpy(self._table.copy()).pin_memory()
+            chunks = self._chunks.pin_memory()
+            self._on_device = (
+                table.to(device, non_blocking=True),
+                chunks.to(device, non_blocking=True),
+            )
+        return self._on_device
+
+    def _row(self, item: Item) -> list[int]:
+        layout = item.layout
+        index, offsets = layout.index, layout.offsets
+        if item.masked:
+            index, offsets = pack_bits(layout.flags().flatten()).to(item.param.device), None
+        self._held += [t for t in (index, offsets) if t is not None]
+        kind = MASKED if item.masked else KIND[layout.kind]
+        kind = kind if item.touched is None else TOUCHED
+        rows, columns = matrix_shape(layout.shape)
+        clock = item.clock
+        pointers = (
+            item.param, item.grad, item.exp_avg, item.exp_avg_sq, item.master, item.step,
+            index if item.touched is None else item.touched, offsets,
+            item.cohort, item.cohort_start, *item.sums,
+            None if clock is None else clock.now, None if clock is None else clock.rows,
+        )  # fmt: skip
+        return [
+            *(0 if t is None else t.data_ptr() for t in pointers),
+            kind,
+            DTYPES[item.param.dtype],
+            DTYPES[_served(item.grad).dtype],
+            rows,
+            columns,
+            0 if index is None else index.numel(),
+            0 if item.cohort_start is None else item.cohort_start.numel(),
+            *layout.block_shape,
+            item.group,
+        ]
+
+
+def _served(grad: Tensor) -> Tensor:
+    """A dense, contiguous gradient of a dtype the kernels read."""
+    if grad.dtype not in DTYPES:
+        grad = grad.float()
+    return grad if grad.is_contiguous() else grad.contiguous()
+
+
+def _chunks(table: np.ndarray) -> np.ndarray:
+    """Work units as int64 [chunks, 3] = item, first unit, end; see ``Chunk`` in csrc.
+
+    Where rows are summed no row is cut in two, so that each sum has one writer.
+    """
+    column = {name: table[:, place] for place, name in enumerate(FIELDS)}
+    rows, wide, kind = column["rows"], column["columns"], column["kind"]
+    sums = ((column["sum_abs"] | column["sum_squared"]) != 0) & (wide > 1)
+    high, block = column["block_rows"], column["block_rows"] * column["block_columns"]
+    is_all, blocks = kind == KIND["all"], kind == KIND["blocks"]
+    bits = (kind == KIND["elements"]) | (kind == MASKED)
+    choices = [
+        (is_all & ~sums, rows * wide, 1),
+        (bits & ~sums, -(-rows * wide // SPAN), SPAN),
+        (blocks & sums, rows // np.maximum(high, 1), high * wide),
+        (blocks, column["units"], block),
+        (kind == KIND["columns"], rows, column["units"]),
+        (is_all | bits, rows, wide),
+    ]
+    where = [choice[0] for choice in choices]
+    units = np.select(where, [choice[1] for choice in choices], column["units"])
+    entries = np.select(where, [choice[2] for choice in choices], wide)
+    per_chunk = np.maximum(1, CHUNK // np.maximum(entries, 1))
+    counts = np.where(entries > 0, -(-units // per_chunk), 0)
+    item = np.repeat(np.arange(len(table)), counts)
+    within = np.arange(len(item)) - np.repeat(counts.cumsum() - counts, counts)
+    first = within * per_chunk[item]
+    end = np.minimum(first + per_chunk[item], units[item])
+    return np.stack((item, first, end), axis=1)

@@ -1,0 +1,367 @@
+"""``SubsetAdamW``: AdamW whose state and work are those of the kept entries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sensikernels._checks import require, require_one_of
+from sensikernels.ops.subset_adamw import reference, state
+from sensikernels.ops.subset_adamw.api import MODES
+from sensikernels.ops.subset_adamw.engine import Engine, choose
+from sensikernels.ops.subset_adamw.item import Item
+from sensikernels.ops.subset_adamw.kept import KeptLayout, make_layout
+
+Sums = tuple[Tensor | None, Tensor | None]
+_KNOBS = ("backend", "grad_norm", "max_grad_norm")
+
+
+class SubsetAdamW(Optimizer):
+    """AdamW over the kept entries of each parameter (Loshchilov & Hutter 2019).
+
+    Equal to ``torch.optim.AdamW`` to rounding while everything is kept. After
+    :meth:`set_kept`, in mode ``hard_freeze`` frozen entries stay bit-equal (no decay, no momentum)
+    and state is allocated for kept entries only; in mode ``as_published`` the gradient is masked
+    and nothing else, so moments and decay of frozen entries drift (DPS, Child-Tuning).
+
+    Args:
+        params: parameters or groups, floating point, on one device.
+        lr: a float, or a tensor [] that a captured CUDA graph reads anew at each replay.
+        max_grad_norm: scale gradients so that their joint norm over kept entries of all
+            parameters is at most this, as ``clip_grad_norm_`` does; ``grad_norm`` holds the norm
+            before, float32 [] on the device.
+        master_weights: "auto" (float32 copies for bfloat16 and float16 parameters, the parameter
+            being their rounding), or False. After writing to such a parameter by hand,
+            call :meth:`refresh_master`.
+        mode: ``hard_freeze`` or ``as_published``, an option of each group.
+        backend: "auto", "reference" or "native".
+
+    A sparse gradient (``nn.Embedding(sparse=True)``) updates only the rows it names; see
+    :meth:`flush`. Raises ``UsageError`` for a bad argument.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        max_grad_norm: float | None = None,
+        master_weights: str | bool = "auto",
+        mode: str = "hard_freeze",
+        backend: str = "auto",
+    ) -> None:
+        clip = max_grad_norm is None or max_grad_norm > 0
+        require(clip, "max_grad_norm", "None or a positive number", max_grad_norm)
+        self.backend = backend
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm: Tensor | None = None
+        self._forget()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "mode": mode,
+            "master_weights": master_weights,
+        }
+        super().__init__(cast(Any, params), defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in _KNOBS}}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        super().__setstate__(saved)
+        self._forget()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer``; checks the group's options."""
+        _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        bad = next((p for p in param_group["params"] if not p.is_floating_point()), None)
+        devices = {p.device for group in self.param_groups for p in group["params"]}
+        if bad is not None or len(devices) > 1:
+            self.param_groups.pop()
+            require(bad is None, "params", "floating point", None if bad is None else bad.dtype)
+            require(False, "params", "one device", sorted(map(str, devices)))
+        self._forget()
+
+    def set_kept(self, param: Tensor, kept: tuple[Any, ...] | None) -> None:
+        """Say which entries of ``param`` are updated from now on.
+
+        ``kept``: None (all) | ("rows", index) | ("columns", index) | ("blocks", index, (h, w)),
+        index into the row-major grid of blocks | ("elements", bits). Indices: int32, ascending;
+        entries equal to the number of units are padding. Bits: uint8, one per entry of the
+        row-major parameter, lowest bit first, spare bits zero. A parameter counts as [shape[0],
+        everything else]. Entries that stay keep their state; in mode ``hard_freeze`` entries that
+        join start from zero moments, with their own bias
+        correction. Raises ``UsageError`` before anything is changed.
+        """
+        group = self._group(param)
+        own = self.state[param]
+        require("clock" not in own, "param", "one with dense gradients", "a table updated by rows")
+        layout = make_layout(param.shape, kept, param)
+        if "step" in own and group["mode"] == "hard_freeze":
+            state.change_kept(param, own, self._layout(param), layout)
+        own.pop("kept", None)
+        if kept is not None:
+            own["kept"] = layout.to_state()
+        self._forget()
+
+    def slice_state(
+        self,
+        old_param: Tensor,
+        new_param: Tensor,
+        index: Tensor | Sequence[Tensor],
+        dim: int | Sequence[int],
+    ) -> None:
+        """Replace ``old_param`` by ``new_param``, which is it with ``index`` taken along ``dim``.
+
+        Moments, master weights, kept entries and row clocks are sliced alike. ``index``: integer
+        positions, one tensor or one per entry of ``dim``. Raises ``UsageError``.
+        """
+        indices = [index] if isinstance(index, Tensor) else list(index)
+        dims = [dim] if isinstance(dim, int) else list(dim)
+        require(len(indices) == len(dims), "index", f"{len(dims)} tensors", len(indices))
+        dims = [along % max(old_param.dim(), 1) for along in dims]
+        group = self._group(old_param)
+        shape = list(old_param.shape)
+        for along, positions in zip(dims, indices, strict=True):
+            shape[along] = positions.numel()
+        require(list(new_param.shape) == shape, "new_param", f"shape {shape}", new_param.shape)
+        same = new_param.dtype == old_param.dtype and new_param.device == old_param.device
+        require(same, "new_param", f"{old_param.dtype} on {old_param.device}", new_param.dtype)
+        old = self._layout(old_param)
+        new = state.slice_layout(old, new_param.shape, indices, dims)
+        full = group["mode"] == "as_published"
+        place = next(i for i, p in enumerate(group["params"]) if p is old_param)
+        group["params"][place] = new_param
+        if old_param in self.state:
+            own = self.state.pop(old_param)
+            self.state[new_param] = state.slice_state(own, old, new, indices, dims, full=full)
+        self._forget()
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        fused_statistics: Mapping[Tensor, Sums] | None = None,
+    ) -> Any:
+        """One update from the gradients present.
+
+        ``fused_statistics``: {param: (a, b)}, float32 [rows], contiguous, either may be None;
+        ``a += Σ|w·g|`` and ``b += Σg²`` over the kept entries of each row, from the weight before
+        and the gradient before clipping (after unscaling), in the pass that updates.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        items = self._items(fused_statistics or {})
+        if items:
+            norm = self._engine.update(
+                items,
+                self._fill_hyper(items[0].param.device),
+                max_grad_norm=self.max_grad_norm,
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+            )
+            self.grad_norm = None if self.max_grad_norm is None else norm
+        return loss
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Bring rows of sparsely updated tables up to date: pending decay of weights and moments.
+
+        Between two gradients that name it a row is not touched; when next named, its weight is
+        first multiplied by Π(1 - lr·weight_decay) and its moments by Πbeta over the table's
+        steps it missed, at the rates those steps had. What old momentum would have moved it by in
+        those steps is dropped, as in ``torch.optim.SparseAdam``. Call before reading or saving
+        the weights.
+        """
+        for param, own in self.state.items():
+            clock = state.clock_of(own)
+            if clock is not None:
+                reference.catch_up(
+                    param, own["exp_avg"], own["exp_avg_sq"], own.get("master"), clock
+                )
+
+    finalize = flush
+
+    @torch.no_grad()
+    def refresh_master(self) -> None:
+        """Take master weights from the parameters again, after these were written by hand."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                own = self.state.get(param, {})
+                if "master" in own:
+                    weight = param.detach().contiguous()
+                    full = own["master"].shape == weight.shape
+                    layout = self._layout(param)
+                    own["master"].copy_(weight if full else layout.gather(weight))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer``, but every tensor keeps its dtype: float32 state of a
+        bfloat16 parameter comes back bit-equal."""
+        saved = state_dict["state"]
+        super().load_state_dict({**state_dict, "state": {}})
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for param, key in zip(params, ids, strict=True):
+            if key in saved:
+                self.state[param] = _copied(saved[key], param.device)
+        self._forget()
+
+    def explain(self) -> str:
+        """Which implementation a step runs, and why."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        name, why = choose(self.backend, params[0].device, {p.dtype for p in params})
+        return f"subset_adamw: {name} ({why})"
+
+    def _group(self, param: Tensor) -> dict[str, Any]:
+        for group in self.param_groups:
+            if any(p is param for p in group["params"]):
+                return group
+        require(False, "param", "a parameter of this optimizer", list(param.shape))
+        raise AssertionError
+
+    def _layout(self, param: Tensor) -> KeptLayout:
+        if param not in self._layouts:
+            self._layouts[param] = state.layout_of(param, self.state.get(param, {}))
+        return self._layouts[param]
+
+    def _forget(self) -> None:
+        """Drop what is derived from parameters, state and groups; the next step derives it."""
+        self._engine = Engine(self.backend)
+        self._layouts: dict[Tensor, KeptLayout] = {}
+        self._hyper: Tensor | None = None
+        self._hyper_values: list[list[float]] = []
+        self._ready: list[tuple[Tensor, dict[str, Any], Item | None]] = []
+        self._listed: list[Item] = []
+        self._sums: Mapping[Tensor, Sums] = {}
+
+    def _fill_hyper(self, device: torch.device) -> Tensor:
+        rows, tensors = [], []
+        for place, group in enumerate(self.param_groups):
+            lr = group["lr"]
+            if isinstance(lr, Tensor):
+                tensors.append((place, lr))
+                lr = 0.0
+            rows.append([lr, *group["betas"], group["eps"], group["weight_decay"]])
+        if self._hyper is None or self._hyper_values != rows:
+            values = torch.tensor(rows, dtype=torch.float64)
+            if self._hyper is None:
+                self._hyper = values.to(device)
+            else:
+                self._hyper.copy_(values)
+            self._hyper_values = rows
+        for place, lr in tensors:
+            self._hyper[place, 0].copy_(lr.squeeze())
+        return self._hyper
+
+    def _items(self, sums: Mapping[Tensor, Sums]) -> list[Item]:
+        """The step's items: last step's with new gradients if nothing else has changed."""
+        if not (self._ready and self._same(sums) and all(map(self._refresh, self._ready))):
+            self._sums = dict(sums)
+            self._ready = [
+                (param, self.state[param], self._item(place, group, param))
+                for place, group in enumerate(self.param_groups)
+                for param in group["params"]
+            ]
+            self._listed = [item for _, _, item in self._ready if item is not None]
+        return self._listed
+
+    def _same(self, sums: Mapping[Tensor, Sums]) -> bool:
+        mine = self._sums
+        return len(sums) == len(mine) and all(
+            param in mine and all(a is b for a, b in zip(pair, mine[param], strict=True))
+            for param, pair in sums.items()
+        )
+
+    def _refresh(self, ready: tuple[Tensor, dict[str, Any], Item | None]) -> bool:
+        param, own, item = ready
+        grad = param.grad
+        if item is None or grad is None:
+            return item is None and grad is None
+        if item.exp_avg is not own["exp_avg"] or item.exp_avg_sq is not own["exp_avg_sq"]:
+            return False
+        if grad.is_sparse:
+            if item.touched is None:
+                return False
+            item.touched, item.grad = self._engine.coalesce(grad)
+            return True
+        if grad.dtype != item.grad.dtype or item.clock is not None:
+            return False
+        item.grad = grad
+        return True
+
+    def _item(self, place: int, group: dict[str, Any], param: Tensor) -> Item | None:
+        own, layout, grad = self.state[param], self._layout(param), param.grad
+        if grad is None:
+            return None
+        full = group["mode"] == "as_published"
+        if "step" not in own:
+            low = param.dtype in (torch.bfloat16, torch.float16)
+            master = low and group["master_weights"] is not False
+            state.start(param, own, layout, master=master, full=full)
+        touched = None
+        if grad.is_sparse:
+            require(layout.kind == "all", "kept", "None under a sparse gradient", layout.kind)
+            one = grad.sparse_dim() == 1
+            require(one, "param.grad", "one sparse dimension", grad.sparse_dim())
+            if "clock" not in own:
+                state.start_clock(param, own)
+            touched, grad = self._engine.coalesce(grad)
+        elif "clock" in own:
+            # A dense gradient names every row.
+            touched = torch.arange(param.shape[0], dtype=torch.int32, device=param.device)
+        return Item(
+            param=param if param.is_contiguous() else param.detach().contiguous(),
+            home=None if param.is_contiguous() else param,
+            grad=grad,
+            exp_avg=own["exp_avg"],
+            exp_avg_sq=own["exp_avg_sq"],
+            master=own.get("master"),
+            step=own["step"],
+            layout=layout,
+            group=place,
+            masked=full and layout.kind != "all",
+            cohort=own.get("cohort"),
+            cohort_start=own.get("cohort_start"),
+            touched=touched,
+            clock=state.clock_of(own),
+            sums=self._sums.get(param, (None, None)),
+        )
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    lr, betas = group["lr"], group["betas"]
+    one = not isinstance(lr, Tensor) or lr.numel() == 1
+    require(one, "lr", "a number or a tensor of one element", lr)
+    if not isinstance(lr, Tensor):
+        require(lr >= 0, "lr", "a number >= 0", lr)
+    inside = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+    require(inside, "betas", "two numbers in [0, 1)", betas)
+    require(group["eps"] >= 0, "eps", "a number >= 0", group["eps"])
+    decay = group["weight_decay"]
+    require(decay >= 0, "weight_decay", "a number >= 0", decay)
+    require_one_of(group["mode"], "mode", MODES)
+    known = group["master_weights"] in ("auto", True, False)
+    require(known, "master_weights", '"auto", True or False', group["master_weights"])
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, dict):
+        return {name: _copied(item, device) for name, item in value.items()}
+    return value

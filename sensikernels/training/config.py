@@ -1,0 +1,185 @@
+"""What a fine-tuning run is asked to do, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sensikernels._checks import require, require_one_of
+from sensikernels.errors import UsageError
+from sensikernels.glue import get_task
+from sensikernels.masks import Budget
+from sensikernels.methods import METHODS, Dense, Method, method
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EMBEDDINGS = ("sparse", "frozen", "dense")
+DEVICES = ("auto", "cpu", "cuda")
+# What may differ between a run and its continuation.
+_FREE = ("output", "resume", "checkpoint_every", "data_dir", "device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A fine-tuning run. Raises UsageError naming the first argument that is wrong.
+
+    ``lr`` and ``dense_lr`` default to the methods' own; with ``lr`` given, the dense baseline
+    takes it too. ``embeddings``: the word table's gradients are row-``sparse`` (only rows that
+    occur move), the table is ``frozen``, or updated ``dense``. ``checkpoint_every`` counts
+    steps; 0 means never. ``ranking_rows`` of the training data rank the units.
+    """
+
+    task: str
+    output: Path
+    model: str = "minilm"
+    method: str = "sensi-bert"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    budget: Budget | None = None
+    data_dir: Path | None = None
+    epochs: int = 1
+    max_train_samples: int | None = None
+    batch_size: int = 32
+    lr: float | None = None
+    dense_lr: float | None = None
+    dtype: str = "fp32"
+    seed: int = 0
+    device: str = "auto"
+    compare_dense: bool = False
+    resume: bool = False
+    checkpoint_every: int = 500
+    embeddings: str = "sparse"
+    pad_to_multiple: int = 8
+    max_length: int = 128
+    ranking_rows: int = 2048
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        task = get_task(self.task)
+        require_one_of(self.method, "method", METHODS)
+        require_one_of(self.dtype, "dtype", DTYPES)
+        require_one_of(self.embeddings, "embeddings", EMBEDDINGS)
+        require_one_of(self.device, "device", DEVICES)
+        for name in ("epochs", "batch_size", "pad_to_multiple", "ranking_rows"):
+            value = getattr(self, name)
+            require(value >= 1, name, "at least 1", value)
+        rows = self.max_train_samples
+        require(rows is None or rows >= 1, "max_train_samples", "at least 1", rows)
+        require(self.seed >= 0, "seed", "at least 0", self.seed)
+        require(self.checkpoint_every >= 0, "checkpoint_every", "at least 0", self.checkpoint_every)
+        require(self.max_length >= 8, "max_length", "at least 8", self.max_length)
+        for name in ("lr", "dense_lr", "weight_decay"):
+            value = getattr(self, name)
+            ok = value is None or (math.isfinite(value) and value >= 0)
+            require(ok, name, "a finite number of at least 0", value)
+        require(self.max_grad_norm > 0, "max_grad_norm", "above 0", self.max_grad_norm)
+        require(
+            task.folder is not None or self.data_dir is None,
+            "data_dir", f"none, as {task.name} is generated", self.data_dir,
+        )  # fmt: skip
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        needs = METHODS[self.method].needs_budget
+        if needs and self.budget is None:
+            raise UsageError(
+                f"budget: expected --flops, --params or --units for method {self.method}, got none"
+            )
+        if self.budget is not None and not needs:
+            takers = ", ".join(sorted(name for name, m in METHODS.items() if m.needs_budget))
+            raise UsageError(
+                f"budget: expected none for method {self.method} (budgets are for {takers}), "
+                f"got {self.budget.measure} {self.budget.requested}"
+            )
+
+    def make_method(self) -> Method:
+        """The method with its options."""
+        return method(self.method, **self.options)
+
+    def learning_rate(self) -> float:
+        """Peak learning rate of the method."""
+        return METHODS[self.method].learning_rate if self.lr is None else self.lr
+
+    def dense_learning_rate(self) -> float:
+        """Peak learning rate of the dense baseline."""
+        given = self.lr if self.dense_lr is None else self.dense_lr
+        return Dense.learning_rate if given is None else given
+
+    def to_json(self) -> dict[str, Any]:
+        """Every setting, plain."""
+        plain = {k: v for k, v in vars(self).items() if k not in ("budget", "options")}
+        plain |= {k: None if plain[k] is None else str(plain[k]) for k in ("output", "data_dir")}
+        plain["options"] = {k: _plain(v) for k, v in self.options.items()}
+        plain["budget"] = None if self.budget is None else self.budget.to_json()
+        return plain
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a continuation must share with the run it continues."""
+        return {k: v for k, v in self.to_json().items() if k not in _FREE}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def parse_options(method_name: str, pairs: Iterable[str]) -> dict[str, Any]:
+    """``key=value`` pairs as arguments of the method, typed by its signature's defaults.
+
+    Lists are separated by commas; ``multiples=heads:1,neurons:16`` makes a mapping. Raises
+    UsageError for a malformed pair, an unknown key or a value of the wrong kind.
+    """
+    require_one_of(method_name, "method", METHODS)
+    signature = inspect.signature(METHODS[method_name].__init__)
+    known = {
+        name: p.default for name, p in signature.parameters.items()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    }  # fmt: skip
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        require(bool(separator), "method-option", "key=value", repr(pair))
+        if key not in known:
+            names = ", ".join(sorted(known)) or "none"
+            raise UsageError(f"method-option: {method_name} takes {names}; got {key!r}")
+        options[key] = _typed(key, text.strip(), known[key])
+    method(method_name, **options)
+    return options
+
+
+def _typed(key: str, text: str, default: Any) -> Any:
+    argument = f"method-option {key}"
+    if isinstance(default, bool):
+        require(text in ("true", "false"), argument, "true or false", repr(text))
+        return text == "true"
+    if isinstance(default, float):
+        return _number(argument, text, float)
+    if isinstance(default, tuple):
+        return tuple(part.strip() for part in text.split(","))
+    if default is None:
+        return parse_counts(text, argument, separator=":")
+    return text
+
+
+def parse_counts(text: str, argument: str = "units", *, separator: str = "=") -> dict[str, int]:
+    """``heads=36,neurons=4608`` as a mapping. Raises UsageError."""
+    counts: dict[str, int] = {}
+    for part in text.split(","):
+        name, found, number = part.partition(separator)
+        expected = f"pairs like heads{separator}36,neurons{separator}4608"
+        require(bool(found) and bool(name.strip()), argument, expected, repr(text))
+        counts[name.strip()] = _number(argument, number.strip(), int)
+    return counts
+
+
+def _number(argument: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        expected = "a whole number" if kind is int else "a number"
+        raise UsageError(f"{argument}: expected {expected}, got {text!r}") from None

@@ -1,0 +1,167 @@
+"""A task's rows as batches, and what the run's batches cost as far as shapes tell."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sensikernels.glue import (
+    Batches,
+    Encoded,
+    Geometry,
+    Task,
+    embedded_model_path,
+    encode,
+    get_task,
+    load,
+)
+from sensikernels.hf import load_tokenizer
+from sensikernels.training.config import Settings
+
+EVAL_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Data:
+    """Batches of one run; ``geometry`` covers all its epochs."""
+
+    task: Task
+    tokenizer: Any
+    train: Batches
+    dev: Batches
+    ranking: Batches
+    geometry: Geometry
+    device: torch.device
+
+    @classmethod
+    def load(cls, settings: Settings, device: torch.device) -> Data:
+        """Read, tokenise and order everything the run will see."""
+        task = get_task(settings.task)
+        tokenizer = load_tokenizer(model_path(settings.model))
+        train = _encoded(settings, tokenizer, "train")
+        batches = _batches(train, settings, seed=settings.seed)
+        return cls(
+            task=task,
+            tokenizer=tokenizer,
+            train=batches,
+            dev=_batches(_encoded(settings, tokenizer, "dev"), settings, size=EVAL_BATCH),
+            ranking=_ranking(train, settings),
+            geometry=_all_epochs(batches, settings.epochs),
+            device=device,
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch."""
+        rows = len(self.train.order.lengths)
+        return -(-rows // self.train.order.batch_size)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
+        """Training batches of one epoch from batch ``start``, on the device."""
+        self.train.resume(epoch=number, start=start)
+        return self._moved(self.train)
+
+    def ranked(self) -> Iterator[dict[str, Tensor]]:
+        """The batches that rank units: the same ones at every call."""
+        return self._moved(self.ranking)
+
+    def evaluated(self) -> Iterator[dict[str, Tensor]]:
+        """Development batches."""
+        return self._moved(self.dev)
+
+    def of_length(self, length: int | None = None) -> dict[str, Tensor]:
+        """A training batch padded to ``length``; without one, the largest batch."""
+        self.train.resume(epoch=0, start=0)
+        order = list(self.train.order)
+        lengths = self.train.order.lengths
+        multiple = self.train.pad_to_multiple
+        padded = [-(-int(lengths[rows].max()) // multiple) * multiple for rows in order]
+        if length is None:
+            best = max(range(len(order)), key=lambda i: len(order[i]) * padded[i])
+        else:
+            best = min(range(len(order)), key=lambda i: abs(padded[i] - length))
+        collate: Any = self.train.collate_fn
+        batch: dict[str, Tensor] = collate([self.train.dataset[i] for i in order[best]])
+        return self._to_device(batch)
+
+    def fingerprint(self) -> str:
+        """A digest of the tokenised training rows and their order's parameters."""
+        digest = hashlib.sha256()
+        encoded: Any = self.train.dataset
+        for array in (encoded.input_ids, encoded.offsets, encoded.labels):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def _moved(self, batches: Batches) -> Iterator[dict[str, Tensor]]:
+        return (self._to_device(batch) for batch in batches)
+
+    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+
+def model_path(name: str) -> Path | str:
+    """``minilm`` is the embedded model; anything else is a folder or a hub name."""
+    return embedded_model_path() if name == "minilm" else name
+
+
+def _encoded(settings: Settings, tokenizer: Any, split: Any) -> Encoded:
+    rows = settings.max_train_samples if split == "train" else None
+    examples = load(
+        settings.task,
+        data_dir=settings.data_dir,
+        split=split,
+        max_samples=rows,
+        seed=settings.seed,
+    )
+    return encode(examples, tokenizer, max_length=settings.max_length)
+
+
+def _batches(
+    encoded: Encoded, settings: Settings, *, size: int | None = None, seed: int | None = None
+) -> Batches:
+    return Batches(
+        encoded,
+        batch_size=size or settings.batch_size,
+        shuffle=seed is not None,
+        seed=seed or 0,
+        pad_to_multiple=settings.pad_to_multiple,
+    )
+
+
+def _ranking(train: Encoded, settings: Settings) -> Batches:
+    rows = np.random.default_rng(settings.seed).permutation(len(train))
+    chosen = take(train, np.sort(rows[: settings.ranking_rows]))
+    return _batches(chosen, settings, size=32, seed=settings.seed)
+
+
+def take(encoded: Encoded, rows: Any) -> Encoded:
+    """Some rows of ``encoded``, in the order given."""
+    parts = [encoded[int(i)] for i in rows]
+    types = None if encoded.token_type_ids is None else [p.token_type_ids for p in parts]
+    lengths = [len(p.input_ids) for p in parts]
+    return Encoded(
+        input_ids=np.concatenate([p.input_ids for p in parts]),
+        token_type_ids=None if types is None else np.concatenate(types),
+        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        labels=encoded.labels[rows],
+        pad_token_id=encoded.pad_token_id,
+    )
+
+
+def _all_epochs(train: Batches, epochs: int) -> Geometry:
+    shapes: Counter[tuple[int, int]] = Counter()
+    real = 0
+    for epoch in range(epochs):
+        train.resume(epoch=epoch, start=0)
+        one = train.geometry()
+        shapes.update(one.shapes)
+        real += one.real_tokens
+    return Geometry(shapes=dict(sorted(shapes.items())), real_tokens=real)

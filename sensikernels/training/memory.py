@@ -1,0 +1,78 @@
+"""Peak memory of one training step.
+
+Counted, in MiB: what stays between steps (parameters, buffers, optimizer state), plus the most
+that one forward and backward of the run's largest batch allocates on top of it at any moment
+(activations, gradients, temporaries). On a CPU these are the profiler's memory events: the running
+sum of what torch's allocator hands out and takes back. On a GPU they are the caching allocator's
+own peak. Not counted: the data set, the process itself, libraries' private scratch (oneDNN's), and
+the temporaries of the optimizer's update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+MIB = 2**20
+
+
+def peak_mib(model: nn.Module, optimizer: Optimizer, batch: Mapping[str, Tensor]) -> float:
+    """Peak memory of a step on ``batch``. Gradients, mode and random state are left as they were."""
+    device = next(model.parameters()).device
+    measure = _cuda_peak if device.type == "cuda" else _cpu_peak
+    saved = [(p, p.grad) for p in model.parameters()]
+    training = model.training
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        for parameter, _ in saved:
+            parameter.grad = None
+        model.train()
+        step = measure(model, batch)
+    model.train(training)
+    for parameter, grad in saved:
+        parameter.grad = grad
+    return (resident_bytes(model, optimizer) + step) / MIB
+
+
+def resident_bytes(model: nn.Module, optimizer: Optimizer) -> int:
+    """Bytes of parameters, buffers and optimizer state, shared storage counted once."""
+    storages = {}
+    for tensor in (*model.parameters(), *model.buffers(), *_tensors(optimizer.state)):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _cpu_peak(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        model(**batch).loss.backward()
+    results: Any = profiled.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def _cuda_peak(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model(**batch).loss.backward()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,68 @@
+"""The doctor: a usable backend says so, and an unusable one says why."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sensikernels import _native, doctor
+
+
+def test_report_is_json_and_complete():
+    facts = json.loads(json.dumps(doctor.report()))
+    assert facts["libraries"]["torch"] == torch.__version__
+    assert facts["backends"]["reference"] is None
+    assert len(facts["gpus"]) == torch.cuda.device_count()
+    assert (facts["extension"] is None) == (_native.why_not() is not None)
+
+
+def test_every_backend_is_usable_or_says_why():
+    for name, reason in doctor.backends().items():
+        assert reason is None or len(reason) > 10, name
+    assert doctor.backends()["native (CPU)"] == _native.why_not()
+
+
+def test_triton_is_either_compiled_or_interpreted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert doctor.backends()["triton"] == "TRITON_INTERPRET=1 is set"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert doctor.backends()["triton interpreter"] == "TRITON_INTERPRET=1 is not set"
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "usable"),
+    [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.6", False), ("3.9.0", "2.4.6", True)],
+)
+def test_interpreter_knows_its_numpy(monkeypatch, triton: str, numpy: str, usable: bool):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(doctor, "_version", {"triton": triton, "numpy": numpy}.get)
+    assert (doctor.backends()["triton interpreter"] is None) == usable
+
+
+def test_missing_triton_is_explained(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert "triton is not installed" in str(doctor.backends()["triton"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_a_gpu_the_reason_is_the_gpu():
+    assert "CUDA" in str(doctor.backends()["triton"]) or "INTERPRET" in str(
+        doctor.backends()["triton"]
+    )
+    assert doctor.backends()["native (CUDA)"] is not None
+
+
+def test_missing_library_is_no_version():
+    assert doctor._version("a-library-that-is-not-there") is None
+
+
+def test_table_shows_every_backend(capsys: pytest.CaptureFixture[str]):
+    facts = doctor.report()
+    facts["gpus"] = [{"name": "X1", "capability": "9.0", "memory_gib": 79.1, "multiprocessors": 1}]
+    doctor.show(facts)
+    out = capsys.readouterr().out
+    assert all(name in out for name in doctor.backends())
+    assert "X1, sm_90, 79.1 GiB" in out

@@ -1,0 +1,154 @@
+"""The shape of the package, read from its source: who may import whom, and what nobody writes."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sensikernels"
+
+# Imports point to a lower number, or stay inside one package. Level 0 is one floor for all.
+LEVELS = {
+    **dict.fromkeys(["errors", "types", "layouts", "dispatch"], 0),
+    **dict.fromkeys(["_checks", "_settings", "_native", "_progress", "_blocks", "_columns"], 0),
+    "ops": 1,
+    "masks": 2,
+    **dict.fromkeys(["criteria", "nn"], 3),
+    "hf": 4,
+    **dict.fromkeys(["methods", "glue"], 5),
+    "training": 6,
+    "doctor": 6,
+    **dict.fromkeys(["cli", "bench"], 7),
+}
+# Where a heavy or optional library may be imported at all.
+HOMES = {
+    "transformers": ("hf/", "bench/"),
+    "datasets": ("glue/",),
+    "sklearn": ("glue/",),
+    "scipy": ("glue/",),
+    "matplotlib": ("bench/",),
+    "typer": ("cli",),
+    "rich": ("cli", "doctor", "_progress", "bench/"),
+}
+
+
+def sources() -> list[str]:
+    """Every Python file of the package, ``bench`` included, relative to it."""
+    inside = [p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py")]
+    bench = [Path("bench") / p.relative_to(ROOT / "bench") for p in (ROOT / "bench").rglob("*.py")]
+    return sorted({str(p) for p in [*inside, *bench]})
+
+
+def parse(name: str) -> ast.Module:
+    return ast.parse((PACKAGE / name).read_text(), filename=name)
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """``(line, module)``; ``from a import b`` counts as ``a.b``, which may be a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def unit(name: str) -> str:
+    """The level table's name of a file: its folder, or the module at the top."""
+    first = Path(name).parts[0]
+    return first.removesuffix(".py")
+
+
+def test_the_scan_sees_the_package():
+    names = sources()
+    assert "_checks.py" in names
+    assert "bench/timing.py" in names
+    assert any(n.startswith("ops/") for n in names)
+
+
+def test_every_unit_has_a_level():
+    assert {unit(n) for n in sources()} - {"__init__"} <= set(LEVELS)
+
+
+@pytest.mark.parametrize("name", [n for n in sources() if n != "__init__.py"])
+def test_imports_point_downward(name: str):
+    own = unit(name)
+    for line, module in imports(parse(name)):
+        if not module.startswith("sensikernels."):
+            continue
+        other = module.split(".")[1]
+        if other == "__version__":
+            continue
+        where = f"{name}:{line} imports {module}"
+        assert other in LEVELS, f"{where}: not from the top of the package"
+        allowed = own == other or LEVELS[other] < LEVELS[own] or LEVELS[own] == LEVELS[other] == 0
+        assert allowed, f"{where}: level {LEVELS[own]} may not import level {LEVELS[other]}"
+
+
+@pytest.mark.parametrize("name", [n for n in sources() if n.startswith("ops/")])
+def test_ops_never_import_each_other(name: str):
+    parts = Path(name).parts
+    for line, module in imports(parse(name)):
+        path = module.split(".")
+        if path[:2] != ["sensikernels", "ops"]:
+            continue
+        assert path[2] in (parts[1], "common"), f"{name}:{line} imports {module}"
+
+
+@pytest.mark.parametrize("name", sources())
+def test_heavy_libraries_stay_at_home(name: str):
+    for line, module in imports(parse(name)):
+        top = module.split(".")[0]
+        if top == "triton":
+            at_home = Path(name).name.startswith("triton") or name == "bench/aot.py"
+        elif top in HOMES:
+            at_home = name.startswith(HOMES[top])
+        else:
+            continue
+        assert at_home, f"{name}:{line} imports {module}"
+
+
+def called(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """``(line, name)`` of each call: ``print`` for a name, ``.cuda`` for a method."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name):
+                yield node.lineno, node.func.id
+            elif isinstance(node.func, ast.Attribute):
+                yield node.lineno, f".{node.func.attr}"
+
+
+@pytest.mark.parametrize("name", sources())
+def test_what_nobody_writes(name: str):
+    tree = parse(name)
+    may_print = name == "cli.py" or name.startswith(("cli/", "bench/"))
+    for line, call in called(tree):
+        assert call != ".cuda", f"{name}:{line} moves to a device of its own choice"
+        assert call != "print" or may_print, f"{name}:{line} prints"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
+            at_home = name == "_settings.py" or name.startswith("bench/")
+            assert at_home, f"{name}:{node.lineno} reads the environment"
+        if isinstance(node, ast.Attribute) and node.attr == "make_block_ptr":
+            pytest.fail(f"{name}:{node.lineno} uses a call that Triton 3.9 removed")
+        if isinstance(node, ast.ExceptHandler):
+            silent = all(isinstance(s, ast.Pass) for s in node.body)
+            assert node.type is not None, f"{name}:{node.lineno} catches everything"
+            assert not silent, f"{name}:{node.lineno} swallows an error"
+
+
+def long_files() -> list[Path]:
+    folders = ("sensikernels", "bench", "csrc", "tests")
+    suffixes = {".py", ".cpp", ".cu", ".cuh", ".h"}
+    return [p for f in folders for p in (ROOT / f).rglob("*") if p.suffix in suffixes]
+
+
+@pytest.mark.parametrize("path", long_files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_can_be_read_in_one_sitting(path: Path):
+    assert len(path.read_text().splitlines()) <= 400
