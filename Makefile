@@ -68,12 +68,12 @@ aot: .venv/ready-test
 ## spills    compile the CUDA kernels; a register spill is an error
 spills: .venv/ready-test
 	SENSIKERNELS_BUILD=cuda $(PY) setup.py -q build_ext --inplace
-	@grep -c 'Compiling entry function' build/ptxas.log | sed 's/$$/ kernels compiled/'
+	@grep -c 'Compiling entry function' build/ptxas.log || { echo 'no CUDA kernel was compiled'; exit 1; }
 	@! grep -B2 -E '(^|[^0-9])[1-9][0-9]* bytes spill' build/ptxas.log
 	@echo 'no register spills'
 
 ## sanitize  the C++ kernels and the CUDA kernels on the CPU, under ASan and UBSan
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
+SANITIZE := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
 sanitize: .venv/ready-test
 	SENSIKERNELS_BUILD=cpu CXXFLAGS='$(SANITIZE)' $(PY) setup.py -q build --build-lib build/sanitize
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \

@@ -37,9 +37,7 @@ from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 EXTRA_FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
-OBJECTS = Path(
-    "build", "-".join(["native", *(f.strip("-").replace("/", "_") for f in EXTRA_FLAGS)])
-)
+OBJECTS = Path("build/native" + "".join(c for c in "".join(EXTRA_FLAGS) if c.isalnum() or c == "-"))
 LIBRARY = "libsensikernels.so"
 MISSING = "_native_missing.txt"
 MODE = os.environ.get("SENSIKERNELS_BUILD", "auto")
@@ -47,6 +45,7 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
 CXX_FLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    "-Wno-maybe-uninitialized",  # gcc 12 warns of its own AVX-512 headers
 ]
 NVCC_FLAGS = ["-O3", "-std=c++17", "--threads=2", "-Xcompiler=-fPIC", "-Xptxas=-v"]
 CUDA_ARCHS = "80 90a 100"

@@ -37,7 +37,7 @@ constexpr int64_t kBlock = 2048;  // elements summed in float before a total in 
 constexpr int64_t kTile = 512;    // columns of four rows that are converted at a time
 constexpr int64_t kStrip = 2048;  // columns of a strip, as in table.py
 constexpr int kLanes = 16;
-constexpr int kAhead = 512;      // elements to prefetch ahead: the hardware stops at each page
+constexpr int kAhead = 0;      // elements to prefetch ahead: the hardware stops at each page
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Bits __attribute__((vector_size(kLanes * 4)));
@@ -121,7 +121,7 @@ SK_INLINE void accumulate(
     SK_EACH(kAbsG) SK_EACH(kW2) SK_EACH(kAbsW) SK_EACH(kMaxG)
     int64_t i = 0;
     for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-        for (int line = 0; line < 4; ++line) {
+        if (kAhead) for (int line = 0; line < 4; ++line) {
             __builtin_prefetch(w + i + kAhead + line * kLanes);
             __builtin_prefetch(g + i + kAhead + line * kLanes);
         }

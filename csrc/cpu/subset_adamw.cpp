@@ -200,14 +200,14 @@ template <class Piece, class RowDone>
 void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&& row_done) {
     const auto* index = static_cast<const int32_t*>(item.index);
     const int64_t wide = item.columns;
-    const bool sums = item.sums();
+    const bool sums = item.sums() && wide > 1;
     const auto run = [&](int64_t param, int64_t grad, int64_t state, int64_t n) {
         for (int64_t i = 0; i < n; i += kBlock)
             piece(param + i, grad + i, state + i, nullptr, std::min(kBlock, n - i));
     };
     switch (item.kind) {
         case kAll:
-            if (!sums || wide == 1) return run(first, first, first, end - first);
+            if (!sums) return run(first, first, first, end - first);
             for (int64_t r = first; r < end; ++r) {
                 run(r * wide, r * wide, r * wide, wide);
                 row_done(r);
@@ -217,7 +217,7 @@ void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&
             for (int64_t u = first; u < end;) {
                 const int64_t row = index[u];
                 int64_t next = u + 1;
-                if (!sums || wide == 1)
+                if (!sums)
                     while (next < end && index[next] == row + (next - u)) ++next;
                 run(row * wide, row * wide, u * wide, (next - u) * wide);
                 row_done(row);
@@ -273,7 +273,7 @@ void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&
     }
     const auto* bits = static_cast<const uint8_t*>(item.index);
     const auto kept = [&](int64_t entry) { return bits[entry >> 3] >> (entry & 7) & 1; };
-    const int64_t unit = sums && wide > 1 ? wide : kSpan;
+    const int64_t unit = sums ? wide : kSpan;
     const int64_t stop = std::min(end * unit, item.rows * wide);
     int64_t rank = 0;
     if (item.kind == kElements && first * unit < stop) {
@@ -311,7 +311,7 @@ void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&
             if (found) piece(e, e, rank, list, found);
             rank += found;
         }
-        if (sums && wide > 1) row_done(begin / wide);
+        if (sums) row_done(begin / wide);
     }
 }
 

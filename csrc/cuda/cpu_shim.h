@@ -1,10 +1,11 @@
 // One kernel source for two machines: nvcc compiles it for the GPU, a C++ compiler runs it here.
 //
-//   csrc/cuda/<op>.cuh        kernels and their launch functions; includes this header first
-//   csrc/cuda/<op>.cu         includes "stream.h" and "<op>.cuh"; binds to torch (nvcc only)
-//   tests/ops/<op>/shim_*.cpp includes "cuda/<op>.cuh", calls the launch functions on plain memory
-//       g++ -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
-//           -Wno-unknown-pragmas -Icsrc  shim_<op>.cpp -o shim_<op>
+//   csrc/cuda/<op>.cuh          kernels and their launch functions; includes this header first
+//   csrc/cuda/<op>.cu           includes "stream.h" and "<op>.cuh"; binds to torch (nvcc only)
+//   tests/ops/<op>/<name>.cpp   includes "cuda/<op>.cuh", calls the launch functions on plain
+//                               memory; tests/shim compiles and runs it under ASan and UBSan:
+//                               run_shim(compile_shim(path_of_cpp, tmp_path)); see
+//                               tests/shim/probe.cpp
 //
 // In a .cuh write CUDA as usual, with three names of ours:
 //   SK_LAUNCH(kernel, grid, block, smem, stream, args...)    (kernel<float, 4>) in parentheses

@@ -32,6 +32,6 @@ def unit_sums(
     )
     totals = {c.name: torch.zeros(c.units, dtype=torch.float64) for c in couplings}
     for index, (coupling, _) in enumerate(members):
-        lines = sums[statistic, index].double().cpu()
+        lines = sums.view(statistic, index).double().cpu()
         totals[coupling.name] += lines.view(coupling.units, coupling.unit_size).sum(1)
     return totals

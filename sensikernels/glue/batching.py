@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,7 +98,7 @@ def encode(examples: Examples, tokenizer: Callable[..., Any], *, max_length: int
 
 
 def _flat(rows: Iterable[Sequence[int]]) -> Ids:
-    return np.fromiter((token for row in rows for token in row), dtype=np.int32)
+    return np.fromiter(chain.from_iterable(rows), dtype=np.int32)
 
 
 def collate(

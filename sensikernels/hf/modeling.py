@@ -161,6 +161,7 @@ COMPACT_CLASSES: dict[type, type] = {
 }
 
 AutoConfig.register("sk_bert", SkBertConfig, exist_ok=True)
+SkBertConfig.register_for_auto_class()
 for _auto, _compact in (
     (AutoModel, SkBertModel),
     (AutoModelForSequenceClassification, SkBertForSequenceClassification),
@@ -168,4 +169,4 @@ for _auto, _compact in (
     (AutoModelForMaskedLM, SkBertForMaskedLM),
 ):
     _auto.register(SkBertConfig, _compact, exist_ok=True)
-
+    _compact.register_for_auto_class(_auto.__name__)

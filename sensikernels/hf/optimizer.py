@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from sensikernels.layouts import PackedLayout
 from sensikernels.nn import MaskedLinear
+from sensikernels.ops.subset_adamw import SubsetAdamW
 
 
 @torch.no_grad()
@@ -23,20 +24,18 @@ def slice_optimizer(optimizer: Optimizer, old: nn.Linear, new: MaskedLinear) -> 
     if not isinstance(layout, PackedLayout):
         raise TypeError(f"layer: expected a packed layout, got {type(layout).__name__}")
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
-    cuts = [(layout.rows, 0), (layout.columns, 1)]
-    _replace(inner, old.weight, new.weight, [(i, d) for i, d in cuts if i is not None])
-    if old.bias is not None and new.bias is not old.bias and layout.rows is not None:
-        _replace(inner, old.bias, new.bias, [(layout.rows, 0)])
+    replace = _replace_in_subset if isinstance(inner, SubsetAdamW) else _replace
+    cuts = [(index, dim) for dim, index in enumerate((layout.rows, layout.columns))]
+    present = [(index, dim) for index, dim in cuts if index is not None]
+    if new.weight is not old.weight:
+        replace(inner, old.weight, new.weight, present)
+    if new.bias is not None and new.bias is not old.bias:
+        replace(inner, old.bias, new.bias, present[:1])
 
 
 def _replace(
-    optimizer: Optimizer,
-    old: nn.Parameter,
-    new: nn.Parameter | None,
-    cuts: list[tuple[Tensor, int]],
+    optimizer: Any, old: nn.Parameter, new: nn.Parameter, cuts: list[tuple[Tensor, int]]
 ) -> None:
-    if new is None or new is old:
-        return
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
     state: dict[str, Any] | None = optimizer.state.pop(old, None)
@@ -45,6 +44,12 @@ def _replace(
             key: _cut(value, cuts) if _is_like(value, old) else value
             for key, value in state.items()
         }
+
+
+def _replace_in_subset(
+    optimizer: Any, old: nn.Parameter, new: nn.Parameter, cuts: list[tuple[Tensor, int]]
+) -> None:
+    optimizer.slice_state(old, new, [index for index, _ in cuts], [dim for _, dim in cuts])
 
 
 def _is_like(value: Any, parameter: Tensor) -> bool:

@@ -95,7 +95,7 @@ def restore(model: nn.Module) -> None:
     swap = applied(model)
     if swap is None:
         raise UsageError("model: expected a plan applied, got none")
-    for name, original in swap.originals.items():
+    for name, original in reversed(swap.originals.items()):  # parents went last, come back first
         current = model.get_submodule(name)
         if isinstance(current, (MaskedLinear, SelectiveLinear)):
             _merge(swap, name, current, original)
@@ -109,11 +109,13 @@ def restore(model: nn.Module) -> None:
 def _merge(
     swap: Swap, name: str, current: MaskedLinear | SelectiveLinear, original: nn.Module
 ) -> None:
-    merged = current.to_linear()
-    kept = torch.ones_like(merged.weight, dtype=torch.bool)
-    if isinstance(current, MaskedLinear):
-        kept = swap.plan.weight_masks[name].dense().to(kept.device)
-    for parameter, keep in (("weight", kept), ("bias", kept.any(1))):
+    if isinstance(current, SelectiveLinear):
+        current.refresh()  # its weight is the original's own storage
+        return
+    merged, mask = current.to_linear(full=True), swap.plan.weight_masks[name]
+    kept = mask.dense().to(merged.weight.device)
+    rows = kept.any(1) if current.layout.compact_output else torch.ones_like(kept[:, 0])
+    for parameter, keep in (("weight", kept), ("bias", rows)):
         target: Tensor | None = getattr(original, parameter)
         if target is not None:
             target.copy_(torch.where(keep, getattr(merged, parameter), target))

@@ -17,11 +17,14 @@ from sensikernels.masks.scores import Scores
 from sensikernels.masks.structure import Coupling, Structure
 from sensikernels.ops.select_kept import select_kept
 
-MULTIPLES: Mapping[str, int] = {"heads": 1, "neurons": 16, "qk": 8, "vo": 8}
-"""Kept counts are multiples of these: 16 neurons fill a tensor core tile, and few widths repeat."""
+MULTIPLES: Mapping[str, int] = {"heads": 1, "dimensions": 8, "neurons": 16}
+"""Kept counts are multiples of these: 16 neurons fill a tensor core tile, and few widths repeat.
+Dimensions (Q/K or V/O) are counted per head."""
 
-MINIMUMS: Mapping[str, int] = {"heads": 1, "neurons": 16, "qk": 8, "vo": 8}
+MINIMUMS: Mapping[str, int] = {"heads": 1, "dimensions": 8, "neurons": 16}
 """Units that every layer keeps whatever its scores."""
+
+_FAMILY = {"qk": "dimensions", "vo": "dimensions"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,11 +63,13 @@ def plan(
     multiples = {**MULTIPLES, **(multiples or {})}
     minimums = {**MINIMUMS, **(minimums or {})}
     structure = scores.structure
+    unknown = sorted({*multiples, *minimums} - set(MULTIPLES))
+    require(not unknown, "multiples", f"kinds among {sorted(MULTIPLES)}", unknown)
     kept: dict[str, Tensor] = {}
     for group in _scopes(structure, budget.scope):
         pool = _pool(group, scores, budget.measure, length)
         if budget.units is not None:
-            kept |= _by_counts(pool, budget.units, multiples)
+            kept |= _by_counts(pool, budget.units)
         else:
             room = _room(structure, group, budget, length)
             kept |= _by_cost(pool, room, budget, multiples, minimums, structure, length)
@@ -80,13 +85,13 @@ def _scopes(structure: Structure, scope: str) -> list[tuple[Coupling, ...]]:
 
 
 def _pool(group: tuple[Coupling, ...], scores: Scores, measure: str, length: float) -> _Pool:
-    names = tuple(sorted({c.kind for c in group}))
+    names = tuple(sorted({_family(c) for c in group}))
     folded = [_fold(c, scores.values[c.name]) for c in group]
     counts = torch.tensor([len(values) for values in folded])
     unit_costs = [c.params if measure == "params" else c.flops(length) for c in group]
     costs = torch.tensor([cost * c.heads for cost, c in zip(unit_costs, group, strict=True)])
     segments = torch.arange(len(group), dtype=torch.int32)
-    kinds = torch.tensor([names.index(c.kind) for c in group], dtype=torch.int32)
+    kinds = torch.tensor([names.index(_family(c)) for c in group], dtype=torch.int32)
     return _Pool(
         couplings=group,
         scores=torch.cat(folded),
@@ -95,6 +100,10 @@ def _pool(group: tuple[Coupling, ...], scores: Scores, measure: str, length: flo
         kinds=kinds.repeat_interleave(counts),
         names=names,
     )
+
+
+def _family(coupling: Coupling) -> str:
+    return _FAMILY.get(coupling.kind, coupling.kind)
 
 
 def _fold(coupling: Coupling, values: Tensor) -> Tensor:
@@ -169,15 +178,13 @@ def _least_cost(pool: _Pool, minimums: Mapping[str, int], multiples: Mapping[str
     total = 0.0
     for segment, coupling in enumerate(pool.couplings):
         costs = pool.costs[pool.segments == segment]
-        step = multiples[coupling.kind]
-        count = min(len(costs), -(-minimums[coupling.kind] // step) * step)
+        step = multiples[_family(coupling)]
+        count = min(len(costs), -(-minimums[_family(coupling)] // step) * step)
         total += float(costs[:count].sum())
     return total
 
 
-def _by_counts(
-    pool: _Pool, units: Mapping[str, int], multiples: Mapping[str, int]
-) -> dict[str, Tensor]:
+def _by_counts(pool: _Pool, units: Mapping[str, int]) -> dict[str, Tensor]:
     bits = torch.zeros(len(pool.scores), dtype=torch.bool)
     unknown = sorted(set(units) - set(pool.names))
     require(not unknown, "budget units", f"kinds among {list(pool.names)}", unknown)

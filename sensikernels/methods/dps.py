@@ -14,7 +14,7 @@ from sensikernels.hf import encoder_layers
 from sensikernels.hf.targets import PARTS
 from sensikernels.masks import Mask, Plan
 from sensikernels.methods.base import Method, Run
-from sensikernels.ops.select_kept import pack_bits, select_kept
+from sensikernels.ops.select_kept import select_elements, unpack
 from sensikernels.ops.subset_adamw import SubsetAdamW
 
 _SCALE = 1000.0  # the published code divides g² by it; it only rescales
@@ -90,7 +90,7 @@ class DPS(Method):
         if self.as_published:
             for name, weight in weights.items():
                 if weight.grad is not None:
-                    weight.grad.mul_(self._kept[name])
+                    weight.grad.mul_(unpack(self._kept[name], weight.shape))
 
     def state(self) -> dict[str, Tensor]:
         """The sums and masks of the stage under way."""
@@ -100,10 +100,10 @@ class DPS(Method):
     def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
         """Take the sums and masks back, and tell the optimizer which entries are frozen."""
         self.begin(run)
+        weights = matrices(run.model)
         for key, value in tensors.items():
             kind, _, name = key.partition(".")
             (self._sums if kind == "sum" else self._kept)[name] = value
-        weights = matrices(run.model)
         for name, kept in self._kept.items():
             self._freeze(run, weights[name], kept)
 
@@ -123,17 +123,17 @@ class DPS(Method):
             self._sums[name] = square
 
     def _select(self, run: Run, weights: Mapping[str, nn.Parameter]) -> None:
-        masks: dict[str, Mask] = {}
-        for name, weight in weights.items():
-            count = kept_count(weight.numel(), self.masked_share)
-            kept = select_kept(self._sums[name].flatten(), k=count).bits.view(weight.shape)
-            self._kept[name] = kept
-            self._freeze(run, weight, kept)
-            masks[name.removesuffix(".weight")] = Mask.elements(kept)
+        sums = [self._sums[name] for name in weights]
+        counts = [kept_count(weight.numel(), self.masked_share) for weight in weights.values()]
+        kept = select_elements(sums, k=counts, scope="per_tensor")
         self._sums.clear()
+        for index, (name, weight) in enumerate(weights.items()):
+            self._kept[name] = kept.packed(index).clone()
+            self._freeze(run, weight, self._kept[name])
+        grids = {n.removesuffix(".weight"): kept.grid(i) for i, n in enumerate(weights)}
         run.plan = Plan(
             method=self.name,
-            update_masks=masks,
+            update_masks={name: Mask.elements(grid) for name, grid in grids.items()},
             sequence_length=run.sequence_length,
             origin=self.options() | {"step": run.step},
         )
@@ -143,12 +143,13 @@ class DPS(Method):
             return
         optimizer = _inner(run)
         assert isinstance(optimizer, SubsetAdamW)
-        optimizer.set_kept(weight, None if kept is None else ("elements", pack_bits(kept)))
+        optimizer.set_kept(weight, None if kept is None else ("elements", kept))
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights DPS masks: encoder linears, pooler and classifier, by parameter name."""
-    inside = {f"{layer.prefix}.{path}" for layer in encoder_layers(model) for path in PARTS.values()}
+    layers = encoder_layers(model)
+    inside = {layer.name(part) for layer in layers for part in PARTS}
     return {
         f"{name}.weight": module.weight  # type: ignore[misc]
         for name, module in model.named_modules()

@@ -77,19 +77,13 @@ class Data:
         """Development batches."""
         return self._moved(self.dev)
 
-    def of_length(self, length: int | None = None) -> dict[str, Tensor]:
-        """A training batch padded to ``length``; without one, the largest batch."""
+    def largest(self) -> dict[str, Tensor]:
+        """The first epoch's training batch with the most padded tokens."""
         self.train.resume(epoch=0, start=0)
-        order = list(self.train.order)
         lengths = self.train.order.lengths
-        multiple = self.train.pad_to_multiple
-        padded = [-(-int(lengths[rows].max()) // multiple) * multiple for rows in order]
-        if length is None:
-            best = max(range(len(order)), key=lambda i: len(order[i]) * padded[i])
-        else:
-            best = min(range(len(order)), key=lambda i: abs(padded[i] - length))
+        rows = max(self.train.order, key=lambda rows: len(rows) * int(lengths[rows].max()))
         collate: Any = self.train.collate_fn
-        batch: dict[str, Tensor] = collate([self.train.dataset[i] for i in order[best]])
+        batch: dict[str, Tensor] = collate([self.train.dataset[i] for i in rows])
         return self._to_device(batch)
 
     def fingerprint(self) -> str:

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from tests.glue.conftest import line, lines, write
 
 from sensikernels.errors import DataError, UsageError
 from sensikernels.glue import TASKS, load
+from tests.glue.layout import line, lines, write
 
 # Rows of the real files in circulation; QNLI train, QQP and MNLI as samples.
 SIZES = {

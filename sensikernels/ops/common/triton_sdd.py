@@ -119,7 +119,7 @@ def block_gradient_kernel(
                         b = dy.load([t0, row * BM + m0])
                     else:
                         t = t0 + here
-                        start = t0.to(tl.int64)
+                        start = tl.cast(t0, tl.int64)
                         a_at = x + start * stride_x + here[None, :] * stride_x + columns[:, None]
                         b_at = dy + start * stride + here[:, None] * stride + features[None, :]
                         live = t < t_last
@@ -138,7 +138,7 @@ def block_gradient_kernel(
                 wanted = (blocks < n) & (j < BN)
                 if GROUP > 1:
                     wanted = wanted & (lane_row == row)
-                to = out + (split * (n0 + n1 + n2) + skipped + block).to(tl.int64) * (BM * BN)
+                to = out + tl.cast(split * (n0 + n1 + n2) + skipped + block, tl.int64) * (BM * BN)
                 at = (m0 + m)[:, None] * BN + (sub * (BM * BN) + j)[None, :]
                 mask = (m0 + m < BM)[:, None] & wanted[None, :]
                 tl.store(to + at, acc.T.to(out.dtype.element_ty), mask=mask)

@@ -74,7 +74,7 @@ def choose_backend(
     if asked == "reference":
         return asked, "asked for by name"
     device = weights[0].device.type if weights else "cpu"
-    other = [t.dtype for t in (*weights, *(grads or ())) if t.dtype not in DTYPE_CODE]
+    other = list({t.dtype for t in (*weights, *(grads or ()))} - DTYPE_CODE.keys())
     refusals = {
         "native": f"{other[0]} is served by the reference only" if other
         else ops.native_refusal(device),
@@ -107,17 +107,19 @@ def check_tensors(
     """Weights and gradients pair up, on one device, in floating-point types."""
     if grads is None:
         missing = [name for name in statistics if name in NEEDS_GRAD]
-        require(not missing, "grads", f"gradients, which {', '.join(missing)} needs", None)
-    else:
-        require(len(grads) == len(weights), "grads", f"{len(weights)} tensors", len(grads))
-        for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-            ok = isinstance(grad, Tensor) and grad.shape == weight.shape
-            got = tuple(grad.shape) if isinstance(grad, Tensor) else grad
-            require(ok, f"grads[{i}]", f"a tensor of shape {tuple(weight.shape)}", got)
-            same = grad.device == weight.device
-            require(same, f"grads[{i}]", f"device {weight.device}", grad.device)
-    for i, weight in enumerate(weights):
-        require(weight.is_floating_point(), f"weights[{i}]", "a floating dtype", weight.dtype)
+        needed = f"gradients, which {', '.join(missing)} needs"
+        require(not missing, "grads", needed, None)
+        grads = weights
+    require(len(grads) == len(weights), "grads", f"{len(weights)} tensors", len(grads))
+    device = weights[0].device if weights else None
+    for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
+        if not isinstance(g, Tensor) or w.shape != g.shape:
+            got = tuple(g.shape) if isinstance(g, Tensor) else g
+            require(False, f"grads[{i}]", f"a tensor of shape {tuple(w.shape)}", got)
+        if w.device != device or g.device != device:
+            require(False, f"weights[{i}]", f"device {device}", f"{w.device}, {g.device}")
+    for dtype in {t.dtype for t in (*weights, *grads)}:
+        require(dtype.is_floating_point, "weights", "floating dtypes", dtype)
 
 
 def check_state(
@@ -181,9 +183,8 @@ def group_reduce(
     if table is None:
         table = GroupTable(weights, grads, groups=groups, names=names)
     else:
-        shapes = [tuple(w.shape) for w in weights]
-        known = [span.weight_shape for span in table.layout.spans]
-        require(shapes == known, "table", "a table of these tensors", "other shapes")
+        fits = [w.shape for w in weights] == [span.weight_shape for span in table.layout.spans]
+        require(fits, "table", "a table of these tensors", "other shapes")
     decay = 0.0 if ema is None else float(ema[1])
     require(0.0 <= decay <= 1.0, "ema", "a decay in [0, 1]", decay)
     running_arena = check_state("running", running, table, statistics)

@@ -43,19 +43,23 @@ def bind(
 
     A descriptor: weight and gradient address, their row strides, their ``DTYPE_CODE``.
     """
+    columns = []
     copies: list[Tensor] = []
-    rows = []
-    for i, weight in enumerate(weights):
-        entry = []
-        for t in (weight, grads[i]) if grads else (weight, weight):
-            plain = t.is_contiguous() if flat[i] else t.dim() == 2 and t.stride(1) == 1
-            if not plain:
-                t = t.contiguous()
-                copies.append(t)
-            entry.append((t.data_ptr(), t.stride(0) if t.dim() > 1 else 1, DTYPE_CODE[t.dtype]))
-        (w, w_ld, w_type), (g, g_ld, g_type) = entry
-        rows.append((w, g, w_ld, g_ld, w_type, g_type))
-    fresh = torch.tensor(rows, dtype=torch.int64).view(len(weights), 6)
+    for tensors in (weights, grads or weights):
+        plain = [t.is_contiguous() for t in tensors]
+        if not all(plain):
+            tensors = list(tensors)
+            for i in (i for i, fine in enumerate(plain) if not fine):
+                if flat[i] or tensors[i].dim() != 2 or tensors[i].stride(1) != 1:
+                    tensors[i] = tensors[i].contiguous()
+                    copies.append(tensors[i])
+        columns.append((
+            [t.data_ptr() for t in tensors],
+            [0 if whole else t.stride(0) for t, whole in zip(tensors, flat, strict=True)],
+            [DTYPE_CODE[t.dtype] for t in tensors],
+        ))  # fmt: skip
+    (w, w_ld, w_type), (g, g_ld, g_type) = columns
+    fresh = torch.tensor([w, g, w_ld, g_ld, w_type, g_type], dtype=torch.int64).t().contiguous()
     if device is None:
         return fresh, copies
     if not torch.equal(fresh, host):

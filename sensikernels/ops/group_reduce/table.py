@@ -179,12 +179,12 @@ class _Work:
                 self.segments(full, np.array([full]), rest, length)
         elif flat and bm == 1 and bn >= 32 and cols % bn == 0:
             self.segments(0, np.arange(rows * cols // bn), bn, bn)
-        elif flat and bm == 1 and bn == 1 or flat and cols == 1 and bm == 1:
+        elif flat and bm == 1 and (bn == 1 or cols == 1):
             self.columns(1, rows * cols, 1, 1, rows * cols)
         elif bn >= cols:
             self.segments(0, np.arange(rows) // bm, cols, 0)
         else:
-            self.columns(rows, cols, bm, bn, 0)
+            self.columns(rows, cols, bm, bn, cols if flat else 0)
 
     def gather(self, ids: np.ndarray, groups: int, member0: int) -> np.ndarray:
         """Groups given per element; returns the elements, group by group."""

@@ -100,14 +100,14 @@ class KernelLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values, pre = ctx.saved_tensors
         dy = matrix(grad)
-        if pre is not None:
-            dy = _gelu_backward(dy, pre)
         dx = dvalues = dbias = None
+        if pre is not None:
+            dy, dbias = _OPS.masked_linear_grad_activation(dy, pre, ctx.backend)
+        elif ctx.needs_input_grad[2]:
+            dbias = dy.sum(0)
         if ctx.needs_input_grad[0]:
             dx = _OPS.masked_linear_grad_input(dy, values, *ctx.layout, ctx.backend)
             dx = dx.view(*ctx.leading, dx.shape[1])
         if ctx.needs_input_grad[1]:
             dvalues = _OPS.masked_linear_grad_values(dy, x, *ctx.layout, ctx.backend)
-        if ctx.needs_input_grad[2]:
-            dbias = dy.sum(0)
-        return dx, dvalues, dbias, None, None, None
+        return dx, dvalues, dbias if ctx.needs_input_grad[2] else None, None, None, None

@@ -18,10 +18,12 @@ from sensikernels._checks import require
 from sensikernels.layouts import BlockLayout, PackedLayout, from_arguments
 
 _LIB = torch.library.Library("sensikernels", "FRAGMENT")
-_LAYOUT = "int[] sizes, Tensor[] index, str activation, str backend"
 _LIB.define(
     "masked_linear(Tensor x, Tensor values, Tensor? bias, int[] sizes, Tensor[] index, "
     "str activation, str backend) -> (Tensor, Tensor)"
+)
+_LIB.define(
+    "masked_linear_grad_activation(Tensor dy, Tensor pre, str backend) -> (Tensor, Tensor)"
 )
 _LIB.define(
     "masked_linear_grad_input(Tensor dy, Tensor values, int[] sizes, Tensor[] index, "
@@ -50,6 +52,16 @@ def _forward(
         return y, x.new_empty(0) if pre is None else pre
     pre = _blocks.forward(x, values, _require_blocks(layout), bias)
     return (F.gelu(pre), pre) if activation == "gelu" else (pre, x.new_empty(0))
+
+
+def _grad_activation(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """``(dpre, dbias)``."""
+    if backend == "triton":
+        from sensikernels.ops.masked_linear import triton
+
+        return triton.masked_linear_backward_activation(dy, pre)
+    dpre = torch.ops.aten.gelu_backward(dy.contiguous(), pre)
+    return dpre, dpre.sum(0)
 
 
 def _grad_input(
@@ -83,6 +95,7 @@ def _require_blocks(layout: PackedLayout | BlockLayout) -> BlockLayout:
 
 for _device in ("CPU", "CUDA"):
     _LIB.impl("masked_linear", _forward, _device)
+    _LIB.impl("masked_linear_grad_activation", _grad_activation, _device)
     _LIB.impl("masked_linear_grad_input", _grad_input, _device)
     _LIB.impl("masked_linear_grad_values", _grad_values, _device)
 
@@ -99,6 +112,11 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty((x.shape[0], from_arguments(sizes, index).out_width))
     return y, x.new_empty(y.shape if activation == "gelu" else 0)
+
+
+@torch.library.register_fake("sensikernels::masked_linear_grad_activation")
+def _(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return dy.new_empty(dy.shape), dy.new_empty(dy.shape[1])
 
 
 @torch.library.register_fake("sensikernels::masked_linear_grad_input")

@@ -64,7 +64,7 @@ def block_linear_kernel(
         k = tl.arange(0, BLOCK_K)
         x_rows = x
         if not DESCRIPTORS:
-            x_rows = x + t0.to(tl.int64) * stride_x + here[:, None] * stride_x
+            x_rows = x + tl.cast(t0, tl.int64) * stride_x + here[:, None] * stride_x
         acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
         coming = tl.load(idx + first, mask=first < last, other=0)
         coming_block = first
@@ -86,7 +86,7 @@ def block_linear_kernel(
                 else:
                     b = values.load([block * BM + o0, k0]).T
             else:
-                from_block = values + block.to(tl.int64) * (BM * BN)
+                from_block = values + tl.cast(block, tl.int64) * (BM * BN)
                 if TRANSPOSED:
                     from_block += (k0 + k)[:, None] * BN + o[None, :]
                 else:
@@ -110,7 +110,7 @@ def block_linear_kernel(
         kept = (out < out_width) & (o < O)
         if HAS_BIAS:
             acc += tl.load(bias + out, mask=kept, other=0.0).to(tl.float32)[None, :]
-        base = t0.to(tl.int64) * out_width
+        base = tl.cast(t0, tl.int64) * out_width
         at = here[:, None] * out_width + out[None, :]
         mask = (t < tokens)[:, None] & kept[None, :]
         if GELU:

@@ -13,16 +13,6 @@ from sensikernels.ops.common.triton_launch import Config
 
 
 @triton.jit
-def _epilogue(acc, bias, y, pre, out, at, mask, mask_out, HAS_BIAS: tl.constexpr, GELU: tl.constexpr):
-    if HAS_BIAS:
-        acc += tl.load(bias + out, mask=mask_out, other=0.0).to(tl.float32)[None, :]
-    if GELU:
-        tl.store(pre + at, acc.to(pre.dtype.element_ty), mask=mask)
-        acc = gelu(acc)
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _contains(rows, n, steps, wanted):
     """Which of ``wanted`` are among ``rows[:n]``, ascending: one binary search per lane."""
     low = tl.zeros_like(wanted)
@@ -35,7 +25,7 @@ def _contains(rows, n, steps, wanted):
     return tl.load(rows + low, mask=low < n, other=-1) == wanted
 
 
-@triton.jit(do_not_specialize=["tokens", "kept", "steps"])
+@triton.jit(do_not_specialize=["tokens", "steps"])
 def packed_linear_kernel(
     x,
     w,
@@ -83,11 +73,11 @@ def packed_linear_kernel(
         if GATHER:
             line = tl.load(gather + n, mask=n < kept, other=0)
         if not DESCRIPTORS:
-            x_at = x + t0.to(tl.int64) * stride_x + here[:, None] * stride_x + k[None, :]
+            x_at = x + tl.cast(t0, tl.int64) * stride_x + here[:, None] * stride_x + k[None, :]
             if INNER_FIRST:
                 w_at = w + k[:, None] * stride_w + line[None, :]
             else:
-                w_at = w + line.to(tl.int64)[None, :] * stride_w + k[:, None]
+                w_at = w + line[None, :] * stride_w + k[:, None]
         acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
         for k0 in range(0, inner, BLOCK_K):
             if DESCRIPTORS:
@@ -114,21 +104,31 @@ def packed_linear_kernel(
         out = n
         if SCATTER:
             out = tl.load(scatter + n, mask=n < kept, other=0)
-        base = t0.to(tl.int64) * out_width
-        at = base + here[:, None] * out_width + out[None, :]
+        base = tl.cast(t0, tl.int64) * out_width
+        at = here[:, None] * out_width + out[None, :]
         mask = live[:, None] & (n < kept)[None, :]
-        _epilogue(acc, bias, y, pre, out, at, mask, n < kept, HAS_BIAS, GELU)
+        if HAS_BIAS:
+            acc += tl.load(bias + out, mask=n < kept, other=0.0).to(tl.float32)[None, :]
+        if GELU:
+            tl.store(pre + base + at, acc.to(pre.dtype.element_ty), mask=mask)
+            acc = gelu(acc)
+        tl.store(y + base + at, acc.to(y.dtype.element_ty), mask=mask)
     if SCATTER:
         fill_o = tl.cdiv(out_width, BLOCK_O)
         for tile in range(tl.program_id(0), tiles_t * fill_o, tl.num_programs(0)):
             t0 = (tile // fill_o) * BLOCK_T
             out = (tile % fill_o) * BLOCK_O + o
             dropped = (out < out_width) & (_contains(scatter, kept, steps, out) == 0)
-            base = t0.to(tl.int64) * out_width
-            at = base + here[:, None] * out_width + out[None, :]
+            base = tl.cast(t0, tl.int64) * out_width
+            at = here[:, None] * out_width + out[None, :]
             mask = (t0 + here < tokens)[:, None] & dropped[None, :]
-            acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
-            _epilogue(acc, bias, y, pre, out, at, mask, dropped, HAS_BIAS, GELU)
+            value = tl.zeros([BLOCK_O], tl.float32)
+            if HAS_BIAS:
+                value = tl.load(bias + out, mask=dropped, other=0.0).to(tl.float32)
+            if GELU:
+                tl.store(pre + base + at, value.to(pre.dtype.element_ty)[None, :], mask=mask)
+                value = gelu(value)
+            tl.store(y + base + at, value.to(y.dtype.element_ty)[None, :], mask=mask)
 
 
 def _config(t: int, o: int, k: int, warps: int, stages: int) -> Config:
@@ -137,22 +137,26 @@ def _config(t: int, o: int, k: int, warps: int, stages: int) -> Config:
 
 CONFIGS = (
     _config(128, 128, 64, 8, 4),
-    _config(128, 64, 64, 4, 4),
+    _config(128, 64, 64, 8, 4),
     _config(64, 64, 64, 4, 4),
     _config(128, 64, 32, 8, 4),
     _config(64, 64, 32, 4, 4),
 )
 
 
-def select(tokens: int, kept: int, dtype: torch.dtype, processors: int) -> Config:
-    """The largest tile that still fills the device."""
+def select(
+    tokens: int, kept: int, dtype: torch.dtype, processors: int, *, scattered: bool
+) -> Config:
+    """The largest tile that still fills the device; scattered addresses need half its registers."""
     k = 32 if dtype == torch.float32 else 64
-    fitting = [c for c in CONFIGS if c.tile["BLOCK_K"] == k]
+    fitting = [
+        c
+        for c in CONFIGS
+        if c.tile["BLOCK_K"] == k and not (scattered and c.tile["BLOCK_O"] == 128)
+    ]
     for config in fitting[:-1]:
-        tiles = triton.cdiv(tokens, config.tile["BLOCK_T"]) * triton.cdiv(
-            kept, config.tile["BLOCK_O"]
-        )
-        if tiles >= processors:
+        t, o, _ = config.tile.values()
+        if triton.cdiv(tokens, t) * triton.cdiv(kept, o) >= processors:
             return config
     return fitting[-1]
 
@@ -180,9 +184,10 @@ def packed_linear(
     pre = torch.empty_like(y) if gelu else None
     if not y.numel():
         return y, pre
-    config = launch.fit(
-        select(tokens, kept, x.dtype, launch.processors(x)), _stage_bytes, x
+    config = select(
+        tokens, kept, x.dtype, launch.processors(x), scattered=(gather, scatter) != (None, None)
     )
+    config = launch.fit(config, _stage_bytes, x)
     t, o, k = config.tile.values()
     descriptors = gather is None and launch.can_describe(x, w)
     tiles = triton.cdiv(tokens, t) * triton.cdiv(out_width if scatter is not None else kept, o)
@@ -215,7 +220,8 @@ def _case(config: Config, dtype: str, form: str):
     ints = ["tokens", "kept", "steps", "inner", "out_width", "stride_x", "stride_w"]
     signature = dict.fromkeys(["x", "w", "bias", "y", "pre"], f"*{dtype}")
     signature |= dict.fromkeys(index, "*i32") | dict.fromkeys(ints, "i32")
-    divisible = [name for name in signature if name not in ints[:3]]
+    plain = ["tokens", "steps"] if inner_first else ["tokens", "steps", "kept"]
+    divisible = [name for name in signature if name not in plain]
     if bulk:
         weight = f"{k}, {o}" if inner_first else f"{o}, {k}"
         signature |= {"x": f"tensordesc<{dtype}[{t}, {k}]>", "w": f"tensordesc<{dtype}[{weight}]>"}
@@ -226,7 +232,7 @@ def _case(config: Config, dtype: str, form: str):
         "signature": signature,
         "divisible": divisible,
         "constexprs": {
-            "GATHER": form == "gather", "SCATTER": form != "gather", "INNER_FIRST": inner_first,
+            "GATHER": form == "gather", "SCATTER": form.startswith(("scatter", "input")), "INNER_FIRST": inner_first,
             "HAS_BIAS": not inner_first, "GELU": not inner_first, "DESCRIPTORS": bulk,
             "EVEN": not form.endswith("edges"), "PRECISION": "tf32" if dtype == "fp32" else "ieee",
             "UPCAST": False, **config.tile,
@@ -241,8 +247,10 @@ def _case(config: Config, dtype: str, form: str):
 def _cases():
     for config in CONFIGS:
         dtype = "fp32" if config.tile["BLOCK_K"] == 32 else "bf16"
-        forms = ["gather", "scatter", "scatter-bulk", "input", "input-bulk"]
-        for form in forms + ["scatter-edges"] * (dtype == "bf16"):
+        forms = ["direct", "direct-bulk"]
+        if config.tile["BLOCK_O"] < 128:
+            forms += ["gather", "scatter", "scatter-bulk", "input", "input-bulk"]
+        for form in forms + ["direct-edges"] * (dtype == "bf16"):
             yield _case(config, dtype, form)
 
 

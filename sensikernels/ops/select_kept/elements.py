@@ -178,7 +178,7 @@ def select_elements(
     code = list(SCORES).index(score)
     if name != "reference":
         arena, threshold, counts = ops.launch(
-            name, tensors, pairs, offsets, end, wanted, code, scope == "per_tensor"
+            name, tensors, pairs, offsets, end, wanted, code
         )
     else:
         arena, threshold, counts = _reference(

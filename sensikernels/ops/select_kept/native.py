@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from sensikernels import _native
 
@@ -20,3 +21,19 @@ def refusal(device: str) -> str | None:
     if key is None or not hasattr(_native.ops(), "select_elements") or not has(name, key):
         return f"the extension was built without a kernel for {device}"
     return None
+
+
+def select_elements(
+    tensors: list[Tensor],
+    grads: list[Tensor],
+    offsets: list[int],
+    k: list[int],
+    score: int,
+    arena: Tensor,
+    threshold: Tensor,
+    counts: Tensor,
+) -> None:
+    """Exact counts, ties to the lowest entry; one count for all tensors or one each."""
+    _native.ops().select_elements(
+        tensors, grads, offsets, k, score, arena, threshold, counts
+    )

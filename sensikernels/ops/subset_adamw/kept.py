@@ -171,4 +171,4 @@ def popcounts(bits: Tensor, numel: int) -> Tensor:
     padded = bits.new_zeros(spans * SPAN // 8)
     padded[: bits.numel()] = bits
     per_byte = torch.stack([(padded >> k) & 1 for k in range(8)]).sum(0)
-    return per_byte.view(spans, -1).sum(1)
+    return per_byte.view(spans, SPAN // 8).sum(1)

@@ -1,0 +1,192 @@
+// Gather and scatter of feature columns of a matrix, two or four bytes per element.
+#include "checks.h"
+#include "parallel.h"
+
+#include <immintrin.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+
+#define SK_VBMI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2")))
+
+namespace {
+
+using sk::ceil_div;
+using sk::ScalarType;
+using sk::Tensor;
+
+// One bit per column: kept. Ascending indices make a gather a compress, a scatter an expand.
+struct ColumnMask {
+    std::unique_ptr<uint32_t[]> words;
+    int64_t count;
+
+    ColumnMask(const int32_t* index, int64_t n, int64_t width) : count(ceil_div(width, 32)) {
+        words.reset(new uint32_t[count]());
+        for (int64_t j = 0; j < n; ++j) words[index[j] / 32] |= 1u << (index[j] % 32);
+    }
+};
+
+SK_VBMI void gather_row(const uint16_t* from, uint16_t* to, const ColumnMask& mask, int64_t width) {
+    for (int64_t w = 0; w < mask.count; ++w) {
+        const uint32_t bits = mask.words[w];
+        if (bits == 0) continue;
+        const int n = __builtin_popcount(bits);
+        const uint32_t valid = ~0u >> (32 - std::min<int64_t>(32, width - 32 * w));
+        const __m512i v = _mm512_maskz_loadu_epi16(valid, from + 32 * w);
+        _mm512_mask_storeu_epi16(to, ~0u >> (32 - n), _mm512_maskz_compress_epi16(bits, v));
+        to += n;
+    }
+}
+
+SK_VBMI void gather_row(const uint32_t* from, uint32_t* to, const ColumnMask& mask, int64_t width) {
+    for (int64_t h = 0; h < 2 * mask.count; ++h) {
+        const __mmask16 bits = mask.words[h / 2] >> (h % 2 * 16);
+        if (bits == 0) continue;
+        const int n = __builtin_popcount(bits);
+        const __mmask16 valid = 0xffffu >> (16 - std::min<int64_t>(16, width - 16 * h));
+        const __m512i v = _mm512_maskz_loadu_epi32(valid, from + 16 * h);
+        _mm512_mask_storeu_epi32(to, 0xffffu >> (16 - n), _mm512_maskz_compress_epi32(bits, v));
+        to += n;
+    }
+}
+
+SK_VBMI void scatter_row(const uint16_t* from, const uint16_t* fill, uint16_t* to,
+                         const ColumnMask& mask, int64_t width) {
+    for (int64_t w = 0; w < mask.count; ++w) {
+        const uint32_t bits = mask.words[w];
+        const int n = __builtin_popcount(bits);
+        const uint32_t valid = ~0u >> (32 - std::min<int64_t>(32, width - 32 * w));
+        const uint32_t first = n ? ~0u >> (32 - n) : 0;
+        const __m512i rest =
+            fill ? _mm512_maskz_loadu_epi16(valid, fill + 32 * w) : _mm512_setzero_si512();
+        const __m512i v = _mm512_maskz_loadu_epi16(first, from);
+        _mm512_mask_storeu_epi16(to + 32 * w, valid, _mm512_mask_expand_epi16(rest, bits, v));
+        from += n;
+    }
+}
+
+SK_VBMI void scatter_row(const uint32_t* from, const uint32_t* fill, uint32_t* to,
+                         const ColumnMask& mask, int64_t width) {
+    for (int64_t h = 0; h * 16 < width; ++h) {
+        const __mmask16 bits = mask.words[h / 2] >> (h % 2 * 16);
+        const int n = __builtin_popcount(bits);
+        const __mmask16 valid = 0xffffu >> (16 - std::min<int64_t>(16, width - 16 * h));
+        const __mmask16 first = n ? 0xffffu >> (16 - n) : 0;
+        const __m512i rest =
+            fill ? _mm512_maskz_loadu_epi32(valid, fill + 16 * h) : _mm512_setzero_si512();
+        const __m512i v = _mm512_maskz_loadu_epi32(first, from);
+        _mm512_mask_storeu_epi32(to + 16 * h, valid, _mm512_mask_expand_epi32(rest, bits, v));
+        from += n;
+    }
+}
+
+bool has_compress() {
+    return __builtin_cpu_supports("avx512vbmi2") > 0;
+}
+
+template <class T>
+void gather_rows(const void* source, void* target, const int32_t* index, int64_t tokens,
+                 int64_t width, int64_t n) {
+    const T* from = static_cast<const T*>(source);
+    T* to = static_cast<T*>(target);
+    const bool compress = has_compress();
+    const ColumnMask mask(index, n, width);
+    torch::stable::parallel_for(0, tokens, ceil_div(16384, width), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t)
+            if (compress)
+                gather_row(from + t * width, to + t * n, mask, width);
+            else
+                for (int64_t j = 0; j < n; ++j) to[t * n + j] = from[t * width + index[j]];
+    });
+}
+
+template <class T>
+void scatter_rows(const void* source, const void* fill_data, void* target, const int32_t* index,
+                  int64_t tokens, int64_t width, int64_t n) {
+    const T* from = static_cast<const T*>(source);
+    const T* fill = static_cast<const T*>(fill_data);
+    T* to = static_cast<T*>(target);
+    const bool expand = has_compress();
+    const ColumnMask mask(index, n, width);
+    torch::stable::parallel_for(0, tokens, ceil_div(16384, width), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            T* row = to + t * width;
+            if (expand) {
+                scatter_row(from + t * n, fill, row, mask, width);
+                continue;
+            }
+            if (fill)
+                std::memcpy(row, fill, width * sizeof(T));
+            else
+                std::memset(row, 0, width * sizeof(T));
+            for (int64_t j = 0; j < n; ++j) row[index[j]] = from[t * n + j];
+        }
+    });
+}
+
+int64_t check_columns(const Tensor& x, const Tensor& index) {
+    sk::check_cpu(x, "x");
+    sk::check_dim(x, "x", 2);
+    sk::check_contiguous(x, "x");
+    sk::check_dtype(index, "index", ScalarType::Int);
+    sk::check_contiguous(index, "index");
+    const int64_t bytes = x.element_size();
+    STD_TORCH_CHECK(bytes == 2 || bytes == 4, "x: expected 2 or 4 bytes per element, got ", bytes);
+    return bytes;
+}
+
+void check_bounds(const Tensor& index, int64_t width) {
+    const int32_t* i = static_cast<const int32_t*>(index.data_ptr());
+    const int64_t n = index.numel();
+    STD_TORCH_CHECK(n == 0 || (i[0] >= 0 && i[n - 1] < width),
+                    "index: expected ascending columns below ", width, ", got ", i[n - 1]);
+}
+
+Tensor gather_columns(const Tensor& x, const Tensor& index) {
+    const int64_t bytes = check_columns(x, index), tokens = x.size(0), width = x.size(1);
+    check_bounds(index, width);
+    const int64_t n = index.numel();
+    Tensor out = torch::stable::new_empty(x, {tokens, n});
+    if (tokens * n == 0) return out;
+    const int32_t* i = static_cast<const int32_t*>(index.data_ptr());
+    if (bytes == 2)
+        gather_rows<uint16_t>(x.data_ptr(), out.data_ptr(), i, tokens, width, n);
+    else
+        gather_rows<uint32_t>(x.data_ptr(), out.data_ptr(), i, tokens, width, n);
+    return out;
+}
+
+Tensor scatter_columns(const Tensor& x, const Tensor& index, int64_t width,
+                       std::optional<Tensor> fill) {
+    const int64_t bytes = check_columns(x, index), tokens = x.size(0), n = index.numel();
+    sk::check_size(x, "x", 1, n);
+    check_bounds(index, width);
+    const void* rest = nullptr;
+    if (fill) {
+        sk::check_dtype(*fill, "fill", x.scalar_type());
+        sk::check_contiguous(*fill, "fill");
+        sk::check_size(*fill, "fill", 0, width);
+        rest = fill->data_ptr();
+    }
+    Tensor out = torch::stable::new_empty(x, {tokens, width});
+    if (tokens * width == 0) return out;
+    const int32_t* i = static_cast<const int32_t*>(index.data_ptr());
+    if (bytes == 2)
+        scatter_rows<uint16_t>(x.data_ptr(), rest, out.data_ptr(), i, tokens, width, n);
+    else
+        scatter_rows<uint32_t>(x.data_ptr(), rest, out.data_ptr(), i, tokens, width, n);
+    return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sensikernels_native, m) {
+    m.def("gather_columns(Tensor x, Tensor index) -> Tensor");
+    m.def("scatter_columns(Tensor x, Tensor index, int width, Tensor? fill) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sensikernels_native, CPU, m) {
+    m.impl("gather_columns", TORCH_BOX(&gather_columns));
+    m.impl("scatter_columns", TORCH_BOX(&scatter_columns));
+}

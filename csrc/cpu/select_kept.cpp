@@ -1,0 +1,514 @@
+// Exactly the k best of many entries, as packed bits, in one streaming pass.
+//
+// A sample brackets the threshold. The pass sets the bits above the bracket and lists the few
+// entries inside it; those are then ranked. If the bracket misses (or ties overflow the lists) the
+// keys are counted digit by digit instead, in four more passes. Both give the same, exact answer.
+#include "checks.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define SK_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+using sk::ScalarType;
+using sk::Tensor;
+
+enum Score : int64_t { kValue, kAbsValue, kAbsWG, kGradSquared, kScores };
+enum Type : int64_t { kFloat, kBFloat16, kHalf };
+
+constexpr int64_t kPiece = 1 << 15;   // entries a thread takes at a time
+constexpr int64_t kTile = 512;        // entries scored at a time; a multiple of 64
+constexpr int64_t kSamples = 1 << 16;
+constexpr int64_t kSmall = 1 << 14;   // fewer entries are counted at once, without a sample
+constexpr double kSigmas = 4.0;       // half the bracket, in standard deviations of a sample
+
+struct Source {
+    const void *value, *grad;
+    int64_t value_type, grad_type, numel;
+    uint8_t* bits;
+};
+
+// Keys order as scores do: NaN is 0, then -inf, ..., -0 = +0, ..., +inf.
+SK_INLINE uint32_t key_of(float score) {
+    score += 0.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &score, 4);
+    const uint32_t key = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return (bits & 0x7fffffffu) > 0x7f800000u ? 0 : key;
+}
+
+SK_INLINE float score_of(uint32_t key) {
+    const uint32_t bits = key == 0 ? 0x7fc00000u : key >> 31 ? key & 0x7fffffffu : ~key;
+    float score;
+    std::memcpy(&score, &bits, 4);
+    return score;
+}
+
+SK_INLINE float half_to_float(uint16_t h) {
+    const uint32_t body = (uint32_t)(h & 0x7fff) << 13;
+    uint32_t shifted = body + (113u << 23), base = 113u << 23, small;
+    float a, b;
+    std::memcpy(&a, &shifted, 4);
+    std::memcpy(&b, &base, 4);
+    a -= b;  // subnormal halves
+    std::memcpy(&small, &a, 4);
+    uint32_t bits = body < (1u << 23) ? small
+                    : body >= (31u << 23) ? body | 0x7f800000u : body + (112u << 23);
+    bits |= (uint32_t)(h & 0x8000) << 16;
+    std::memcpy(&a, &bits, 4);
+    return a;
+}
+
+SK_INLINE const float* as_float(
+    const void* base, int64_t type, int64_t first, int64_t n, float* __restrict scratch) {
+    if (type == kFloat) return static_cast<const float*>(base) + first;
+    const uint16_t* source = static_cast<const uint16_t*>(base) + first;
+    if (type == kBFloat16) {
+        uint32_t* bits = reinterpret_cast<uint32_t*>(scratch);
+        for (int64_t i = 0; i < n; ++i) bits[i] = (uint32_t)source[i] << 16;
+    } else {
+        for (int64_t i = 0; i < n; ++i) scratch[i] = half_to_float(source[i]);
+    }
+    return scratch;
+}
+
+struct Scratch {
+    alignas(64) float value[kTile], grad[kTile], score[kTile];
+};
+
+// Scores of n <= kTile entries from `first`: in place for plain float32 values.
+SK_INLINE const float* score_tile(
+    const Source& s, int64_t score, int64_t first, int64_t n, Scratch& scratch) {
+    const float* v = as_float(s.value, s.value_type, first, n, scratch.value);
+    if (score == kValue) return v;
+    const float* g = score == kAbsValue ? v
+                     : as_float(s.grad, s.grad_type, first, n, scratch.grad);
+    float* __restrict out = scratch.score;
+    if (score == kAbsValue)
+        for (int64_t i = 0; i < n; ++i) out[i] = __builtin_fabsf(v[i]);
+    else if (score == kAbsWG)
+        for (int64_t i = 0; i < n; ++i) out[i] = __builtin_fabsf(v[i] * g[i]);
+    else
+        for (int64_t i = 0; i < n; ++i) out[i] = g[i] * g[i];
+    return out;
+}
+
+struct Piece {
+    const Source* source;
+    int64_t first, n;
+};
+
+// Entries inside the bracket, as one thread met them.
+struct Inside {
+    std::vector<uint32_t> bits, at;  // of the score; within the piece
+    int64_t size = 0;
+
+    void reserve_piece() {
+        const size_t needed = size + kPiece + 16;
+        if (bits.size() < needed) bits.resize(2 * needed), at.resize(2 * needed);
+    }
+};
+
+struct Found {
+    int thread = 0;
+    int64_t begin = 0, count = 0, above = 0, ties = 0;
+};
+
+struct Bracket {
+    float low, high;
+};
+
+void note(Inside& inside, const float* scores, uint64_t which, int64_t at) {
+    for (; which; which &= which - 1) {
+        const int bit = __builtin_ctzll(which);
+        std::memcpy(&inside.bits[inside.size], scores + bit, 4);
+        inside.at[inside.size++] = (uint32_t)(at + bit);
+    }
+}
+
+struct Portable {
+    static void compare(const float* s, Bracket b, uint64_t& above, uint64_t& inside) {
+        above = inside = 0;
+        for (int i = 0; i < 64; ++i) {
+            above |= (uint64_t)(s[i] > b.high) << i;
+            inside |= (uint64_t)((s[i] >= b.low) & !(s[i] > b.high)) << i;
+        }
+    }
+    static void append(Inside& inside, const float* s, uint64_t which, int64_t at) {
+        note(inside, s, which, at);
+    }
+};
+
+#if defined(__x86_64__)
+#define SK_WIDE __attribute__((target("arch=x86-64-v4")))
+struct Wide {
+    SK_WIDE static void compare(const float* s, Bracket b, uint64_t& above, uint64_t& inside) {
+        const __m512 low = _mm512_set1_ps(b.low), high = _mm512_set1_ps(b.high);
+        above = inside = 0;
+        for (int q = 0; q < 4; ++q) {
+            const __m512 v = _mm512_loadu_ps(s + 16 * q);
+            const uint64_t over = _mm512_cmp_ps_mask(v, high, _CMP_GT_OQ);
+            const uint64_t from = _mm512_cmp_ps_mask(v, low, _CMP_GE_OQ);
+            above |= over << 16 * q;
+            inside |= (from & ~over) << 16 * q;
+        }
+    }
+    SK_WIDE static void append(Inside& inside, const float* s, uint64_t which, int64_t at) {
+        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (int q = 0; q < 4; ++q) {
+            const __mmask16 mask = (__mmask16)(which >> 16 * q);
+            const __m512i v = _mm512_castps_si512(_mm512_loadu_ps(s + 16 * q));
+            const __m512i here = _mm512_add_epi32(lane, _mm512_set1_epi32((int)at + 16 * q));
+            uint32_t* bits = &inside.bits[inside.size];
+            _mm512_storeu_si512(bits, _mm512_maskz_compress_epi32(mask, v));
+            _mm512_storeu_si512(&inside.at[inside.size], _mm512_maskz_compress_epi32(mask, here));
+            inside.size += __builtin_popcount(mask);
+        }
+    }
+};
+#endif
+
+// Sets the bits above the bracket and lists what is inside it.
+template <class Compare>
+SK_INLINE void scan(const Piece& piece, int64_t score, Bracket bracket, Inside& inside, Found& found) {
+    const Source& source = *piece.source;
+    Scratch scratch;
+    inside.reserve_piece();
+    found.begin = inside.size;
+    int64_t total = 0;
+    for (int64_t i = 0; i < piece.n; i += kTile) {
+        const int64_t n = std::min(kTile, piece.n - i);
+        const float* scores = score_tile(source, score, piece.first + i, n, scratch);
+        uint8_t* bits = source.bits + (piece.first + i) / 8;
+        float tail[64];
+        for (int64_t j = 0; j < n; j += 64) {
+            const float* group = scores + j;
+            if (n - j < 64) {
+                std::fill(tail, tail + 64, std::numeric_limits<float>::quiet_NaN());
+                std::copy(group, scores + n, tail);
+                group = tail;
+            }
+            uint64_t above, within;
+            Compare::compare(group, bracket, above, within);
+            std::memcpy(bits + j / 8, &above, (std::min<int64_t>(64, n - j) + 7) / 8);
+            total += __builtin_popcountll(above);
+            if (__builtin_expect(within != 0, 0)) Compare::append(inside, group, within, i + j);
+        }
+    }
+    found.above = total;
+    found.count = inside.size - found.begin;
+}
+
+using ScanFn = void (*)(const Piece&, int64_t, Bracket, Inside&, Found&);
+
+void scan_portable(const Piece& p, int64_t score, Bracket b, Inside& inside, Found& found) {
+    scan<Portable>(p, score, b, inside, found);
+}
+
+#if defined(__x86_64__)
+SK_WIDE void scan_wide(const Piece& p, int64_t score, Bracket b, Inside& inside, Found& found) {
+    scan<Wide>(p, score, b, inside, found);
+}
+#endif
+
+ScanFn best_scan() {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return scan_wide;
+#endif
+    return scan_portable;
+}
+
+struct Selection {
+    const std::vector<Piece>& pieces;
+    int64_t n, k, score;
+    int threads;
+    std::vector<int64_t> kept_per_piece;
+    float threshold = std::numeric_limits<float>::infinity();
+
+    // body(thread, piece): each thread takes the next piece until there is none.
+    template <class Body>
+    void each_piece(const Body& body) const {
+        std::atomic<int64_t> next{0};
+        const int64_t count = (int64_t)pieces.size();
+        torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; ++t)
+                for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+                    body((int)t, i);
+        });
+    }
+
+    Bracket bracket() const;
+    bool by_sample();
+    void by_counting();
+};
+
+uint64_t mix(uint64_t x) {
+    x = (x ^ x >> 31) * 0x7fb5d329728ea185ull;
+    x = (x ^ x >> 27) * 0x81dadef4bc2dd44dull;
+    return x ^ x >> 33;
+}
+
+// Scores around the k-th, from one entry at a fixed random place in each of m equal stretches.
+Bracket Selection::bracket() const {
+    const int64_t m = std::min(kSamples, n / 16);
+    std::vector<float> sample(m);
+    torch::stable::parallel_for(0, m, m / threads + 1, [&](int64_t begin, int64_t end) {
+        Scratch scratch;
+        int64_t base = 0;
+        size_t p = 0;
+        for (int64_t i = begin; i < end; ++i) {
+            const double within = (double)(mix(i + 1) >> 11) * 0x1p-53;
+            const int64_t at = std::min(n - 1, (int64_t)(((double)i + within) / (double)m * (double)n));
+            while (at >= base + pieces[p].n) base += pieces[p++].n;
+            const float x = *score_tile(*pieces[p].source, score, pieces[p].first + at - base, 1, scratch);
+            sample[i] = x == x ? x : -std::numeric_limits<float>::infinity();
+        }
+    });
+    const double share = (double)k / (double)n;
+    const double half = kSigmas * std::sqrt((double)m * share * (1 - share)) + kSigmas;
+    const int64_t from = (int64_t)(share * (double)m - half), to = (int64_t)(share * (double)m + half);
+    Bracket b{-std::numeric_limits<float>::infinity(), std::numeric_limits<float>::infinity()};
+    const auto begin = sample.begin();
+    if (from > 0) {
+        std::nth_element(begin, begin + from, sample.end(), std::greater<float>());
+        b.high = sample[from];
+    }
+    if (to < m) {
+        std::nth_element(begin + std::max<int64_t>(from, 0), begin + to, sample.end(),
+                         std::greater<float>());
+        b.low = sample[to];
+    }
+    return b;
+}
+
+bool Selection::by_sample() {
+    if (n < kSmall || k == 0 || k == n) return false;
+    const Bracket b = bracket();
+    if (!(b.low < b.high)) return false;
+    const ScanFn scan_one = best_scan();
+    std::vector<Inside> inside(threads);
+    std::vector<Found> found(pieces.size());
+    std::atomic<int64_t> total{0};
+    each_piece([&](int t, int64_t i) {
+        if (total.load(std::memory_order_relaxed) > n / 8) return;
+        found[i].thread = t;
+        scan_one(pieces[i], score, b, inside[t], found[i]);
+        total.fetch_add(found[i].count, std::memory_order_relaxed);
+    });
+    if (total.load() > n / 8) return false;
+    int64_t above = 0;
+    for (const Found& f : found) above += f.above;
+    int64_t need = k - above;
+    if (need < 1 || need > total.load()) return false;
+
+    // The need-th key inside: count 4096 stretches of the bracket, then rank one of them.
+    const uint32_t floor_key = key_of(b.low);
+    const uint32_t span = key_of(b.high) - floor_key;
+    const int shift = std::max(0, 32 - __builtin_clz(span | 1) - 12);
+    std::vector<std::array<int32_t, 4096>> counts(threads);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            counts[t].fill(0);
+            for (int64_t i = 0; i < inside[t].size; ++i) {
+                uint32_t& bits = inside[t].bits[i];
+                float x;
+                std::memcpy(&x, &bits, 4);
+                bits = key_of(x);
+                ++counts[t][(bits - floor_key) >> shift];
+            }
+        }
+    });
+    int bin = 4095;
+    for (;; --bin) {
+        int64_t here = 0;
+        for (const auto& c : counts) here += c[bin];
+        if (here >= need) break;
+        need -= here;
+    }
+    std::vector<uint32_t> keys;
+    for (const Inside& list : inside)
+        for (int64_t i = 0; i < list.size; ++i)
+            if ((int)((list.bits[i] - floor_key) >> shift) == bin) keys.push_back(list.bits[i]);
+    std::nth_element(keys.begin(), keys.begin() + (need - 1), keys.end(), std::greater<uint32_t>());
+    const uint32_t last = keys[need - 1];
+    for (const uint32_t key : keys) need -= key > last;
+
+    const auto set = [&](int64_t i, uint32_t at) {
+        const int64_t entry = pieces[i].first + at;
+        pieces[i].source->bits[entry / 8] |= (uint8_t)(1u << entry % 8);
+    };
+    each_piece([&](int, int64_t i) {
+        Found& f = found[i];
+        const Inside& list = inside[f.thread];
+        int64_t kept = f.above;
+        for (int64_t c = f.begin; c < f.begin + f.count; ++c) {
+            if (list.bits[c] > last) set(i, list.at[c]), ++kept;
+            f.ties += list.bits[c] == last;
+        }
+        kept_per_piece[i] = kept;
+    });
+    for (size_t i = 0; i < found.size() && need; ++i) {
+        if (!found[i].ties) continue;
+        const Inside& list = inside[found[i].thread];
+        for (int64_t c = found[i].begin; c < found[i].begin + found[i].count && need; ++c)
+            if (list.bits[c] == last) set(i, list.at[c]), --need, ++kept_per_piece[i];
+    }
+    threshold = score_of(last);
+    return true;
+}
+
+// Radix selection: three counting passes over the keys, one for the ties, one for the bits.
+void Selection::by_counting() {
+    const auto each_key = [&](int64_t i, const auto& body) {
+        const Piece& p = pieces[i];
+        Scratch scratch;
+        for (int64_t j = 0; j < p.n; j += kTile) {
+            const int64_t count = std::min(kTile, p.n - j);
+            const float* s = score_tile(*p.source, score, p.first + j, count, scratch);
+            for (int64_t q = 0; q < count; ++q) body(j + q, key_of(s[q]));
+        }
+    };
+    uint32_t last = 0;
+    int64_t need = k;
+    if (k > 0) {
+        int done = 0;
+        for (const int digits : {11, 11, 10}) {
+            const int shift = 32 - done - digits;
+            std::vector<std::array<int64_t, 2048>> counts(threads);
+            for (auto& c : counts) c.fill(0);
+            each_piece([&](int t, int64_t i) {
+                each_key(i, [&](int64_t, uint32_t key) {
+                    if (done && key >> (32 - done) != last >> (32 - done)) return;
+                    ++counts[t][key >> shift & ((1u << digits) - 1)];
+                });
+            });
+            int64_t bin = (1 << digits) - 1;
+            for (;; --bin) {
+                int64_t here = 0;
+                for (const auto& c : counts) here += c[bin];
+                if (here >= need) break;
+                need -= here;
+            }
+            last |= (uint32_t)bin << shift;
+            done += digits;
+        }
+        threshold = score_of(last);
+    }
+    std::vector<int64_t> ties(pieces.size() + 1, 0);
+    each_piece([&](int, int64_t i) {
+        int64_t here = 0;
+        each_key(i, [&](int64_t, uint32_t key) { here += key == last; });
+        ties[i + 1] = here;
+    });
+    for (size_t i = 0; i < pieces.size(); ++i) ties[i + 1] += ties[i];
+    each_piece([&](int, int64_t i) {
+        const Piece& p = pieces[i];
+        std::memset(p.source->bits + p.first / 8, 0, (p.n + 7) / 8);
+        int64_t left = need - ties[i], kept = 0;
+        each_key(i, [&](int64_t at, uint32_t key) {
+            const bool keep = k > 0 && (key > last || (key == last && left-- > 0));
+            kept += keep;
+            p.source->bits[(p.first + at) / 8] |= (uint8_t)(keep << at % 8);
+        });
+        kept_per_piece[i] = kept;
+    });
+}
+
+float select(
+    const std::vector<Source>& sources, size_t begin, size_t end, int64_t k, int64_t score,
+    int64_t* counts) {
+    std::vector<Piece> pieces;
+    int64_t n = 0;
+    for (size_t s = begin; s < end; ++s) {
+        for (int64_t first = 0; first < sources[s].numel; first += kPiece)
+            pieces.push_back({&sources[s], first, std::min(kPiece, sources[s].numel - first)});
+        n += sources[s].numel;
+        counts[s] = 0;
+    }
+    STD_TORCH_CHECK(0 <= k && k <= n, "k: expected an integer in [0, ", n, "], got ", k);
+    if (n == 0) return std::numeric_limits<float>::infinity();
+    const int threads = (int)std::min<int64_t>(torch::stable::get_num_threads(), pieces.size());
+    Selection selection{pieces, n, k, score, threads, std::vector<int64_t>(pieces.size(), 0)};
+    if (!selection.by_sample()) selection.by_counting();
+    for (size_t i = 0; i < pieces.size(); ++i)
+        counts[pieces[i].source - sources.data()] += selection.kept_per_piece[i];
+    return selection.threshold;
+}
+
+int64_t type_code(const Tensor& t) {
+    switch (t.scalar_type()) {
+        case ScalarType::Float: return kFloat;
+        case ScalarType::BFloat16: return kBFloat16;
+        case ScalarType::Half: return kHalf;
+        default: STD_TORCH_CHECK(false, "tensors: expected float32, bfloat16 or float16, got ",
+                                 toString(t.scalar_type()));
+    }
+    return -1;
+}
+
+void select_elements(
+    std::vector<Tensor> tensors, std::vector<Tensor> grads, std::vector<int64_t> offsets,
+    std::vector<int64_t> k, int64_t score, Tensor arena, Tensor threshold, Tensor counts) {
+    STD_TORCH_CHECK(0 <= score && score < kScores, "score: expected a code below ",
+                    (int)kScores, ", got ", score);
+    STD_TORCH_CHECK(grads.size() == tensors.size() && offsets.size() == tensors.size(),
+                    "grads: expected ", tensors.size(), " tensors, got ", grads.size());
+    sk::check_dtype(arena, "arena", ScalarType::Byte);
+    sk::check_dtype(threshold, "threshold", ScalarType::Float);
+    sk::check_dtype(counts, "counts", ScalarType::Long);
+    sk::check_size(counts, "counts", 0, tensors.size());
+    sk::check_size(threshold, "threshold", 0, k.size());
+    STD_TORCH_CHECK(k.size() == 1 || k.size() == tensors.size(),
+                    "k: expected 1 or ", tensors.size(), " counts, got ", k.size());
+    uint8_t* bits = static_cast<uint8_t*>(arena.data_ptr());
+    std::vector<Source> sources;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        sk::check_cpu(tensors[i], "tensors");
+        sk::check_cpu(grads[i], "grads");
+        sk::check_contiguous(tensors[i], "tensors");
+        sk::check_contiguous(grads[i], "grads");
+        const int64_t n = tensors[i].numel();
+        STD_TORCH_CHECK(grads[i].numel() == n, "grads: expected ", n, " entries, got ",
+                        grads[i].numel());
+        STD_TORCH_CHECK(offsets[i] >= 0 && offsets[i] + (n + 7) / 8 <= arena.numel(),
+                        "offsets: expected bits inside the arena, got ", offsets[i]);
+        const int64_t used = offsets[i] + (n + 7) / 8;
+        const int64_t next = i + 1 < tensors.size() ? offsets[i + 1] : arena.numel();
+        if (next > used) std::memset(bits + used, 0, next - used);
+        sources.push_back({tensors[i].data_ptr(), grads[i].data_ptr(), type_code(tensors[i]),
+                           type_code(grads[i]), n, bits + offsets[i]});
+    }
+    float* lowest = static_cast<float*>(threshold.data_ptr());
+    int64_t* kept = static_cast<int64_t*>(counts.data_ptr());
+    if (k.size() == 1)
+        lowest[0] = select(sources, 0, sources.size(), k[0], score, kept);
+    else
+        for (size_t i = 0; i < k.size(); ++i)
+            lowest[i] = select(sources, i, i + 1, k[i], score, kept);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sensikernels_native, m) {
+    m.def(
+        "select_elements(Tensor[] tensors, Tensor[] grads, int[] offsets, int[] k, int score, "
+        "Tensor(a!) arena, Tensor(b!) threshold, Tensor(c!) counts) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sensikernels_native, CPU, m) {
+    m.impl("select_elements", TORCH_BOX(&select_elements));
+}

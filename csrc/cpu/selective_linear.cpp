@@ -1,0 +1,143 @@
+// Gradient of the kept blocks of a weight: dy^T @ x, where a block is kept.
+#include "blocks.h"
+
+#include <memory>
+
+namespace {
+
+using namespace sk;
+
+constexpr int64_t kSumTile = 2048;  // tokens summed in registers before a partial sum is stored
+
+// Both operands repacked as [tile][token units][columns].
+struct Tiles {
+    std::unique_ptr<uint32_t[]> data;
+    int64_t units, pitch;
+
+    const char* tile(int64_t i) const {
+        return reinterpret_cast<const char*>(data.get() + i * units * pitch);
+    }
+};
+
+template <bool BF16>
+Tiles tiles_of(const Tensor& x, int64_t size) {
+    constexpr int64_t terms = Unit<BF16>::terms;
+    const int64_t tokens = x.size(0), ld = x.size(1), n = ceil_div(ld, size);
+    Tiles to{nullptr, ceil_div(tokens, terms), padded(size)};
+    to.data.reset(new uint32_t[n * to.units * to.pitch]);
+    const int64_t step = 64;
+    for_each(ceil_div(to.units, step), [&](int64_t i) {
+        for (int64_t u = i * step; u < std::min(to.units, (i + 1) * step); ++u)
+            for (int64_t c = 0; c < n; ++c) {
+                uint32_t* row = to.data.get() + (c * to.units + u) * to.pitch;
+                const int64_t columns = std::min(size, ld - c * size);
+                if constexpr (BF16) {
+                    const uint16_t* even =
+                        static_cast<const uint16_t*>(x.data_ptr()) + 2 * u * ld + c * size;
+                    interleave(even, 2 * u + 1 < tokens ? even + ld : nullptr, row, columns);
+                } else {
+                    std::memcpy(row, static_cast<const float*>(x.data_ptr()) + u * ld + c * size,
+                                columns * 4);
+                }
+                std::memset(row + columns, 0, (to.pitch - columns) * 4);
+            }
+    });
+    return to;
+}
+
+// Rows n..n+MR of one block's gradient, columns of one chunk; `sums` is [bm, pitch of x].
+template <bool BF16, int NV, int MR>
+SK_FMA void grad_rows(const Tiles& dy, const Tiles& x, const char* a, const char* b, int64_t units,
+                      bool first, float* sums) {
+    __m512 sum[MR][NV];
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v)
+            sum[m][v] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + m * x.pitch + v * 16);
+    for (int64_t k = 0; k < units; ++k, a += dy.pitch * 4, b += x.pitch * 4)
+        multiply<BF16, NV, MR>(sum, a, 4, 0, b, 1);
+#pragma GCC unroll 12
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) _mm512_storeu_ps(sums + m * x.pitch + v * 16, sum[m][v]);
+}
+
+template <bool BF16, int NV>
+void grad_chunk(const Tiles& dy, const Tiles& x, const char* a, const char* b, int64_t units,
+                bool first, int64_t bm, float* sums) {
+    int64_t m = 0;
+    for (; m + 6 <= bm; m += 6)
+        grad_rows<BF16, NV, 6>(dy, x, a + m * 4, b, units, first, sums + m * x.pitch);
+    a += m * 4;
+    sums += m * x.pitch;
+    switch (bm - m) {
+        case 5:
+            return grad_rows<BF16, NV, 5>(dy, x, a, b, units, first, sums);
+        case 4:
+            return grad_rows<BF16, NV, 4>(dy, x, a, b, units, first, sums);
+        case 3:
+            return grad_rows<BF16, NV, 3>(dy, x, a, b, units, first, sums);
+        case 2:
+            return grad_rows<BF16, NV, 2>(dy, x, a, b, units, first, sums);
+        case 1:
+            return grad_rows<BF16, NV, 1>(dy, x, a, b, units, first, sums);
+        default:
+            return;
+    }
+}
+
+template <bool BF16>
+SK_FMA void write_block(const float* sums, int64_t pitch, void* out, int64_t bm, int64_t bn) {
+    for (int64_t m = 0; m < bm; ++m)
+        for (int64_t j = 0; j < bn; j += 16)
+            store<BF16>(out, m * bn + j, lanes(bn - j), _mm512_loadu_ps(sums + m * pitch + j));
+}
+
+template <bool BF16>
+void run_grad(const Tensor& dy, const Tensor& x, const int32_t* rows, const int32_t* columns,
+              Tensor& out) {
+    const int64_t n = out.size(0), bm = out.size(1), bn = out.size(2);
+    const Tiles left = tiles_of<BF16>(dy, bm), right = tiles_of<BF16>(x, bn);
+    char* to = static_cast<char*>(out.data_ptr());
+    const int64_t step = kSumTile / Unit<BF16>::terms;
+    for_each(n, [&](int64_t p) {
+        std::unique_ptr<float[]> sums(new float[bm * right.pitch]);
+        for (int64_t u = 0; u < std::max<int64_t>(left.units, 1); u += step)
+            for (int64_t c = 0; c < bn; c += kChunk)
+                by_vectors(bn - c, [&](auto nv) {
+                    grad_chunk<BF16, nv()>(left, right, left.tile(rows[p]) + u * left.pitch * 4,
+                                           right.tile(columns[p]) + (u * right.pitch + c) * 4,
+                                           std::min(step, left.units - u), u == 0, bm,
+                                           sums.get() + c);
+                });
+        write_block<BF16>(sums.get(), right.pitch, to + p * bm * bn * Unit<BF16>::bytes, bm, bn);
+    });
+}
+
+Tensor block_grad_values(const Tensor& dy, const Tensor& x, const Tensor& row_idx,
+                         const Tensor& col_idx, int64_t bm, int64_t bn) {
+    const bool bf16 = check_activations(dy, "dy");
+    check_activations(x, "x");
+    check_dtype(x, "x", dy.scalar_type());
+    check_size(x, "x", 0, dy.size(0));
+    const int32_t *rows = int_data(row_idx, "row_idx"), *columns = int_data(col_idx, "col_idx");
+    Tensor out = torch::stable::new_empty(dy, {row_idx.numel(), bm, bn});
+    if (bf16)
+        run_grad<true>(dy, x, rows, columns, out);
+    else
+        run_grad<false>(dy, x, rows, columns, out);
+    return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sensikernels_native, m) {
+    m.def(
+        "block_grad_values(Tensor dy, Tensor x, Tensor row_idx, Tensor col_idx, int bm, int bn) "
+        "-> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sensikernels_native, CPU, m) {
+    m.impl("block_grad_values", TORCH_BOX(&block_grad_values));
+}

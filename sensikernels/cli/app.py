@@ -1,0 +1,239 @@
+"""The commands, their options, and what becomes of errors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sensikernels.errors import SensiError, UsageError
+
+app = typer.Typer(
+    name="sensikernels",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Fine-tune BERT at a budget: half the FLOPs, close to half the time.",
+    epilog="Start with: [bold]sensikernels finetune --task demo --model minilm --flops 0.5 "
+    "--compare-dense --output runs/demo[/bold]",
+)
+# typer carries a click of its own in newer releases: take the class from what it exports.
+_ClickError: Any = typer.BadParameter.__mro__[2]
+
+
+class Suite(str, Enum):
+    """Benchmark suites."""
+
+    linear = "linear"
+    reductions = "reductions"
+    optimizer = "optimizer"
+    step = "step"
+
+
+_DATA, _BUDGET, _TRAINING, _RUN = "Task and model", "Method and budget", "Training", "Run"
+
+Task = Annotated[str, typer.Option(help="demo (embedded), or a GLUE task: sst2, mrpc, stsb, "
+    "qnli, qqp, mnli, mnli-mm, rte, cola, wnli.", rich_help_panel=_DATA)]  # fmt: skip
+DataDir = Annotated[Path | None, typer.Option(help="Folder that holds SST-2/, MRPC/, … in GLUE's "
+    "own layout; without it the hub is asked.", rich_help_panel=_DATA)]  # fmt: skip
+Model = Annotated[str, typer.Option(help="minilm (embedded weights), a folder, or a hub name.",
+    rich_help_panel=_DATA)]  # fmt: skip
+MaxTrain = Annotated[int | None, typer.Option(help="Train on this many rows, drawn by --seed.",
+    rich_help_panel=_DATA)]  # fmt: skip
+MethodName = Annotated[str, typer.Option("--method", help="dense, sensi-bert (rank and trim), "
+    "bitfit (biases only) or dps (the most moving entries).", rich_help_panel=_BUDGET)]  # fmt: skip
+Flops = Annotated[float | None, typer.Option(help="Keep this share of the training step's FLOPs.",
+    rich_help_panel=_BUDGET)]  # fmt: skip
+Params = Annotated[float | None, typer.Option(help="Keep this share of the encoder's parameters.",
+    rich_help_panel=_BUDGET)]  # fmt: skip
+Units = Annotated[str | None, typer.Option(help="Keep these counts: heads=36,neurons=4608 (in the "
+    "whole model; in each layer with --scope per_layer).", rich_help_panel=_BUDGET)]  # fmt: skip
+Scope = Annotated[str, typer.Option(help="global: layers compete; per_layer: each meets the budget.",
+    rich_help_panel=_BUDGET)]  # fmt: skip
+Options = Annotated[list[str] | None, typer.Option("--method-option", metavar="KEY=VALUE",
+    help="A setting of the method, repeatable. sensi-bert: warmup, criterion, statistic, "
+    "granularity, ranking, multiples; bitfit: subsets; dps: masked_share, update_ratio, "
+    "as_published.", rich_help_panel=_BUDGET)]  # fmt: skip
+Epochs = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
+BatchSize = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
+Lr = Annotated[float | None, typer.Option(help="Peak learning rate; default: the method's own.",
+    rich_help_panel=_TRAINING)]  # fmt: skip
+DenseLr = Annotated[float | None, typer.Option(help="The baseline's; default: --lr, else 5e-5.",
+    rich_help_panel=_TRAINING)]  # fmt: skip
+Dtype = Annotated[str, typer.Option(help="fp32, or bf16 with fp32 master weights.",
+    rich_help_panel=_TRAINING)]  # fmt: skip
+Embeddings = Annotated[str, typer.Option(help="Word table: sparse (rows that occur), frozen, dense.",
+    rich_help_panel=_TRAINING)]  # fmt: skip
+Padding = Annotated[int, typer.Option("--pad-to-multiple", help="Batch lengths are multiples of "
+    "this, so that shapes repeat.", rich_help_panel=_TRAINING)]  # fmt: skip
+MaxLength = Annotated[int, typer.Option(help="Longer rows are cut.", rich_help_panel=_TRAINING)]
+Seed = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_RUN)]
+Compare = Annotated[bool, typer.Option("--compare-dense", help="Train the dense model in turn, "
+    "batch by batch: the honest baseline.", rich_help_panel=_RUN)]  # fmt: skip
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --output.",
+    rich_help_panel=_RUN)]  # fmt: skip
+Every = Annotated[int, typer.Option(help="Steps between checkpoints; 0: none.",
+    rich_help_panel=_RUN)]  # fmt: skip
+Output = Annotated[Path, typer.Option(help="A new or empty folder.", rich_help_panel=_RUN)]
+
+
+@app.command(epilog="""[bold]Examples[/bold]
+
+sensikernels finetune --task demo --flops 0.5 --compare-dense --output runs/demo
+
+sensikernels finetune --task sst2 --data-dir glue --model bert-base-uncased --flops 0.5
+--max-train-samples 20000 --output runs/sst2
+
+sensikernels finetune --task mrpc --data-dir glue --method bitfit --epochs 3 --output runs/bitfit
+
+sensikernels finetune --task demo --units heads=36,neurons=4608 --method-option warmup=0.2
+--output runs/units""")
+def finetune(
+    output: Output,
+    task: Task = "demo",
+    data_dir: DataDir = None,
+    model: Model = "minilm",
+    max_train_samples: MaxTrain = None,
+    method: MethodName = "sensi-bert",
+    flops: Flops = None,
+    params: Params = None,
+    units: Units = None,
+    scope: Scope = "global",
+    method_option: Options = None,
+    epochs: Epochs = 1,
+    batch_size: BatchSize = 32,
+    lr: Lr = None,
+    dense_lr: DenseLr = None,
+    dtype: Dtype = "fp32",
+    embeddings: Embeddings = "sparse",
+    pad_to_multiple: Padding = 8,
+    max_length: MaxLength = 128,
+    seed: Seed = 0,
+    device: Device = "auto",
+    compare_dense: Compare = False,
+    resume: Resume = False,
+    checkpoint_every: Every = 500,
+) -> None:
+    """Fine-tune at a budget: warm up, rank, trim, go on, compact, save, and say what it cost."""
+    from sensikernels.cli.show import show_report, watching
+    from sensikernels.training import Settings
+    from sensikernels.training import finetune as run
+
+    given = dict(locals())
+    settings = _settings(Settings, given)
+    with watching(settings) as watch:
+        report = run(settings, watch)
+    show_report(report, settings.output)
+
+
+@app.command()
+def plan(
+    task: Task = "demo",
+    data_dir: DataDir = None,
+    model: Model = "minilm",
+    max_train_samples: MaxTrain = None,
+    flops: Flops = None,
+    params: Params = None,
+    units: Units = None,
+    scope: Scope = "global",
+    method_option: Options = None,
+    batch_size: BatchSize = 32,
+    dtype: Dtype = "fp32",
+    pad_to_multiple: Padding = 8,
+    max_length: MaxLength = 128,
+    seed: Seed = 0,
+    device: Device = "auto",
+    output: Annotated[Path | None, typer.Option(help="Write the plan here (plan.json).")] = None,
+) -> None:
+    """Rank and allocate only: the ranking of tensors and what a budget keeps of them."""
+    from sensikernels.cli.show import show_plan
+    from sensikernels.training import Settings, rank
+
+    given = {**locals(), "method": "sensi-bert", "output": Path()}
+    if output is not None and output.exists():
+        raise UsageError(f"output: expected a new file, got {output}, which exists")
+    scores, chosen, _ = rank(_settings(Settings, given))
+    show_plan(scores, chosen)
+    if output is not None:
+        chosen.save(output)
+
+
+@app.command()
+def doctor() -> None:
+    """Device, versions, usable backends, and why the others are not."""
+    from sensikernels import doctor as report
+
+    raise typer.Exit(report.main() or 0)
+
+
+@app.command()
+def bench(
+    suite: Annotated[Suite, typer.Argument(help="What to time.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Few cases, few rounds.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the rows and their provenance.")] = None,
+) -> None:
+    """Time one part of the library against its baselines, interleaved."""
+    from importlib import import_module
+
+    from sensikernels.bench import rows
+    from sensikernels.cli.show import progress_lines, show_rows
+
+    name = f"sensikernels.bench.{suite.value}"
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError as error:
+        raise SensiError(f"bench {suite.value}: {error}: run it from a source checkout") from error
+    with progress_lines() as progress:
+        result = module.run(device=device, quick=quick, progress=progress)
+    show_rows(result)
+    if json is not None:
+        rows.write(json, result, device)
+
+
+def _settings(kind: Any, given: dict[str, Any]) -> Any:
+    """The command's arguments as ``Settings``."""
+    from sensikernels.masks import Budget
+    from sensikernels.training.config import parse_counts, parse_options
+
+    fields = {name for name in kind.__dataclass_fields__ if name in given}
+    plain = {name: given[name] for name in fields}
+    counts = None if given["units"] is None else parse_counts(given["units"])
+    shares = {"flops": given["flops"], "params": given["params"], "units": counts}
+    asked = any(value is not None for value in shares.values())
+    budget = Budget(**shares, scope=given["scope"]) if asked else None
+    options = parse_options(given["method"], given["method_option"] or ())
+    return kind(**plain, budget=budget, options=options)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 (data, checkpoint, disk) or 2 (usage)."""
+    from sensikernels import _settings as environment
+
+    try:
+        logging.basicConfig(level=environment.log_level(), format="%(levelname)s %(message)s")
+        command = typer.main.get_command(app)
+        given = None if arguments is None else list(arguments)
+        code = command.main(args=given, prog_name="sensikernels", standalone_mode=False)
+        return int(code or 0)
+    except _ClickError as error:
+        return _fail(error.format_message(), 2)
+    except SensiError as error:
+        return _fail(str(error), error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 1)
+    except ImportError as error:
+        return _fail(f"{error}: pip install 'sensikernels[hf,glue]'", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"sensikernels: error: {' '.join(message.split())}", err=True)
+    return code

@@ -1,0 +1,175 @@
+"""The figures of a finished run, as one plain dictionary."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sensikernels.hf import structure
+from sensikernels.masks import Plan
+
+if TYPE_CHECKING:
+    from sensikernels.training.loop import Session
+    from sensikernels.training.runner import Runner
+
+PACKAGES = ("sensikernels", "torch", "transformers", "accelerate", "triton", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """FLOPs per token and peak MiB of a step, measured after the last one."""
+
+    dense_flops: float
+    flops: float
+    peak: float
+    dense_peak: float | None
+
+
+def build(session: Session, measured: Measurements, reload: dict[str, Any]) -> dict[str, Any]:
+    """``report.json``: shares and per-token FLOPs, milliseconds, MiB, seconds, metrics as shares.
+
+    ``step_ms.planned`` is the median over the steps after the plan took effect, ``dense`` the
+    baseline's median over the same steps, run in turn with them; ``step_speedup`` their ratio.
+    ``tokens_per_s`` counts real tokens, without padding.
+    """
+    runner, dense = session.runner, session.dense
+    settings, task = session.settings, session.data.task
+    metric = task.main_metric
+    steps = slice(runner.changed_at, None)
+    ours = statistics.median(runner.step_ms[steps])
+    theirs = None if dense is None else statistics.median(dense.step_ms[steps])
+    return {
+        "task": task.name,
+        "task_title": task.title,
+        "method": runner.name,
+        "budget": _budget(session, measured),
+        "flops_per_token": {
+            "dense": measured.dense_flops,
+            "planned": _planned_flops(session, measured),
+            "measured": measured.flops,
+        },
+        "params": _params(session, reload),
+        "step_ms": {"dense": theirs, "planned": ours},
+        "step_speedup": None if theirs is None else theirs / ours,
+        "steps": {"total": session.step, "timed_from": runner.changed_at},
+        "tokens_per_s": {
+            "dense": None if dense is None else _throughput(session, dense, steps),
+            "planned": _throughput(session, runner, steps),
+        },
+        "peak_mib": {"dense": measured.dense_peak, "planned": measured.peak},
+        "seconds": {
+            "planned": _seconds(runner),
+            "dense": None if dense is None else _seconds(dense),
+            **session.seconds,
+        },
+        "metric": {
+            "name": metric,
+            "value": runner.epochs[-1][metric],
+            "dense_value": None if dense is None else dense.epochs[-1][metric],
+        },
+        "metrics": {
+            "planned": runner.epochs,
+            "dense": None if dense is None else dense.epochs,
+        },
+        "saved_model": reload,
+        "data": _data(session),
+        "seed": settings.seed,
+        "settings": settings.to_json(),
+        "numerics": _numerics(session),
+        "versions": versions(),
+        "kept": runner.run.plan.kept_counts() if runner.run.plan else {},
+        "events": runner.run.events,
+        "losses": {"planned": runner.losses, "dense": None if dense is None else dense.losses},
+    }
+
+
+def _budget(session: Session, measured: Measurements) -> dict[str, Any]:
+    budget = session.settings.budget
+    plan = session.runner.run.plan
+    return {
+        "measure": None if budget is None else budget.measure,
+        "requested": None if budget is None else budget.requested,
+        "scope": None if budget is None else budget.scope,
+        "flops_ratio_planned": 1.0 if plan is None else _ratio(plan),
+        "flops_ratio_measured": measured.flops / measured.dense_flops,
+        "params_ratio": 1.0 if plan is None else plan.params_ratio,
+    }
+
+
+def _ratio(plan: Plan) -> float:
+    return plan.flops_ratio
+
+
+def _planned_flops(session: Session, measured: Measurements) -> float:
+    plan = session.runner.run.plan
+    if plan is not None and plan.flops_planned:
+        return plan.flops_planned
+    return structure(session.runner.model).flops(session.data.geometry.mean_length)
+
+
+def _params(session: Session, reload: dict[str, Any]) -> dict[str, Any]:
+    model = session.runner.model
+    plan = session.runner.run.plan
+    return {
+        "dense": plan.params_dense if plan is not None and plan.params_dense else None,
+        "planned": plan.params_planned if plan is not None and plan.params_planned else None,
+        "total": reload["parameters"],
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def _throughput(session: Session, runner: Runner, steps: slice) -> float:
+    return sum(session.tokens[steps]) / sum(runner.step_ms[steps]) * 1e3
+
+
+def _seconds(runner: Runner) -> dict[str, float]:
+    """``to_finish``: all that this model cost once data and weights were in memory."""
+    own = {"train": sum(runner.step_ms) / 1e3, **runner.seconds}
+    return {**own, "to_finish": sum(own.values())}
+
+
+def _data(session: Session) -> dict[str, Any]:
+    geometry = session.data.geometry
+    return {
+        "train_rows": len(session.data.train.order.lengths),
+        "dev_rows": len(session.data.dev.order.lengths),
+        "mean_length": geometry.mean_length,
+        "padding": geometry.padding,
+        "shapes": len(geometry.shapes),
+        "fingerprint": session.data.fingerprint(),
+    }
+
+
+def _numerics(session: Session) -> dict[str, Any]:
+    device = session.data.device
+    cpu = torch.backends.cpu.get_cpu_capability()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({cpu})"
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "dtype": session.settings.dtype,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "learning_rate": {
+            "planned": session.runner.learning_rate,
+            "dense": None if session.dense is None else session.dense.learning_rate,
+        },
+        "schedule": session.runner.method.schedule,
+        "optimizer": type(session.runner.run.optimizer).__name__,
+        "method_options": {k: str(v) for k, v in session.runner.method.options().items()},
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of what the figures depend on; None where absent."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

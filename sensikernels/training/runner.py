@@ -1,0 +1,263 @@
+"""One model in training: its optimizer, method, schedule and random stream, a batch at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sensikernels.errors import SensiError
+from sensikernels.masks import Budget
+from sensikernels.methods import Dense, Method, Run
+from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.training.config import Settings
+from sensikernels.training.data import Data
+
+
+@dataclass(kw_only=True, eq=False)
+class Runner:
+    """Trains ``run.model``; ``losses`` and ``step_ms`` have one entry per step done.
+
+    The random stream is its own, swapped in around each step, so what other models do between
+    steps changes nothing. ``changed_at``: the step before which the method last swapped layers.
+    ``seconds``: ``rank`` (hooks before a step: sensitivity and trimming), ``evaluate``.
+    """
+
+    name: str
+    run: Run
+    method: Method
+    learning_rate: float
+    max_grad_norm: float | None
+    seed: int
+    losses: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"rank": 0.0, "evaluate": 0.0})
+    changed_at: int = 0
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    logits: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._random = _seeded(self.seed, self.device)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, with whatever layers the method has put into it."""
+        return self.run.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.run.model.parameters()).device
+
+    def begin(self) -> None:
+        """Before the first step."""
+        with self.own_random(), self._timed("rank"):
+            self.method.begin(self.run)
+
+    def step(self, batch: Mapping[str, Tensor]) -> float:
+        """Forward, backward, update; returns the loss. Raises SensiError if it is not finite."""
+        run = self.run
+        with self.own_random():
+            plan = run.plan
+            with self._timed("rank"):
+                self.method.begin_step(run)
+            if run.plan is not plan:
+                self.changed_at = run.step
+            self._synchronize()
+            start = time.perf_counter()
+            run.model.train()
+            loss = run.model(**batch).loss
+            loss.backward()
+            self.method.before_step(run)
+            self._update()
+            value = float(loss.detach())
+            self._synchronize()
+            self.step_ms.append((time.perf_counter() - start) * 1e3)
+        run.step += 1
+        if not math.isfinite(value):
+            raise SensiError(f"{self.name}: loss is {value} at step {run.step}: training diverged")
+        self.losses.append(value)
+        return value
+
+    def _update(self) -> None:
+        run = self.run
+        rate = self.learning_rate * schedule(self.method.schedule, run.step, run.max_steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(run.model.parameters(), self.max_grad_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def evaluate(self, data: Data) -> dict[str, float]:
+        """The task's metrics on the development rows; keeps the logits."""
+        from sensikernels.glue import compute
+
+        with self._timed("evaluate"):
+            if isinstance(self.run.optimizer, SubsetAdamW):
+                self.run.optimizer.flush()
+            self.logits, labels = predict(self.model, data)
+        metrics = compute(data.task, self.logits, labels)
+        self.epochs.append(metrics)
+        return metrics
+
+    @contextmanager
+    def own_random(self) -> Iterator[None]:
+        """Draw from this runner's random stream inside the block."""
+        outside = _get_random(self.device)
+        _set_random(self._random, self.device)
+        try:
+            yield
+        finally:
+            self._random = _get_random(self.device)
+            _set_random(outside, self.device)
+
+    def state(self) -> dict[str, Any]:
+        """All that a continuation needs, plan apart, as a tree of tensors and plain values."""
+        return {
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.run.optimizer.state_dict(),
+            "method": self.method.state(),
+            "random": self._random,
+            "step": self.run.step,
+            "events": list(self.run.events),
+            **{name: getattr(self, name) for name in _KEPT},
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``; ``run.plan`` is set already."""
+        run = self.run
+        run.step = state["step"]
+        self.method.resume(run, state["method"])
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        self._random = state["random"]
+        run.events[:] = state["events"]
+        for name in _KEPT:
+            setattr(self, name, state[name])
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self.seconds[what] += time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+_KEPT = ("losses", "step_ms", "seconds", "changed_at", "epochs")
+
+
+def method_runner(settings: Settings, data: Data, model: nn.Module, max_steps: int) -> Runner:
+    """The method on this package's optimizer: row-sparse word gradients, clipping folded in."""
+    method = settings.make_method()
+    words = _word_embeddings(model)
+    words.sparse = settings.embeddings == "sparse"
+    words.weight.requires_grad_(settings.embeddings != "frozen")
+    rate = settings.learning_rate()
+    optimizer = SubsetAdamW(
+        groups(model, settings.weight_decay), lr=rate, max_grad_norm=settings.max_grad_norm
+    )
+    run = _run(settings, data, model, optimizer, max_steps, settings.budget)
+    return Runner(
+        name=method.name, run=run, method=method, learning_rate=rate, max_grad_norm=None,
+        seed=settings.seed,
+    )  # fmt: skip
+
+
+def dense_runner(settings: Settings, data: Data, model: nn.Module, max_steps: int) -> Runner:
+    """The baseline: HuggingFace's model as it is, dense embeddings, torch's fused AdamW."""
+    rate = settings.dense_learning_rate()
+    optimizer = torch.optim.AdamW(groups(model, settings.weight_decay), lr=rate, fused=True)
+    return Runner(
+        name="dense baseline",
+        run=_run(settings, data, model, optimizer, max_steps, None),
+        method=Dense(),
+        learning_rate=rate,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+    )
+
+
+def _run(
+    settings: Settings, data: Data, model: nn.Module, optimizer: Optimizer, max_steps: int,
+    budget: Budget | None,
+) -> Run:  # fmt: skip
+    return Run(
+        model=model,
+        optimizer=optimizer,
+        max_steps=max_steps,
+        batches=data.ranked,
+        sequence_length=data.geometry.mean_length,
+        budget=budget,
+        seed=settings.seed,
+    )
+
+
+def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """All parameters in two groups: weights decay, biases and LayerNorms do not."""
+    named = list(model.named_parameters())
+    plain = [p for n, p in named if n.endswith("bias") or "LayerNorm" in n]
+    bare = {id(p) for p in plain}
+    return [
+        {"params": [p for _, p in named if id(p) not in bare], "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def schedule(kind: str, step: int, max_steps: int) -> float:
+    """Factor of the learning rate for the 0-based step: ``linear`` to zero, or ``constant``."""
+    return 1.0 if kind == "constant" else max(0.0, 1 - step / max_steps)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
+    """Logits float32 ``[rows, labels]`` and labels of the development rows, on the CPU."""
+    training = model.training
+    model.eval()
+    logits, labels = [], []
+    for batch in data.evaluated():
+        truth = batch.pop("labels")
+        logits.append(model(**batch).logits.float().cpu())
+        labels.append(truth.cpu())
+    model.train(training)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def _word_embeddings(model: nn.Module) -> nn.Embedding:
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    assert isinstance(table, nn.Embedding)
+    return table
+
+
+def _seeded(seed: int, device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.Generator().manual_seed(seed).get_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
+    return state
+
+
+def _get_random(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random(state: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,87 @@
+"""Sensi-BERT trims once, at the end of its warm-up, to the budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sensikernels.errors import UsageError
+from sensikernels.hf import applied
+from sensikernels.masks import Budget
+from sensikernels.methods import METHODS, Run, SensiBert, method
+from sensikernels.ops.subset_adamw import SubsetAdamW
+from tests.hf.conftest import make_batch, make_model
+
+SMALL = {"neurons": 2}
+
+
+def make_run(**named: object) -> Run:
+    model = make_model(intermediate_size=64)
+    return Run(
+        model=model,
+        optimizer=SubsetAdamW(model.parameters(), lr=1e-3),
+        max_steps=10,
+        batches=lambda: [make_batch()],
+        sequence_length=9,
+        budget=Budget(flops=0.6),
+        **named,  # type: ignore[arg-type]
+    )
+
+
+def train(chosen: SensiBert, run: Run, steps: int) -> None:
+    chosen.begin(run)
+    for step in range(steps):
+        run.step = step
+        chosen.begin_step(run)
+        run.model(**make_batch(seed=step)).loss.backward()
+        chosen.before_step(run)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("ranking", ["ranked", "uniform", "random", "reversed"])
+def test_trims_when_the_warm_up_ends(ranking: str) -> None:
+    run, chosen = make_run(), SensiBert(warmup=0.3, ranking=ranking, multiples=SMALL)
+    train(chosen, run, 3)
+    assert run.plan is None
+    train(chosen, run, 5)
+    assert run.plan is not None
+    assert applied(run.model) is not None
+    assert run.plan.flops_ratio <= 0.6
+    assert len(run.events) == 1
+    if ranking == "uniform":
+        counts = list(run.plan.kept_counts().values())
+        assert counts[:2] == counts[2:]
+
+
+def test_resume_trims_at_once() -> None:
+    run = make_run()
+    train(SensiBert(warmup=0.0, multiples=SMALL), run, 1)
+    fresh = make_run(plan=run.plan, step=1)
+    SensiBert(multiples=SMALL).resume(fresh, {})
+    assert {n: p.shape for n, p in fresh.model.named_parameters()} == {
+        n: p.shape for n, p in run.model.named_parameters()
+    }
+    fresh.model.load_state_dict(run.model.state_dict())
+    for (_, got), (_, wanted) in zip(
+        fresh.model.named_parameters(), run.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(got, wanted)
+
+
+def test_needs_a_budget_and_known_options() -> None:
+    run = make_run()
+    run.budget = None
+    with pytest.raises(UsageError, match="budget: expected one for method sensi-bert"):
+        train(SensiBert(warmup=0.0), run, 1)
+    with pytest.raises(UsageError, match="ranking: expected one of random"):
+        SensiBert(ranking="best")
+    with pytest.raises(UsageError, match="warmup"):
+        SensiBert(warmup=1.0)
+
+
+def test_methods_by_name() -> None:
+    assert sorted(METHODS) == ["bitfit", "dense", "dps", "sensi-bert"]
+    assert method("bitfit", subsets=["query"]).options() == {"subsets": ("query",)}
+    with pytest.raises(UsageError, match="method: expected one of bitfit, dense"):
+        method("lora")
