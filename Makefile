@@ -75,6 +75,7 @@ spills: .venv/ready-test
 ## sanitize  the C++ kernels and the CUDA kernels on the CPU, under ASan and UBSan
 SANITIZE := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
 sanitize: .venv/ready-test
+	rm -rf build/sanitize
 	SENSIKERNELS_BUILD=cpu CXXFLAGS='$(SANITIZE)' $(PY) setup.py -q build --build-lib build/sanitize
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 SENSIKERNELS_BACKEND=native \

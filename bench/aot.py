@@ -7,11 +7,13 @@ not in the table (``--update`` rewrites the tables once the limits hold).
 
 A case is a dict:
 
-- ``kernel``: the ``triton.jit`` function; ``name``: unique; ``gemm``: it must use the tensor cores
-  and asynchronous copies (False: only stack, spills and shared memory are checked);
+- ``kernel``: the ``triton.jit`` function; ``gemm``: it must use the tensor cores and asynchronous
+  copies (False: only stack, spills and shared memory are checked); optional ``name``: unique, by
+  default made of the kernel, its pointers' types and its constexprs;
 - ``signature``: argument -> ``"*bf16"``, ``"i32"``, ``"tensordesc<bf16[64, 64]>"`` (run-time
-  arguments only); ``constexprs``: argument -> value; ``divisible``: the arguments a launch would
-  find divisible by 16 (without them the report describes a kernel that nobody runs);
+  arguments only); ``constexprs``: argument -> value; optional ``divisible``: the arguments a launch
+  would find divisible by 16, by default the pointers (without them the report describes a kernel
+  that nobody runs);
 - ``num_warps``, ``num_stages``; optional ``targets``: a subset of ``TARGETS``; optional
   ``wgmma``: False where the tile is too small for it; optional ``asynchronous``: False where the
   loads are by element.
@@ -78,12 +80,18 @@ def collect() -> list[dict[str, Any]]:
     cases: list[dict[str, Any]] = []
     for path in sorted(OPS.glob("*/triton*.py")):
         module = importlib.import_module(f"sensikernels.ops.{path.parent.name}.{path.stem}")
-        cases += getattr(module, "AOT_CASES", [])
+        cases += [{"name": _name(case), **case} for case in getattr(module, "AOT_CASES", [])]
     names = [case["name"] for case in cases]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise SystemExit(f"AOT_CASES: expected unique names, got twice: {', '.join(twice)}")
     return cases
+
+
+def _name(case: Mapping[str, Any]) -> str:
+    types = [kind[1:] for kind in case["signature"].values() if kind.startswith("*")]
+    sizes = [f"{name}={value}" for name, value in case["constexprs"].items()]
+    return "/".join([case["kernel"].__name__, "-".join(dict.fromkeys(types)), *sizes])
 
 
 def compile_case(case: Mapping[str, Any], target: Target) -> Report:
@@ -94,11 +102,13 @@ def compile_case(case: Mapping[str, Any], target: Target) -> Report:
     kernel = case["kernel"]
     order = {name: i for i, name in enumerate(kernel.arg_names)}
     signature = {name: case["signature"].get(name, "constexpr") for name in order}
+    pointers = [name for name, kind in case["signature"].items() if kind.startswith("*")]
+    divisible = case.get("divisible", pointers)
     source = triton.compiler.ASTSource(
         fn=kernel,
         signature=signature,
         constexprs=dict(case["constexprs"]),
-        attrs={(order[name],): [["tt.divisibility", 16]] for name in case["divisible"]},
+        attrs={(order[name],): [["tt.divisibility", 16]] for name in divisible},
     )
     options = {"num_warps": case["num_warps"], "num_stages": case["num_stages"]}
     if target.backend == "hip":

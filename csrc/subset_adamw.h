@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define SK_HOST_DEVICE __host__ __device__
+#else
+#define SK_HOST_DEVICE
+#endif
+
 namespace sk::subset_adamw {
 
 enum Kind : int64_t { kAll, kRows, kColumns, kBlocks, kElements, kMasked, kTouched };
@@ -35,7 +41,7 @@ struct Item {
     int64_t block_rows, block_columns;
     int64_t group;  // row of the hyper table
 
-    bool sums() const { return sum_abs || sum_squared; }
+    SK_HOST_DEVICE bool sums() const { return sum_abs || sum_squared; }
 };
 static_assert(sizeof(Item) == 24 * 8, "one int64 per field");
 

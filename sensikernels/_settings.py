@@ -33,3 +33,8 @@ def reserve_primitive_cache(entries: int) -> None:
     oneDNN reads the variable at its first product, so this must come before it.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(entries))
+
+
+def quiet_profiler() -> None:
+    """Keep torch's profiler from writing its own log lines to stderr; a user's level stays."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")

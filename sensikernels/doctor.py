@@ -69,6 +69,11 @@ def show(facts: dict[str, Any]) -> None:
     console.print(usable)
 
 
+def main() -> None:
+    """Look and print."""
+    show(report())
+
+
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     libraries = facts["libraries"].items()
     extension = facts["extension"]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sensikernels import layouts
 from sensikernels.layouts import (
     BlockLayout,
     Layout,
@@ -53,17 +54,22 @@ def blocks(
     *,
     compact: bool = False,
 ) -> BlockLayout:
-    """A block layout even where the grid would also pack."""
-    from sensikernels import layouts
-
+    """A block layout of a named pattern."""
     rows, columns = (-(-n // b) for n, b in zip(shape, block, strict=True))
     kept = grid(pattern, rows, columns)
-    if compact:
-        layout = layout_of(kept, block, shape, compact_input=True, compact_output=True)
-        assert isinstance(layout, BlockLayout)
-    else:
-        flags = {"compact_input": False, "compact_output": False}
-        layout = layouts._block_layout(kept, kept, block, shape, None, None, **flags)
+    if not compact:
+        return blocks_of(kept, block, shape, device)
+    layout = layout_of(kept, block, shape, compact_input=True, compact_output=True)
+    assert isinstance(layout, BlockLayout)
+    return to_device(layout, device)
+
+
+def blocks_of(
+    kept: Tensor, block: tuple[int, int], shape: tuple[int, int], device: str
+) -> BlockLayout:
+    """A block layout even where the grid would also pack."""
+    flags = {"compact_input": False, "compact_output": False}
+    layout = layouts._block_layout(kept, kept, block, shape, None, None, **flags)
     return to_device(layout, device)
 
 
@@ -147,25 +153,25 @@ def check_masked_linear(
 
 
 def check_grad_values(
-    layouts: list[Layout], *, tokens: int, dtype: torch.dtype, device: str, saved: bool
+    sharing: list[Layout], *, tokens: int, dtype: torch.dtype, device: str, saved: bool
 ) -> None:
     """Gradients of the kept entries of linears that share x, alone and grouped."""
     from sensikernels.ops.selective_linear import triton as kernels
 
-    x = torch.randn(tokens, layouts[0].shape[1]).to(dtype).to(device)
-    dys = [torch.randn(tokens, one.shape[0]).to(dtype).to(device) for one in layouts]
+    x = torch.randn(tokens, sharing[0].shape[1]).to(dtype).to(device)
+    dys = [torch.randn(tokens, one.shape[0]).to(dtype).to(device) for one in sharing]
 
     def truth(kind: torch.dtype) -> list[Tensor]:
-        pairs = zip(dys, layouts, strict=True)
+        pairs = zip(dys, sharing, strict=True)
         return [pack(dy.to(kind).T @ x.to(kind), one) for dy, one in pairs]
 
-    read = kernels.selective_save(x, layouts[0]) if saved else x
+    read = kernels.selective_save(x, sharing[0]) if saved else x
     if read is None:
-        assert layouts[0].kept_entries == 0
+        assert sharing[0].kept_entries == 0
         read = x
-    grouped = kernels.selective_grad_values_grouped(dys, read, layouts)
+    grouped = kernels.selective_grad_values_grouped(dys, read, sharing)
     alone = [
-        kernels.selective_grad_values(dy, read, one) for dy, one in zip(dys, layouts, strict=True)
+        kernels.selective_grad_values(dy, read, one) for dy, one in zip(dys, sharing, strict=True)
     ]
     for got in (grouped, alone):
         for mine, same, exact in zip(got, truth(dtype), truth(torch.float64), strict=True):

@@ -66,3 +66,8 @@ def test_table_shows_every_backend(capsys: pytest.CaptureFixture[str]):
     out = capsys.readouterr().out
     assert all(name in out for name in doctor.backends())
     assert "X1, sm_90, 79.1 GiB" in out
+
+
+def test_main_prints_this_machine(capsys: pytest.CaptureFixture[str]):
+    doctor.main()
+    assert torch.__version__ in capsys.readouterr().out.replace("\n", "")

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -32,7 +33,7 @@ constexpr int64_t kPiece = 1 << 15;   // entries a thread takes at a time
 constexpr int64_t kTile = 512;        // entries scored at a time; a multiple of 64
 constexpr int64_t kSamples = 1 << 16;
 constexpr int64_t kSmall = 1 << 14;   // fewer entries are counted at once, without a sample
-constexpr double kSigmas = 4.0;       // half the bracket, in standard deviations of a sample
+constexpr double kSigmas = 3.5;       // half the bracket, in standard deviations of a sample
 
 struct Source {
     const void *value, *grad;
@@ -110,14 +111,14 @@ struct Piece {
     int64_t first, n;
 };
 
-// Entries inside the bracket, as one thread met them.
+// Entries inside the bracket, as one thread met them; pages are touched as they are needed.
 struct Inside {
-    std::vector<uint32_t> bits, at;  // of the score; within the piece
+    std::unique_ptr<uint32_t[]> bits, at;  // of the score; within the piece
     int64_t size = 0;
 
-    void reserve_piece() {
-        const size_t needed = size + kPiece + 16;
-        if (bits.size() < needed) bits.resize(2 * needed), at.resize(2 * needed);
+    void allocate(int64_t capacity) {
+        bits.reset(new uint32_t[capacity]);
+        at.reset(new uint32_t[capacity]);
     }
 };
 
@@ -185,7 +186,6 @@ template <class Compare>
 SK_INLINE void scan(const Piece& piece, int64_t score, Bracket bracket, Inside& inside, Found& found) {
     const Source& source = *piece.source;
     Scratch scratch;
-    inside.reserve_piece();
     found.begin = inside.size;
     int64_t total = 0;
     for (int64_t i = 0; i < piece.n; i += kTile) {
@@ -300,16 +300,18 @@ bool Selection::by_sample() {
     const Bracket b = bracket();
     if (!(b.low < b.high)) return false;
     const ScanFn scan_one = best_scan();
+    const int64_t most = n / 8;
     std::vector<Inside> inside(threads);
+    for (Inside& list : inside) list.allocate(most + kPiece + 16);
     std::vector<Found> found(pieces.size());
     std::atomic<int64_t> total{0};
     each_piece([&](int t, int64_t i) {
-        if (total.load(std::memory_order_relaxed) > n / 8) return;
+        if (total.load(std::memory_order_relaxed) > most) return;
         found[i].thread = t;
         scan_one(pieces[i], score, b, inside[t], found[i]);
         total.fetch_add(found[i].count, std::memory_order_relaxed);
     });
-    if (total.load() > n / 8) return false;
+    if (total.load() > most) return false;
     int64_t above = 0;
     for (const Found& f : found) above += f.above;
     int64_t need = k - above;

@@ -7,7 +7,7 @@ namespace {
 
 using namespace sk;
 
-constexpr int64_t kSumTile = 2048;  // tokens summed in registers before a partial sum is stored
+constexpr int64_t kSumTile = 512;  // tokens of a partial sum: bounds its rounding
 
 // Both operands repacked as [tile][token units][columns].
 struct Tiles {
@@ -53,14 +53,17 @@ SK_FMA void grad_rows(const Tiles& dy, const Tiles& x, const char* a, const char
 #pragma GCC unroll 12
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v)
-            sum[m][v] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + m * x.pitch + v * 16);
+        for (int v = 0; v < NV; ++v) sum[m][v] = _mm512_setzero_ps();
     for (int64_t k = 0; k < units; ++k, a += dy.pitch * 4, b += x.pitch * 4)
         multiply<BF16, NV, MR>(sum, a, 4, 0, b, 1);
 #pragma GCC unroll 12
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) _mm512_storeu_ps(sums + m * x.pitch + v * 16, sum[m][v]);
+        for (int v = 0; v < NV; ++v) {
+            float* total = sums + m * x.pitch + v * 16;
+            if (!first) sum[m][v] = _mm512_add_ps(sum[m][v], _mm512_loadu_ps(total));
+            _mm512_storeu_ps(total, sum[m][v]);
+        }
 }
 
 template <bool BF16, int NV>

@@ -52,7 +52,7 @@ Params = Annotated[float | None, typer.Option(help="Keep this share of the encod
     rich_help_panel=_BUDGET)]  # fmt: skip
 Units = Annotated[str | None, typer.Option(help="Keep these counts: heads=36,neurons=4608 (in the "
     "whole model; in each layer with --scope per_layer).", rich_help_panel=_BUDGET)]  # fmt: skip
-Scope = Annotated[str, typer.Option(help="global: layers compete; per_layer: each meets the budget.",
+Scope = Annotated[str, typer.Option(help="global: layers compete; per_layer: each meets it.",
     rich_help_panel=_BUDGET)]  # fmt: skip
 Options = Annotated[list[str] | None, typer.Option("--method-option", metavar="KEY=VALUE",
     help="A setting of the method, repeatable. sensi-bert: warmup, criterion, statistic, "
@@ -66,8 +66,8 @@ DenseLr = Annotated[float | None, typer.Option(help="The baseline's; default: --
     rich_help_panel=_TRAINING)]  # fmt: skip
 Dtype = Annotated[str, typer.Option(help="fp32, or bf16 with fp32 master weights.",
     rich_help_panel=_TRAINING)]  # fmt: skip
-Embeddings = Annotated[str, typer.Option(help="Word table: sparse (rows that occur), frozen, dense.",
-    rich_help_panel=_TRAINING)]  # fmt: skip
+Embeddings = Annotated[str, typer.Option(help="Word table: sparse (only rows that occur move), "
+    "frozen, or dense.", rich_help_panel=_TRAINING)]  # fmt: skip
 Padding = Annotated[int, typer.Option("--pad-to-multiple", help="Batch lengths are multiples of "
     "this, so that shapes repeat.", rich_help_panel=_TRAINING)]  # fmt: skip
 MaxLength = Annotated[int, typer.Option(help="Longer rows are cut.", rich_help_panel=_TRAINING)]

@@ -101,7 +101,9 @@ def _row(
 ) -> tuple[str, str, str, str]:  # fmt: skip
     ratio = ""
     if dense and planned:
-        ratio = f"{dense / planned:.2f}x faster" if faster else f"x{planned / dense:.3f}"
+        gain = dense / planned
+        speed = f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
+        ratio = speed if faster else f"x{planned / dense:.3f}"
     return label, _number(dense, scale, form), _number(planned, scale, form), ratio
 
 

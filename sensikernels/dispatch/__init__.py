@@ -50,7 +50,7 @@ def device_key(device: torch.device | str) -> str:
     if kind.type == "cpu":
         raw = f"cpu-{torch.backends.cpu.get_cpu_capability()}"
     else:
-        raw = torch.cuda.get_device_name(kind)
+        raw = torch.cuda.get_device_name(kind) if kind.type == "cuda" else kind.type
     return "".join(c if c.isalnum() else "-" for c in raw.lower())
 
 
@@ -74,7 +74,7 @@ def write_table(path: Path, table: Sequence[BreakEven], facts: dict[str, Any]) -
     temporary.write_text(json.dumps(document, indent=1) + "\n")
     temporary.replace(path)
     load.cache_clear()
-    break_even.cache_clear()
+    _break_even.cache_clear()
 
 
 @cache
@@ -87,11 +87,18 @@ def load(device: str) -> tuple[tuple[BreakEven, ...], str]:
     return (), "analytic"
 
 
-@cache
+@torch.compiler.assume_constant_result
 def break_even(
-    device: torch.device, kind: str, dtype: torch.dtype, block: int, tokens_log2: int
+    device: str, kind: str, dtype: torch.dtype, block: int, tokens_log2: int
 ) -> tuple[float, str]:
     """Density above which dense is faster, and where the number comes from."""
+    return _break_even(device, kind, dtype, block, tokens_log2)
+
+
+@cache
+def _break_even(
+    device: str, kind: str, dtype: torch.dtype, block: int, tokens_log2: int
+) -> tuple[float, str]:
     require(kind in KINDS, "kind", "one of " + ", ".join(KINDS), kind)
     table, source = load(device_key(device))
     name = str(dtype).removeprefix("torch.")
@@ -105,7 +112,13 @@ def break_even(
             ),
         )
         return best.density, source
-    return analytic(device, kind, block), "analytic"
+    return analytic(torch.device(device), kind, block), "analytic"
+
+
+def compare(density: float, limit: float, source: str) -> str:
+    """The reason of a choice made by density."""
+    relation = ">" if density > limit else "<="
+    return f"density {density:.3g} {relation} break-even {limit:.3g} ({source})"
 
 
 def analytic(device: torch.device, kind: str, block: int) -> float:

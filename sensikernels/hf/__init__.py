@@ -1,7 +1,7 @@
 """HuggingFace BERT: units, swaps, sensitivities, compact models. All that knows transformers."""
 
 from sensikernels.hf.compact import compact
-from sensikernels.hf.load import load_model, load_tokenizer
+from sensikernels.hf.load import load_model, load_tokenizer, quiet
 from sensikernels.hf.sensitivity import CRITERIA, sensitivity
 from sensikernels.hf.swap import applied, apply, restore
 from sensikernels.hf.targets import encoder_layers, structure
@@ -14,6 +14,7 @@ __all__ = [
     "encoder_layers",
     "load_model",
     "load_tokenizer",
+    "quiet",
     "restore",
     "sensitivity",
     "structure",

@@ -28,24 +28,31 @@ def save(
     output: Path, step: int, state: Any, *, settings: Mapping[str, Any], plan: Plan | None
 ) -> None:
     """Write a checkpoint and drop older ones. Raises SensiError where the disk refuses."""
+    target = output / CHECKPOINTS / f"step-{step:08d}"
+    with writing(target) as folder:
+        write(folder, step, state, settings=settings, plan=plan)
+    for other in target.parent.iterdir():
+        if other != target:
+            remove(other)
+
+
+def write(
+    folder: Path, step: int, state: Any, *, settings: Mapping[str, Any], plan: Plan | None
+) -> None:
+    """Make ``folder`` with the state, a tree of tensors and plain values, and the plan in it."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     tree = flatten(state, tensors)
-    target = output / CHECKPOINTS / f"step-{step:08d}"
-    with writing(target) as folder:
-        folder.mkdir()
-        save_file(_separate(tensors), folder / TENSORS)
-        if plan is not None:
-            plan.save(folder / PLAN)
-        body = {"format": FORMAT, "step": step, "settings": dict(settings), "state": tree}
-        body["files"] = {p.name: _digest(p) for p in sorted(folder.iterdir())}
-        text = json.dumps(body)
-        whole = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": text}
-        (folder / STATE).write_text(json.dumps(whole) + "\n")
-    for other in target.parent.iterdir():
-        if other != target:
-            remove(other)
+    folder.mkdir()
+    save_file(_separate(tensors), folder / TENSORS)
+    if plan is not None:
+        plan.save(folder / PLAN)
+    body = {"format": FORMAT, "step": step, "settings": dict(settings), "state": tree}
+    body["files"] = {p.name: _digest(p) for p in sorted(folder.iterdir())}
+    text = json.dumps(body)
+    whole = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": text}
+    (folder / STATE).write_text(json.dumps(whole) + "\n")
 
 
 def latest(output: Path) -> Path | None:
@@ -69,8 +76,10 @@ def load(folder: Path, *, settings: Mapping[str, Any]) -> tuple[Any, Plan | None
                 raise CheckpointError(f"checkpoint {folder}: {name} is corrupt (digest differs)")
         _same_settings(folder, body["settings"], settings)
         state = unflatten(body["state"], load_file(folder / TENSORS))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {error.filename}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"checkpoint {folder}: {reason}") from error
     has_plan = PLAN in body["files"]
     return state, Plan.load(folder / PLAN) if has_plan else None

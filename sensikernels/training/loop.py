@@ -13,7 +13,7 @@ from torch import nn
 
 from sensikernels import _settings
 from sensikernels._checks import require
-from sensikernels.hf import load_model, structure
+from sensikernels.hf import load_model, quiet, structure
 from sensikernels.masks import Plan, Scores, plan
 from sensikernels.training import checkpoint
 from sensikernels.training.config import DTYPES, Settings
@@ -147,7 +147,7 @@ def finetune(settings: Settings, watch: Watcher | None = None) -> dict[str, Any]
         SensiError: training diverged or the disk refuses.
     """
     start = time.perf_counter()
-    with output_folder(settings.output, resume=settings.resume):
+    with quiet(), output_folder(settings.output, resume=settings.resume):
         done = read_report(settings) if settings.resume else None
         if done is not None:
             return done
@@ -193,6 +193,7 @@ def use_device(settings: Settings) -> torch.device:
     from accelerate import Accelerator
 
     _settings.reserve_primitive_cache(PRIMITIVES)
+    _settings.quiet_profiler()
     accelerator = Accelerator(cpu=settings.device == "cpu")
     device = accelerator.device
     wanted = device.type if settings.device == "auto" else settings.device
@@ -236,7 +237,8 @@ def check_budget(settings: Settings, model: nn.Module, data: Data) -> None:
 
 def rank(settings: Settings) -> tuple[Scores, Plan, Runner]:
     """Rank the model's units and allocate the budget, training nothing."""
-    session = prepare(settings)
+    with quiet():
+        session = prepare(settings)
     run = session.runner.run
     with session.runner.own_random():
         run.max_steps = 0  # the warm-up is a share of the steps: there is none

@@ -21,7 +21,7 @@ MIB = 2**20
 
 
 def peak_mib(model: nn.Module, optimizer: Optimizer, batch: Mapping[str, Tensor]) -> float:
-    """Peak memory of a step on ``batch``. Gradients, mode and random state are left as they were."""
+    """Peak memory of a step on ``batch``; gradients, mode and random state are not changed."""
     device = next(model.parameters()).device
     measure = _cuda_peak if device.type == "cuda" else _cpu_peak
     saved = [(p, p.grad) for p in model.parameters()]

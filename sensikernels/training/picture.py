@@ -13,13 +13,14 @@ from sensikernels.masks import Plan, Scores
 from sensikernels.masks.structure import Coupling
 
 TITLES = {
-    "heads": "attention heads\nW_Q W_K W_V W_O",
-    "neurons": "FFN neurons\nW_1 W_2",
-    "qk": "query/key dims\nW_Q W_K",
-    "vo": "value/output dims\nW_V W_O",
+    "heads": "attention heads\n$W_Q\\ W_K\\ W_V\\ W_O$",
+    "neurons": "FFN neurons\n$W_1\\ W_2$",
+    "qk": "query/key dimensions\n$W_Q\\ W_K$",
+    "vo": "value/output dimensions\n$W_V\\ W_O$",
 }
 COLORS = {"heads": "#3b528b", "neurons": "#5ec962", "qk": "#3b528b", "vo": "#21918c"}
-INK, DROPPED = "#222222", "#dddddd"
+INK, EMPTY, DROPPED = "#222222", "#dddddd", "#c23b22"
+MANY = 64
 
 Grid = dict[tuple[int, str], Coupling]
 
@@ -81,18 +82,19 @@ def _scores_panel(
     axes.set_xticks(range(len(kinds)), [TITLES[k] for k in kinds], fontsize=9)
     axes.set_yticks(range(len(layers)), [f"layer {i}" for i in layers], fontsize=9)
     axes.set_title("sensitivity per FLOP, and units kept", fontsize=10, color=INK)
-    axes.tick_params(length=0)
     bar = figure.colorbar(image, ax=axes, location="left", shrink=0.9, pad=0.02)
     bar.set_label("log10 of the score over the highest", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
-    _bare(axes)
+    _bare(axes, len(layers), len(kinds))
 
 
 def _units_panel(
     axes: Any, scores: Scores, plan: Plan, grid: Grid, kind: str, layers: list[int]
 ) -> None:
-    """Every unit of the first kind: darker scores higher, a cross means dropped."""
+    """Every unit of the first kind: darker scores higher; what was dropped is crossed or red."""
+    from matplotlib import colormaps
+
     units = max(grid[i, kind].units for i in layers)
     image = np.full((len(layers), units), np.nan)
     dropped: list[tuple[int, int]] = []
@@ -101,18 +103,22 @@ def _units_panel(
         image[y, : coupling.units] = _relative(scores.values[coupling.name].double().numpy())
         kept = plan.kept_units(coupling)
         dropped += [(x, y) for x in range(coupling.units) if not kept[x]]
-    axes.imshow(image, aspect="auto", origin="lower", cmap="Blues", vmin=-0.15, vmax=1.0)
-    if dropped:
+    colors = colormaps["Blues"].with_extremes(bad=DROPPED)
+    if units > MANY:
+        for x, y in dropped:
+            image[y, x] = np.nan
+    axes.imshow(image, aspect="auto", origin="lower", cmap=colors, vmin=-0.15, vmax=1.0,
+                interpolation="nearest")  # fmt: skip
+    if dropped and units <= MANY:
         x, y = zip(*dropped, strict=True)
-        size = 34 if units <= 16 else max(2, 500 / units)
-        axes.scatter(x, y, marker="x", s=size, c="#c23b22", linewidths=1.2)
-    noun = kind if units <= 64 else f"{kind} ({units})"
-    axes.set_title(f"{noun}: darker scores higher in its layer, x dropped", fontsize=10, color=INK)
-    axes.set_xlabel(kind.removesuffix("s") if units <= 64 else f"{kind}, by index", fontsize=9)
-    if units <= 32:
-        axes.set_xticks(range(units), [str(i) for i in range(units)], fontsize=8)
-    axes.tick_params(length=0)
-    _bare(axes)
+        axes.scatter(x, y, marker="x", s=34 if units <= 16 else 14, c=DROPPED, linewidths=1.3)
+        axes.set_xticks(range(units), [str(i) if units <= 16 or i % 4 == 0 else "" for i in
+                                       range(units)], fontsize=8)  # fmt: skip
+    sign = "red" if units > MANY else "x"
+    axes.set_title(f"{kind}: darker scores higher in its layer, {sign} dropped", fontsize=10,
+                   color=INK)  # fmt: skip
+    axes.set_xlabel("unit", fontsize=9)
+    _bare(axes, len(layers), units if units <= MANY else 0)
 
 
 def _relative(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -129,7 +135,7 @@ def _share_panel(axes: Any, plan: Plan, grid: Grid, kinds: list[str], layers: li
             shares.append(float(plan.kept_units(coupling).sum()) / coupling.units)
         offset = (index - (len(kinds) - 1) / 2) * thickness
         at = [y - offset for y in range(len(layers))]
-        axes.barh(at, [1.0] * len(at), thickness * 0.9, color=DROPPED, alpha=0.5)
+        axes.barh(at, [1.0] * len(at), thickness * 0.9, color=EMPTY, alpha=0.5)
         axes.barh(at, shares, thickness * 0.9, color=COLORS[kind], label=kind)
         for y, share in zip(at, shares, strict=True):
             axes.text(1.02, y, f"{share:.0%}", va="center", fontsize=8, color=INK)
@@ -138,10 +144,15 @@ def _share_panel(axes: Any, plan: Plan, grid: Grid, kinds: list[str], layers: li
     axes.set_title("share kept", fontsize=10, color=INK)
     axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.07), ncols=len(kinds), fontsize=8,
                 frameon=False)  # fmt: skip
-    axes.tick_params(length=0)
     _bare(axes)
 
 
-def _bare(axes: Any) -> None:
+def _bare(axes: Any, rows: int = 0, columns: int = 0) -> None:
+    """No frame and no ticks; thin white gaps between the cells of a heat map."""
     for spine in axes.spines.values():
         spine.set_visible(False)
+    axes.tick_params(length=0)
+    for y in range(1, rows):
+        axes.axhline(y - 0.5, color="white", linewidth=1.5)
+    for x in range(1, columns):
+        axes.axvline(x - 0.5, color="white", linewidth=1.5)

@@ -35,7 +35,7 @@ def build(session: Session, measured: Measurements, reload: dict[str, Any]) -> d
 
     ``step_ms.planned`` is the median over the steps after the plan took effect, ``dense`` the
     baseline's median over the same steps, run in turn with them; ``step_speedup`` their ratio.
-    ``tokens_per_s`` counts real tokens, without padding.
+    ``tokens_per_s`` is the median too, of real tokens, without padding.
     """
     runner, dense = session.runner, session.dense
     settings, task = session.settings, session.data.task
@@ -124,7 +124,8 @@ def _params(session: Session, reload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _throughput(session: Session, runner: Runner, steps: slice) -> float:
-    return sum(session.tokens[steps]) / sum(runner.step_ms[steps]) * 1e3
+    pairs = zip(session.tokens[steps], runner.step_ms[steps], strict=True)
+    return statistics.median(tokens / ms for tokens, ms in pairs) * 1e3
 
 
 def _seconds(runner: Runner) -> dict[str, float]:

@@ -140,7 +140,16 @@ def test_counting_words_does_not_solve_it(train, dev, words):
         assert model.score(unseen, dev.labels) < 0.70
 
 
+@pytest.fixture
+def fast_products():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_products")
 def test_minilm_learns_it_in_one_epoch(train, dev):
     transformers = pytest.importorskip("transformers")
     folder = glue.embedded_model_path()

@@ -41,11 +41,12 @@ def test_gelu_of_every_finite_bfloat16_rounds_as_the_exact_one_does():
 
 
 def test_gelu_of_what_is_not_finite():
-    x = torch.tensor([float("nan"), float("inf"), -0.0, 0.0])
+    x = torch.tensor([float("nan"), float("inf"), -0.0, 0.0])  # PyTorch on CPU: NaN at infinity
     from sensikernels.ops.masked_linear.triton_packed import packed_linear
 
     y, _ = packed_linear(torch.zeros(3, 8), torch.zeros(4, 8), x, 4, gelu=True)
-    assert torch.equal(y.nan_to_num(7.0), F.gelu(x).nan_to_num(7.0).expand(3, 4))
+    assert y.isnan().tolist() == [[True, False, False, False]] * 3
+    assert y[:, 1:].tolist() == [[float("inf"), 0.0, 0.0]] * 3
 
 
 @pytest.mark.parametrize("pattern", ["rows", "columns", "heads", "one", "none"])
@@ -72,14 +73,14 @@ def test_repack_blocks_into_given_memory(block: tuple[int, int], compact: bool):
         assert torch.equal(mine, pack(source, layout))
 
 
-def test_gathered_columns_have_rows_of_whole_16_bytes():
+def test_gathered_columns_have_rows_of_whole_16_elements():
     from sensikernels.ops.common.triton_gather import gather_columns
 
     a, b = torch.randn(37, 50).half(), torch.randn(50, 37).half().t()
     index = torch.tensor([0, 3, 4, 49], dtype=torch.int32)
     got = gather_columns([a, b, a], [index, None, index[:1]])
     assert torch.equal(got, torch.cat([a[:, index.long()], b, a[:, :1]], 1))
-    assert got.stride(0) % 8 == 0
+    assert got.stride(0) % 16 == 0
     assert not got._base.isnan().any()
 
 

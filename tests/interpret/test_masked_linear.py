@@ -98,9 +98,7 @@ def test_rows_gathered_from_the_full_weight(compact: bool):
     layout = checks.packed("rows", (90, 72), "cpu", compact_output=compact)
     x, weight = torch.randn(19, 72), torch.randn(90, 72)
     bias = torch.randn(layout.out_width)
-    y, pre = kernels.gathered_linear(
-        x, weight, layout.rows, bias, "gelu", compact_output=compact
-    )
+    y, pre = kernels.gathered_linear(x, weight, layout.rows, bias, "gelu", compact_output=compact)
     values = weight[layout.rows.long()]
     same, _ = kernels.masked_linear_forward(x, values, layout, bias, "gelu")
     assert pre.shape == y.shape

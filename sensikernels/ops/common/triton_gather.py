@@ -96,7 +96,7 @@ def repack_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """``dst[b, i, j]`` = ``src[rows[r], cols[c]]``, r and c being i and j (in block b: offset by it).
+    """``dst[b, i, j]`` = ``src[rows[r], cols[c]]``: r and c are i and j, in block b offset by it.
 
     The same for each of COUNT equally shaped sources of any dtypes; features beyond the matrix are
     zero. Without BLOCKS there is one block, the matrix itself.
@@ -137,13 +137,11 @@ GATHER = Config(tile={"BLOCK_T": 32, "BLOCK_N": 128}, warps=4, stages=1)
 REPACK = Config(tile={"BLOCK_I": 32, "BLOCK_J": 64}, warps=4, stages=1)
 
 
-def gather_columns(
-    sources: Sequence[Tensor], columns: Sequence[Tensor | None]
-) -> Tensor:
+def gather_columns(sources: Sequence[Tensor], columns: Sequence[Tensor | None]) -> Tensor:
     """``[T, sum of counts]``: the chosen columns of up to ``MOST_READ`` matrices, in one launch.
 
-    None takes all columns of a matrix. The copy's rows are padded to a multiple of 16 bytes, so
-    that what reads it may use wide and bulk copies; the result is the view without the padding.
+    None takes all columns of a matrix. The copy's rows are padded by zeros to a multiple of 16
+    elements, so that what reads it may copy widely; the result is the view without the padding.
     """
     srcs = [launch.matrix(source) for source in sources]
     x, tokens = srcs[0], srcs[0].shape[0]
@@ -152,8 +150,8 @@ def gather_columns(
         for s, c in zip(srcs, columns, strict=True)
     ]
     counts = [c.shape[0] for c in index]
-    total, wide = sum(counts), 16 // x.element_size()
-    padded = triton.cdiv(total, wide) * wide
+    total = sum(counts)
+    padded = triton.cdiv(total, 16) * 16
     packed = x.new_empty((tokens, padded))
     if packed.numel():
         block_t, block_n = GATHER.tile.values()
@@ -180,9 +178,7 @@ def repack(
         return dsts
     blocks = isinstance(layout, BlockLayout)
     count, (height, width) = (layout.values_shape[0] if blocks else 1), layout.values_shape[-2:]
-    out_rows, out_cols = (
-        (layout.out_width, layout.in_width) if blocks else layout.values_shape
-    )
+    out_rows, out_cols = (layout.out_width, layout.in_width) if blocks else layout.values_shape
     none = srcs[0].new_empty(0, dtype=torch.int32)
     block_i, block_j = REPACK.tile.values()
     tiles_i = triton.cdiv(height, block_i)

@@ -1,10 +1,10 @@
-"""What every launch needs to know: the device, the precision, the configuration, the descriptors."""
+"""What every launch must know: device, precision, configuration, descriptors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from sensikernels import _settings
 
 INTERPRET = _settings.interpreting()
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-HOPPER = ("sm_90", "sm_100")
+POINTERS, BULK, ONE = ("sm_80", "sm_90", "gfx942"), ("sm_90", "sm_100"), ("sm_90",)
 SPLIT_TOKENS = 512
 
 
@@ -35,6 +35,12 @@ class Config:
         return f"{sizes}-w{self.warps}-s{self.stages}"
 
     @property
+    def sums_per_thread(self) -> int:
+        """float32 sums a thread holds: the product of the first two sizes over the threads."""
+        first, second, *_ = self.tile.values()
+        return first * second // (32 * self.warps)
+
+    @property
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
         return {**self.tile, "num_warps": self.warps, "num_stages": self.stages}
@@ -48,7 +54,7 @@ class Device(NamedTuple):
     descriptors: bool
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda(index: int) -> Device:
     facts = torch.cuda.get_device_properties(index)
     shared = getattr(facts, "shared_memory_per_block_optin", 64 << 10)
@@ -120,7 +126,13 @@ def matrix(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def readable(x: Tensor) -> int:
+    """Columns of ``x`` that may be read: the padding of its rows too, where memory has it."""
+    end = (x.storage_offset() + x.shape[0] * x.stride(0)) * x.element_size()
+    padded = x.stride(0) >= x.shape[1] and end <= x.untyped_storage().nbytes()
+    return x.stride(0) if padded else x.shape[1]
+
+
 def tile_of(size: int, largest: int = 128) -> int:
     """Smallest tile a dot takes (a power of two, at least 16) for ``size``, up to ``largest``."""
     return min(max(triton.next_power_of_2(size), 16), largest)
-

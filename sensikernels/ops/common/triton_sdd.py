@@ -191,9 +191,7 @@ def block_gradients(
     return list(arena.split(counts))
 
 
-def _launch(
-    x: Tensor, dys: list[Tensor], layouts: Sequence[BlockLayout], arena: Tensor
-) -> None:
+def _launch(x: Tensor, dys: list[Tensor], layouts: Sequence[BlockLayout], arena: Tensor) -> None:
     (height, width), tokens = layouts[0].block_shape, x.shape[0]
     config = launch.fit(select((height, width), x.dtype), _stage_bytes, x)
     n, m, t = config.tile.values()
@@ -242,8 +240,9 @@ def _case(config: Config, dtype: str, *, tensors: int = 1, bulk: bool = False, e
     signature |= dict.fromkeys(index, "*i32") | dict.fromkeys(_COUNTS + strides + widths, "i32")
     divisible = [name for name in signature if name not in _COUNTS]
     if bulk:
-        signature |= {"x": f"tensordesc<{dtype}[{t}, {n}]>", "dy0": f"tensordesc<{dtype}[{t}, {m}]>"}
-        divisible = [name for name in divisible if name not in ("x", "dy0")]
+        tiles = {"x": n, "dy0": m}
+        signature |= {name: f"tensordesc<{dtype}[{t}, {size}]>" for name, size in tiles.items()}
+        divisible = [name for name in divisible if name not in tiles]
     form = "bulk" if bulk else "grouped" if tensors > 1 else "pointers" if even else "edges"
     return {
         "name": f"block_gradient/{dtype}/{block[0]}x{block[1]}/{form}/{config.name}",
@@ -257,7 +256,7 @@ def _case(config: Config, dtype: str, *, tensors: int = 1, bulk: bool = False, e
         "num_warps": config.warps,
         "num_stages": config.stages,
         "gemm": True,
-        **({"targets": launch.HOPPER} if bulk else {}),
+        "targets": {"bulk": launch.BULK, "pointers": launch.POINTERS}.get(form, launch.ONE),
     }  # fmt: skip
 
 

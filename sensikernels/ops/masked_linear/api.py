@@ -50,7 +50,7 @@ def masked_linear(
     if backend == "auto" and isinstance(layout, PackedLayout) and layout.direct:
         return _linear(x, values, bias, activation)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, values = x.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)

@@ -7,14 +7,11 @@ from torch import Tensor
 
 from sensikernels import _settings
 from sensikernels._checks import require, require_one_of
-from sensikernels.dispatch import Choice, break_even, tokens_log2
+from sensikernels.dispatch import Choice, break_even, compare, tokens_log2
 from sensikernels.layouts import BlockLayout, ElementLayout, Layout, PackedLayout, density
 
-_DENSE = Choice(form="dense", backend="torch", reason="asked for by name")
-_PACKED = Choice(form="packed", backend="torch", reason="nothing to gather or scatter")
 
-
-def choose(layout: Layout, x: Tensor, backend: str) -> Choice:
+def choose(layout: Layout, x: Tensor, backend: str, *, explaining: bool = False) -> Choice:
     """The form that serves ``x``; ``auto`` takes the fastest known one.
 
     Raises:
@@ -23,40 +20,56 @@ def choose(layout: Layout, x: Tensor, backend: str) -> Choice:
     if backend == "reference":
         return _DENSE
     if isinstance(layout, ElementLayout):
-        reason = "single elements run dense on the unpacked weight"
-        require(backend == "auto", "backend", f"auto or reference ({reason})", backend)
-        return Choice(form="dense", backend="torch", reason=reason)
+        require(backend == "auto", "backend", f"auto or reference ({_ELEMENTS.reason})", backend)
+        return _ELEMENTS
     if backend == "triton":
         ok = x.is_cuda or _settings.interpreting()
         require(ok, "backend", "a CUDA tensor for triton", f"triton with x on {x.device}")
-        return Choice(form=_form(layout), backend="triton", reason="asked for by name")
+        return _NAMED[_form(layout), "triton"]
     if backend == "native":
-        ok = isinstance(layout, PackedLayout) or not x.is_cuda
-        require(ok, "backend", "triton for blocks on a GPU", "native")
-        runs = "torch" if isinstance(layout, PackedLayout) else "native"
-        return Choice(form=_form(layout), backend=runs, reason="asked for by name")
-    require_one_of(backend, "backend", _settings.BACKENDS)
+        if isinstance(layout, PackedLayout):
+            return _NAMED["packed", "torch"]
+        require(not x.is_cuda, "backend", "triton for blocks on a GPU", "native")
+        return _NAMED["block-sparse", "native"]
+    if backend != "auto":
+        require_one_of(backend, "backend", _settings.BACKENDS)
     if isinstance(layout, PackedLayout) and layout.direct:
-        return _PACKED
-    return _auto(layout, x)
+        return _DIRECT
+    return _auto(layout, x, explaining)
 
 
-def _auto(layout: PackedLayout | BlockLayout, x: Tensor) -> Choice:
+def _auto(layout: PackedLayout | BlockLayout, x: Tensor, explaining: bool) -> Choice:
     form = _form(layout)
     block = min(layout.block_shape) if isinstance(layout, BlockLayout) else 0
-    limit, source = break_even(x.device, form, x.dtype, block, tokens_log2(x))
+    limit, source = break_even(str(x.device), form, x.dtype, block, tokens_log2(x))
     kept = density(layout)
-    relation = ">" if kept > limit else "<="
-    reason = f"density {kept:.3g} {relation} break-even {limit:.3g} ({source})"
-    if kept > limit:
-        return Choice(form="dense", backend="torch", reason=reason)
-    if isinstance(layout, PackedLayout):
-        return Choice(form=form, backend="torch", reason=reason)
-    return Choice(form=form, backend="triton" if x.is_cuda else "native", reason=reason)
+    served = "torch" if form == "packed" else "triton" if x.is_cuda else "native"
+    form, served = ("dense", "torch") if kept > limit else (form, served)
+    return Choice(
+        form=form,
+        backend=served,
+        reason=compare(kept, limit, source) if explaining else "",
+    )
 
 
 def _form(layout: PackedLayout | BlockLayout) -> str:
     return "packed" if isinstance(layout, PackedLayout) else "block-sparse"
+
+
+_DENSE = Choice(form="dense", backend="torch", reason="asked for by name")
+_DIRECT = Choice(form="packed", backend="torch", reason="nothing to gather or scatter")
+_ELEMENTS = Choice(
+    form="dense", backend="torch", reason="single elements run dense on the unpacked weight"
+)
+_NAMED = {
+    (form, backend): Choice(form=form, backend=backend, reason="asked for by name")
+    for form, backend in (
+        ("packed", "torch"),
+        ("packed", "triton"),
+        ("block-sparse", "native"),
+        ("block-sparse", "triton"),
+    )
+}
 
 
 def explain(
@@ -69,4 +82,5 @@ def explain(
 ) -> Choice:
     """What ``masked_linear`` would run for ``tokens`` rows of ``dtype`` on ``device``, and why."""
     x = torch.empty(1, dtype=dtype, device=device).expand(tokens, layout.in_width)
-    return choose(layout, x, _settings.backend() if backend == "auto" else backend)
+    named = _settings.backend() if backend == "auto" else backend
+    return choose(layout, x, named, explaining=True)

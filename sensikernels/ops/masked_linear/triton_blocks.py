@@ -45,11 +45,11 @@ def block_linear_kernel(
     """``y[:, line] = act(sum over the line's blocks of x[:, block] @ block + bias)``.
 
     A line is a block row (forward) or, TRANSPOSED, a block column (dX: ``perm`` finds its blocks).
-    Persistent; the longest lines come first. EVEN: no tile is cut by a block's or the weight's edge.
+    Persistent; the longest lines come first. EVEN: neither block nor weight cuts a tile.
     """
-    O: tl.constexpr = BN if TRANSPOSED else BM
+    OUT: tl.constexpr = BN if TRANSPOSED else BM
     K: tl.constexpr = BM if TRANSPOSED else BN
-    PARTS_O: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O
+    PARTS_O: tl.constexpr = (OUT + BLOCK_O - 1) // BLOCK_O
     PARTS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     per_line = tl.cdiv(tokens, BLOCK_T) * PARTS_O
     for tile in range(tl.program_id(0), lines * per_line, tl.num_programs(0)):
@@ -91,23 +91,21 @@ def block_linear_kernel(
                     from_block += (k0 + k)[:, None] * BN + o[None, :]
                 else:
                     from_block += o[None, :] * BN + (k0 + k)[:, None]
+                a_at = x_rows + (column + k)[None, :]
+                live = (t < tokens)[:, None]
                 if EVEN:
-                    a = tl.load(x_rows + (column + k)[None, :], mask=(t < tokens)[:, None], other=0.0)
+                    a = tl.load(a_at, mask=live, other=0.0)
                     b = tl.load(from_block)
                 else:
                     inside = (k0 + k < K) & (column + k < in_width)
-                    a = tl.load(
-                        x_rows + (column + k)[None, :],
-                        mask=(t < tokens)[:, None] & inside[None, :],
-                        other=0.0,
-                    )
-                    b = tl.load(from_block, mask=inside[:, None] & (o < O)[None, :], other=0.0)
+                    a = tl.load(a_at, mask=live & inside[None, :], other=0.0)
+                    b = tl.load(from_block, mask=inside[:, None] & (o < OUT)[None, :], other=0.0)
             if UPCAST:
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        out = line * O + o
-        kept = (out < out_width) & (o < O)
+        out = line * OUT + o
+        kept = (out < out_width) & (o < OUT)
         if HAS_BIAS:
             acc += tl.load(bias + out, mask=kept, other=0.0).to(tl.float32)[None, :]
         base = tl.cast(t0, tl.int64) * out_width
@@ -132,6 +130,7 @@ CONFIGS = (
     _config(256, 32, 64, 8, 4),
     _config(128, 32, 64, 4, 4),
     _config(128, 128, 32, 8, 4),
+    _config(64, 128, 32, 8, 4),
     _config(256, 64, 32, 8, 4),
     _config(128, 64, 32, 4, 4),
     _config(64, 64, 32, 4, 4),
@@ -144,14 +143,16 @@ CONFIGS = (
 def select(
     out_size: int, inner_size: int, tokens: int, lines: int, dtype: torch.dtype, processors: int
 ) -> Config:
-    """The tile for blocks of ``out_size`` x ``inner_size``: as many tokens as still fill the device.
+    """The tile for blocks of ``out_size`` x ``inner_size``: tall, while each processor has one.
 
-    Few tokens' reuse of a weight tile bounds the kernel by L2 (performance: AI = T·b/(T + b)), so
-    the tallest tile wins while each processor has one.
+    L2 bounds the kernel: a tile of T tokens and b features does T·b/(T + b) operations per byte.
+    Exact float32 products need registers for their operands, so tiles stay small.
     """
     o = max(launch.tile_of(out_size), 32)
     k = 32 if dtype == torch.float32 or inner_size <= 32 else 64
     fitting = [c for c in CONFIGS if (c.tile["BLOCK_O"], c.tile["BLOCK_K"]) == (o, k)]
+    if dtype == torch.float32 and launch.precision(dtype) == "ieee":
+        fitting = [c for c in fitting if c.sums_per_thread <= 32]
     for config in fitting[:-1]:
         tiles = triton.cdiv(tokens, config.tile["BLOCK_T"]) * lines * triton.cdiv(out_size, o)
         if tiles >= processors:
@@ -232,22 +233,30 @@ def _case(config: Config, dtype: str, form: str):
         "constexprs": {
             "BM": height, "BN": width, "TRANSPOSED": transposed, "HAS_BIAS": not transposed,
             "GELU": not transposed, "DESCRIPTORS": bulk, "EVEN": not form.endswith("edges"),
-            "PRECISION": "tf32" if dtype == "fp32" else "ieee", "UPCAST": False, **config.tile,
+            "PRECISION": "tf32" if dtype == "fp32" and form != "exact" else "ieee",
+            "UPCAST": False, **config.tile,
         },
         "num_warps": config.warps,
         "num_stages": config.stages,
         "gemm": True,
-        **({"targets": launch.HOPPER} if bulk else {}),
+        "wgmma": not form.startswith("exact"),
+        "targets": {
+            "forward": launch.POINTERS, "input": launch.POINTERS[:2], "forward-bulk": launch.BULK,
+            "exact": launch.POINTERS[:1],
+        }.get(form, launch.ONE),
     }  # fmt: skip
 
 
 def _cases():
     for config in CONFIGS:
-        for form in ("forward", "input", "forward-bulk", "input-bulk"):
+        short = config.tile["BLOCK_K"] == 32
+        for form in ("forward",) if short else ("forward", "input", "forward-bulk", "input-bulk"):
             yield _case(config, "bf16", form)
-        if config.tile["BLOCK_K"] == 32:
-            yield _case(config, "fp32", "forward")
+        if short:
+            yield _case(config, "fp32", "forward-bulk")
             yield _case(config, "fp32", "input-bulk")
+            if config.sums_per_thread <= 32:
+                yield _case(config, "fp32", "exact")
         elif config.tile["BLOCK_T"] == 128:
             yield _case(config, "bf16", "forward-edges")
 

@@ -138,9 +138,8 @@ def _config(t: int, o: int, k: int, warps: int, stages: int) -> Config:
 CONFIGS = (
     _config(128, 128, 64, 8, 4),
     _config(128, 64, 64, 8, 4),
-    _config(64, 64, 64, 4, 4),
-    _config(128, 64, 32, 8, 4),
-    _config(64, 64, 32, 4, 4),
+    _config(64, 64, 64, 8, 4),
+    _config(64, 64, 32, 8, 4),
 )
 
 
@@ -232,15 +231,17 @@ def _case(config: Config, dtype: str, form: str):
         "signature": signature,
         "divisible": divisible,
         "constexprs": {
-            "GATHER": form == "gather", "SCATTER": form.startswith(("scatter", "input")), "INNER_FIRST": inner_first,
-            "HAS_BIAS": not inner_first, "GELU": not inner_first, "DESCRIPTORS": bulk,
-            "EVEN": not form.endswith("edges"), "PRECISION": "tf32" if dtype == "fp32" else "ieee",
-            "UPCAST": False, **config.tile,
+            "GATHER": form == "gather", "SCATTER": form.startswith(("scatter", "input")),
+            "INNER_FIRST": inner_first, "HAS_BIAS": not inner_first, "GELU": not inner_first,
+            "DESCRIPTORS": bulk, "EVEN": not form.endswith("edges"),
+            "PRECISION": "tf32" if dtype == "fp32" else "ieee", "UPCAST": False, **config.tile,
         },
         "num_warps": config.warps,
         "num_stages": config.stages,
         "gemm": True,
-        **({"targets": launch.HOPPER} if bulk else {}),
+        "targets": {
+            "direct": launch.POINTERS, "scatter": launch.POINTERS[:2], "direct-bulk": launch.BULK,
+        }.get(form, launch.ONE),
     }  # fmt: skip
 
 

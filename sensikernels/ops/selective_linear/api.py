@@ -51,7 +51,7 @@ def selective_linear(
     _check(x, weight, values, layout, bias, activation)
     choice = dispatch.choose(layout, x, _settings.backend() if backend == "auto" else backend)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, values = x.to(dtype), weight.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)

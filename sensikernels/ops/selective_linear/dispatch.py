@@ -7,48 +7,59 @@ from torch import Tensor
 
 from sensikernels import _settings
 from sensikernels._checks import require, require_one_of
-from sensikernels.dispatch import Choice, break_even, tokens_log2
+from sensikernels.dispatch import Choice, break_even, compare, tokens_log2
 from sensikernels.layouts import BlockLayout, ElementLayout, Layout, PackedLayout
 
 
-def choose(layout: Layout, x: Tensor, backend: str) -> Choice:
+def choose(layout: Layout, x: Tensor, backend: str, *, explaining: bool = False) -> Choice:
     """The form that serves ``x``; ``auto`` takes the fastest known one.
 
     Raises:
         UsageError: a named backend cannot serve this layout or device.
     """
     if backend == "reference":
-        return Choice(form="dense", backend="reference", reason="asked for by name")
+        return _REFERENCE
     if isinstance(layout, ElementLayout):
-        reason = "single elements take a dense gradient, of which the kept entries stay"
-        require(backend == "auto", "backend", f"auto or reference ({reason})", backend)
-        return Choice(form="dense", backend="torch", reason=reason)
+        require(backend == "auto", "backend", f"auto or reference ({_ELEMENTS.reason})", backend)
+        return _ELEMENTS
     if backend == "triton":
         ok = x.is_cuda or _settings.interpreting()
         require(ok, "backend", "a CUDA tensor for triton", f"triton with x on {x.device}")
-        return Choice(form="selective", backend="triton", reason="asked for by name")
-    require_one_of(backend, "backend", _settings.BACKENDS)
+        return _TRITON
+    if backend not in ("auto", "native"):
+        require_one_of(backend, "backend", _settings.BACKENDS)
     if isinstance(layout, PackedLayout):
-        reason = "one GEMM on the kept rows and columns"
-        return Choice(form="packed", backend="torch", reason=reason)
+        return _PACKED
     if backend == "native":
         require(not x.is_cuda, "backend", "triton for blocks on a GPU", "native")
-        return Choice(form="selective", backend="native", reason="asked for by name")
-    return _auto(layout, x)
+        return _NATIVE
+    return _auto(layout, x, explaining)
 
 
-def _auto(layout: BlockLayout, x: Tensor) -> Choice:
+def _auto(layout: BlockLayout, x: Tensor, explaining: bool) -> Choice:
     """Blocks against one GEMM over all rows and columns that have a kept block."""
     block = min(layout.block_shape)
-    limit, source = break_even(x.device, "selective", x.dtype, block, tokens_log2(x))
+    limit, source = break_even(str(x.device), "selective", x.dtype, block, tokens_log2(x))
     rows = layout.shape[0] if layout.rows is None else layout.rows.shape[0]
     columns = layout.shape[1] if layout.columns is None else layout.columns.shape[0]
     share = layout.kept_entries / (rows * columns)
     dense = share > limit
-    reason = f"density {share:.3g} {'>' if dense else '<='} break-even {limit:.3g} ({source})"
-    if dense:
-        return Choice(form="dense", backend="torch", reason=reason)
-    return Choice(form="selective", backend="triton" if x.is_cuda else "native", reason=reason)
+    return Choice(
+        form="dense" if dense else "selective",
+        backend="torch" if dense else "triton" if x.is_cuda else "native",
+        reason=compare(share, limit, source) if explaining else "",
+    )
+
+
+_REFERENCE = Choice(form="dense", backend="reference", reason="asked for by name")
+_ELEMENTS = Choice(
+    form="dense",
+    backend="torch",
+    reason="single elements take a dense gradient, of which the kept entries stay",
+)
+_TRITON = Choice(form="selective", backend="triton", reason="asked for by name")
+_NATIVE = Choice(form="selective", backend="native", reason="asked for by name")
+_PACKED = Choice(form="packed", backend="torch", reason="one GEMM on the kept rows and columns")
 
 
 def explain(
@@ -61,4 +72,5 @@ def explain(
 ) -> Choice:
     """What forms the gradient for ``tokens`` rows of ``dtype`` on ``device``, and why."""
     x = torch.empty(1, dtype=dtype, device=device).expand(tokens, layout.shape[1])
-    return choose(layout, x, _settings.backend() if backend == "auto" else backend)
+    named = _settings.backend() if backend == "auto" else backend
+    return choose(layout, x, named, explaining=True)

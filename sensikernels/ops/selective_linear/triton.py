@@ -23,16 +23,14 @@ __all__ = [
 
 
 def selective_save(x: Tensor, layout: PackedLayout | BlockLayout) -> Tensor | None:
-    """What the backward needs of ``x [T, in]``: the kept columns, packed once; None for no entry."""
+    """What the backward needs of ``x [T, in]``: its kept columns; None where no entry is kept."""
     if layout.kept_entries == 0:
         return None
     columns = layout.columns
     return x if columns is None or x.shape[1] == columns.shape[0] else _pack(x, columns)
 
 
-def selective_grad_values(
-    dy: Tensor, x: Tensor, layout: PackedLayout | BlockLayout
-) -> Tensor:
+def selective_grad_values(dy: Tensor, x: Tensor, layout: PackedLayout | BlockLayout) -> Tensor:
     """``dY^T @ x`` at the kept entries, in ``layout.values_shape``.
 
     ``dy`` is ``[T, out_features]`` or only the kept rows' columns of it; ``x`` is

@@ -1,4 +1,4 @@
-"""The weight gradient of kept rows: a tall product over tokens, split and added in a fixed order."""
+"""The weight gradient of kept rows: a product over tokens, split, summed in a fixed order."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def row_gradient_kernel(
     tokens_each,
     splits,
     rows,
+    readable,
     width,
     stride_dy,
     stride_x,
@@ -32,7 +33,10 @@ def row_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """``out[split]`` = ``dy[tokens, :rows]^T @ x[tokens, :width]``; persistent over (split, tile)."""
+    """``out[split]`` = ``dy[tokens, :rows]^T @ x[tokens, :width]``, persistent.
+
+    ``readable >= rows``: how many columns of dY's memory there are, whatever they hold.
+    """
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(width, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
@@ -44,7 +48,7 @@ def row_gradient_kernel(
         n0 = ((item // tiles_m) % tiles_n) * BLOCK_N
         t_first = split * tokens_each
         t_last = tl.minimum(t_first + tokens_each, tokens)
-        m_in = m0 + m < rows
+        m_in = m0 + m < readable
         n_in = n0 + n < width
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for t0 in range(t_first, t_last, BLOCK_T):
@@ -67,7 +71,7 @@ def row_gradient_kernel(
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
         to = out + tl.cast(split * rows + m0, tl.int64) * width
         at = m[:, None] * width + (n0 + n)[None, :]
-        mask = m_in[:, None] & n_in[None, :]
+        mask = (m0 + m < rows)[:, None] & n_in[None, :]
         tl.store(to + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
@@ -110,7 +114,7 @@ def row_gradient(dy: Tensor, x: Tensor) -> Tensor:
     row_gradient_kernel[(min(items * splits, launch.programs(x, config)),)](
         launch.describe(dy, t, m) if descriptors else dy,
         launch.describe(x, t, n) if descriptors else x,
-        out, tokens, each, splits, rows, width, dy.stride(0), x.stride(0),
+        out, tokens, each, splits, rows, launch.readable(dy), width, dy.stride(0), x.stride(0),
         DESCRIPTORS=descriptors, EVEN=width % n == 0, PRECISION=launch.precision(x.dtype),
         UPCAST=launch.upcast(x.dtype), **config.options,
     )  # fmt: skip
@@ -125,7 +129,7 @@ def _case(config: Config, dtype: str, form: str):
     m, n, t = config.tile.values()
     counts = ["tokens", "tokens_each", "splits", "rows"]
     signature = dict.fromkeys(["dy", "x"], f"*{dtype}") | {"out": "*fp32"}
-    signature |= dict.fromkeys([*counts, "width", "stride_dy", "stride_x"], "i32")
+    signature |= dict.fromkeys([*counts, "readable", "width", "stride_dy", "stride_x"], "i32")
     divisible = [name for name in signature if name not in counts]
     if form == "bulk":
         signature |= {"dy": f"tensordesc<{dtype}[{t}, {m}]>", "x": f"tensordesc<{dtype}[{t}, {n}]>"}
@@ -142,7 +146,7 @@ def _case(config: Config, dtype: str, form: str):
         "num_warps": config.warps,
         "num_stages": config.stages,
         "gemm": True,
-        **({"targets": launch.HOPPER} if form == "bulk" else {}),
+        "targets": {"bulk": launch.BULK, "pointers": launch.POINTERS}.get(form, launch.ONE),
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ FIELDS = (
     "block_rows", "block_columns", "group",
 )  # fmt: skip
 """Columns of the int64 table, in the order of ``enum Field`` in csrc."""
-CHUNK = 32768
-"""Entries one thread takes at a time."""
+CHUNK = {"cpu": 32768, "cuda": 4096}
+"""Entries a thread, on a GPU a warp, takes at a time."""
 
 
 def why_not(device: torch.device, dtypes: set[torch.dtype]) -> str | None:
@@ -45,8 +46,12 @@ def why_not(device: torch.device, dtypes: set[torch.dtype]) -> str | None:
 def coalesce(grad: Tensor) -> tuple[Tensor, Tensor]:
     """See ``reference.coalesce``; float32 sums."""
     rows, values = grad._indices()[0].contiguous(), grad._values().contiguous()
-    touched, sums = _native.ops().subset_adamw_coalesce(rows, values)
-    return touched, sums
+    if rows.device.type == "cpu":
+        return cast(tuple[Tensor, Tensor], _native.ops().subset_adamw_coalesce(rows, values))
+    rows, order = rows.sort(stable=True)
+    place = (rows.diff(prepend=rows[:1]) != 0).cumsum(0)
+    launch = _native.ops().subset_adamw_coalesce_sorted
+    return cast(tuple[Tensor, Tensor], launch(rows, order, place, values))
 
 
 class Plan:
@@ -71,8 +76,9 @@ class Plan:
     ) -> Tensor:
         """See ``reference.update``."""
         norm = torch.empty((), dtype=torch.float32, device=hyper.device)
+        grads = [_served(item) for item in items]
         _native.ops().subset_adamw_step(
-            *self._refresh(items, hyper.device),
+            *self._refresh(items, grads, hyper.device),
             hyper,
             self._partials,
             norm,
@@ -82,14 +88,15 @@ class Plan:
         )
         return norm
 
-    def _refresh(self, items: Sequence[Item], device: torch.device) -> tuple[Tensor, Tensor]:
+    def _refresh(
+        self, items: Sequence[Item], grads: Sequence[Tensor], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         stale = items is not self._items
         if stale:
             self._held = []
             rows = [self._row(item) for item in items]
             self._table = np.array(rows, dtype=np.int64).reshape(len(rows), len(FIELDS))
             self._items = items
-        grads = [_served(item.grad) for item in items]
         pointers = np.array(
             [(item.param.data_ptr(), grad.data_ptr())
              for item, grad in zip(items, grads, strict=True)],
@@ -97,7 +104,6 @@ class Plan:
         ).reshape(len(grads), 2)  # fmt: skip
         moved = stale or not np.array_equal(self._table[:, :2], pointers)
         self._table[:, :2] = pointers
-        self._grads = grads
         resized = stale
         for place, item in enumerate(items):
             if item.touched is not None:
@@ -107,7 +113,7 @@ class Plan:
                 self._table[place, index] = item.touched.data_ptr()
                 moved = True
         if resized:
-            self._chunks = torch.from_numpy(_chunks(self._table))
+            self._chunks = torch.from_numpy(_chunks(self._table, CHUNK[device.type]))
             self._partials = torch.empty(len(self._chunks), dtype=torch.float64, device=device)
         if device.type == "cpu":
             return torch.from_numpy(self._table), self._chunks
@@ -140,7 +146,7 @@ class Plan:
             *(0 if t is None else t.data_ptr() for t in pointers),
             kind,
             DTYPES[item.param.dtype],
-            DTYPES[_served(item.grad).dtype],
+            DTYPES[_served(item).dtype],
             rows,
             columns,
             0 if index is None else index.numel(),
@@ -150,14 +156,15 @@ class Plan:
         ]
 
 
-def _served(grad: Tensor) -> Tensor:
-    """A dense, contiguous gradient of a dtype the kernels read."""
-    if grad.dtype not in DTYPES:
+def _served(item: Item) -> Tensor:
+    """The gradient, contiguous, in float32 or the parameter's dtype."""
+    grad = item.grad
+    if grad.dtype not in (torch.float32, item.param.dtype):
         grad = grad.float()
     return grad if grad.is_contiguous() else grad.contiguous()
 
 
-def _chunks(table: np.ndarray) -> np.ndarray:
+def _chunks(table: np.ndarray, size: int) -> np.ndarray:
     """Work units as int64 [chunks, 3] = item, first unit, end; see ``Chunk`` in csrc.
 
     Where rows are summed no row is cut in two, so that each sum has one writer.
@@ -179,7 +186,7 @@ def _chunks(table: np.ndarray) -> np.ndarray:
     where = [choice[0] for choice in choices]
     units = np.select(where, [choice[1] for choice in choices], column["units"])
     entries = np.select(where, [choice[2] for choice in choices], wide)
-    per_chunk = np.maximum(1, CHUNK // np.maximum(entries, 1))
+    per_chunk = np.maximum(1, size // np.maximum(entries, 1))
     counts = np.where(entries > 0, -(-units // per_chunk), 0)
     item = np.repeat(np.arange(len(table)), counts)
     within = np.arange(len(item)) - np.repeat(counts.cumsum() - counts, counts)

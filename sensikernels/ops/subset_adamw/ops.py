@@ -11,7 +11,7 @@ from sensikernels.ops.subset_adamw.engine import Engine
 from sensikernels.ops.subset_adamw.item import Item
 from sensikernels.ops.subset_adamw.kept import KINDS, KeptLayout, popcounts
 
-_LIBRARY: Any = torch.library.Library("sensikernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY: Any = torch.library.Library("sensikernels", "FRAGMENT")
 _LIBRARY.define(
     "subset_adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor(e!)[] steps, Tensor[] kept, "

@@ -17,6 +17,10 @@ from sensikernels.ops.subset_adamw.item import Item
 from sensikernels.ops.subset_adamw.kept import KeptLayout, make_layout
 
 Sums = tuple[Tensor | None, Tensor | None]
+_NOTHING = {
+    dtype: torch.empty(0, dtype=dtype)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 _KNOBS = ("backend", "grad_norm", "max_grad_norm")
 
 
@@ -176,6 +180,8 @@ class SubsetAdamW(Optimizer):
                 found_inf=getattr(self, "found_inf", None),
             )
             self.grad_norm = None if self.max_grad_norm is None else norm
+            for item in items:  # keep no gradient alive
+                item.grad = _NOTHING[item.grad.dtype]
         return loss
 
     @torch.no_grad()

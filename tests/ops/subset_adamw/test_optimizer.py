@@ -1,4 +1,4 @@
-"""``SubsetAdamW`` as a ``torch.optim.Optimizer``: groups, checkpoints, scaling, changes of shape."""
+"""``SubsetAdamW`` as a torch optimizer: groups, checkpoints, scaling, changes of shape."""
 
 from __future__ import annotations
 

@@ -1,0 +1,180 @@
+"""``SubsetAdamW`` over BERT-base's 201 tensors against torch's AdamW over everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sensikernels.bench.rows import Row, row
+from sensikernels.bench.timing import interleave
+from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.ops.subset_adamw.kept import matrix_shape, pack_bits
+
+SUITE = "optimizer"
+OPTIONS = {"lr": 1e-5, "weight_decay": 0.01}
+
+
+def bert_shapes(layers: int = 12, wide: int = 768, vocabulary: int = 30522) -> list[list[int]]:
+    """Parameter shapes of a BERT classifier: 201 for the base model."""
+    norm = [[wide], [wide]]
+    square = [[wide, wide], [wide]]
+    inner = 4 * wide
+    layer = [*square * 4, *norm, [inner, wide], [inner], [wide, inner], [wide], *norm]
+    tables = [[vocabulary, wide], [512, wide], [2, wide], *norm]
+    return [*tables, *layer * layers, *square, [2, wide], [2]]
+
+
+def parameters(
+    shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: str
+) -> list[nn.Parameter]:
+    """Random parameters with gradients."""
+    params = [nn.Parameter((0.02 * torch.randn(s, device=device)).to(dtype)) for s in shapes]
+    for param in params:
+        param.grad = 1e-3 * torch.randn_like(param)
+    return params
+
+
+def kept_of(pattern: str, param: Tensor, density: float) -> tuple[object, ...] | None:
+    """A random ``kept`` of a pattern; tensors too small for it are frozen or kept by rows."""
+    rows, columns = matrix_shape(param.shape)
+
+    def some(units: int) -> Tensor:
+        count = round(density * units)
+        return torch.randperm(units)[:count].sort().values.int()
+
+    if pattern == "elements":
+        return ("elements", pack_bits(torch.rand(rows * columns) < density))
+    if pattern == "columns" and param.dim() > 1:
+        return ("columns", some(columns))
+    if pattern == "blocks" and rows % 32 == columns % 32 == 0:
+        return ("blocks", some(rows // 32 * (columns // 32)), (32, 32))
+    return ("rows", some(rows))
+
+
+def subset(
+    params: Sequence[nn.Parameter], pattern: str, density: float, **options: float
+) -> SubsetAdamW:
+    """An optimizer that keeps ``density`` of every tensor."""
+    optimizer = SubsetAdamW(params, **OPTIONS, **options)
+    if density < 1:
+        for param in params:
+            optimizer.set_kept(param, kept_of(pattern, param, density))
+    return optimizer
+
+
+def check(shapes: Sequence[Sequence[int]], device: str) -> None:
+    """No number is reported of an optimizer that is not torch's AdamW where all is kept."""
+    torch.manual_seed(0)
+    ours = parameters(shapes, torch.float32, device)
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    for mine, other in zip(ours, theirs, strict=True):
+        other.grad = mine.grad
+    first, second = SubsetAdamW(ours, **OPTIONS), torch.optim.AdamW(theirs, **OPTIONS)
+    for _ in range(3):
+        first.step()
+        second.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+def statistics(params: Sequence[nn.Parameter]) -> dict[Tensor, tuple[Tensor, Tensor]]:
+    """Zeroed row sums for ``fused_statistics``."""
+    return {
+        p: (torch.zeros(len(p), device=p.device), torch.zeros(len(p), device=p.device))
+        for p in params
+    }
+
+
+def embedding_rows(
+    contestants: dict[str, Callable[[], object]], touched: int, wide: int, device: str
+) -> None:
+    """A table with ``touched`` rows named by a step: ours, and torch's on the dense gradient."""
+    table = nn.Parameter(0.02 * torch.randn(30522, wide, device=device))
+    dense = nn.Parameter(table.detach().clone())
+    tokens = torch.randint(0, 30522, (1, touched), device=device)
+    values = torch.randn(touched, wide, device=device)
+    table.grad = torch.sparse_coo_tensor(tokens, values, table.shape)
+    dense.grad = table.grad.to_dense()
+    contestants["subset-sparse"] = SubsetAdamW([table], **OPTIONS).step
+    contestants["dense-table"] = torch.optim.AdamW([dense], fused=True, **OPTIONS).step
+
+
+def run(*, device: str, quick: bool, progress: Callable[[str], object]) -> list[Row]:
+    """Rows of bar 3: full, subset by pattern, fused statistics, clipping, sparse table."""
+    shapes = bert_shapes(2) if quick else bert_shapes()
+    progress("optimizer: check")
+    check(shapes[5:24], device)
+    found: list[Row] = []
+    dtypes = [torch.float32] if quick else [torch.float32, torch.bfloat16]
+    for dtype in dtypes:
+        params = parameters(shapes, dtype, device)
+        entries = sum(p.numel() for p in params)
+
+        def clipped(step: Callable[[], object], params: list[nn.Parameter] = params) -> None:
+            nn.utils.clip_grad_norm_(params, 1.0)
+            step()
+
+        fused = torch.optim.AdamW(params, fused=True, **OPTIONS)
+        foreach = torch.optim.AdamW(params, foreach=True, **OPTIONS)
+        loop = torch.optim.AdamW(params, foreach=False, **OPTIONS)
+        full = subset(params, "all", 1.0)
+        sums = statistics(params)
+        summed = subset(params, "all", 1.0)
+        ours: dict[str, tuple[Callable[[], object], str, float]] = {
+            "subset": (full.step, "all", 1.0),
+            "subset-statistics": (lambda: summed.step(fused_statistics=sums), "all", 1.0),
+            "subset-clip": (subset(params, "all", 1.0, max_grad_norm=1.0).step, "all", 1.0),
+        }
+        for pattern in ("rows",) if quick else ("rows", "columns", "blocks", "elements"):
+            ours[f"subset-{pattern}"] = (subset(params, pattern, 0.1).step, pattern, 0.1)
+        baselines: dict[str, Callable[[], object]] = {
+            "adamw-fused": fused.step,
+            "adamw-fused-clip": lambda: clipped(fused.step),
+            "foreach": foreach.step,
+            "loop": loop.step,
+        }
+        progress(f"optimizer: {len(params)} tensors, {entries / 1e6:.0f} M entries, {dtype}")
+        contestants = {**{name: one[0] for name, one in ours.items()}, **baselines}
+        times = interleave(contestants, device=device, rounds=15, budget_s=15.0 if quick else 60.0)
+        for name, (_, pattern, density) in ours.items():
+            rivals = ["adamw-fused", "foreach", "loop"]
+            rivals = ["adamw-fused-clip"] if name == "subset-clip" else rivals
+            rivals = ["subset", *rivals] if name == "subset-statistics" else rivals
+            for rival in rivals:
+                found.append(
+                    row(
+                        candidate_time=times[name],
+                        baseline_time=times[rival],
+                        suite=SUITE,
+                        case="bert-2-layers" if quick else "bert-base",
+                        candidate=name,
+                        baseline=rival,
+                        pattern=pattern,
+                        density=density,
+                        dtype=str(dtype).removeprefix("torch."),
+                        direction="step",
+                        extra={"tensors": len(params), "entries": entries},
+                    )
+                )
+    progress("optimizer: sparse table")
+    table: dict[str, Callable[[], object]] = {}
+    embedding_rows(table, 700, 768, device)
+    times = interleave(table, device=device, rounds=15, budget_s=10.0)
+    found.append(
+        row(
+            candidate_time=times["subset-sparse"],
+            baseline_time=times["dense-table"],
+            suite=SUITE,
+            case="embedding-30522x768",
+            candidate="subset-sparse",
+            baseline="adamw-fused",
+            pattern="rows",
+            density=700 / 30522,
+            dtype="float32",
+            direction="step",
+            tokens=700,
+        )
+    )
+    return found

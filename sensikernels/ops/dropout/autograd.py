@@ -1,0 +1,29 @@
+"""Dropout is linear and its own adjoint: backward is forward on the gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sensikernels.ops.dropout import ops as _registered  # noqa: F401
+
+_OPS = torch.ops.sensikernels
+
+
+class Dropout(torch.autograd.Function):
+    """Saves the seed, nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: Tensor, threshold: int, backend: str) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.threshold, ctx.backend = threshold, backend
+        out: Tensor = _OPS.dropout(x, seed, threshold, backend)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (seed,) = ctx.saved_tensors
+        dx = Dropout.apply(grads[0], seed, ctx.threshold, ctx.backend)
+        return dx, None, None, None

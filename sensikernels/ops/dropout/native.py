@@ -1,0 +1,26 @@
+"""Launcher of the compiled kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sensikernels import _native
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def refusal(x: Tensor) -> str | None:
+    """Why the compiled kernel cannot serve ``x``; None if it can."""
+    if x.device.type != "cpu":
+        return f"it runs on the CPU, x is on {x.device}"
+    if x.dtype not in DTYPES:
+        return f"it serves float32 and bfloat16, x is {x.dtype}"
+    return None if _native.available() else _native.why_not()
+
+
+def dropout(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
+    """As the reference, for contiguous ``x``."""
+    y = x.new_empty(x.shape)
+    _native.ops().dropout(x, seed, threshold, y)
+    return y

@@ -1,0 +1,177 @@
+"""The phases of a method inside any ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from sensikernels._checks import require
+from sensikernels.errors import UsageError
+from sensikernels.hf import applied, apply, structure
+from sensikernels.hf.callback import TrainerCallback
+from sensikernels.masks import Budget, Plan
+from sensikernels.masks.structure import Structure
+from sensikernels.methods import Method, Run, method
+from sensikernels.training import checkpoint
+from sensikernels.training.output import writing
+
+FOLDER = "sensikernels"
+
+
+class SensiCallback(TrainerCallback):
+    """Warm-up, sensitivity, trim and the rest of the training, as the method says.
+
+        callback = SensiCallback("sensi-bert", budget=Budget(flops=0.5))
+        trainer = Trainer(model, args, train_dataset=…, callbacks=[callback])
+        trainer.train()
+        small = sensikernels.compact(trainer.model)
+
+    ``ranking_rows`` rows of the training set rank the units, collated as the Trainer does, in
+    batches of 32; their mean length is the budget's unless ``sequence_length`` is given. The
+    Trainer's own order of rows and dropout do not change. ``dps`` without ``as_published`` needs
+    ``optimizers=(SubsetAdamW(…), None)``. One process only: DDP cannot follow a change of shapes.
+
+    Every Trainer checkpoint gets a folder ``sensikernels/`` beside the weights. To resume, build
+    the same model and Trainer, then::
+
+        callback.prepare(model, "out/checkpoint-500")
+        trainer.train(resume_from_checkpoint="out/checkpoint-500")
+
+    ``Trainer.floating_point_ops`` counts 6·tokens·parameters whatever is trimmed or frozen;
+    ``trainer.floating_point_ops = callback.floating_point_ops`` counts what runs.
+
+    Raises:
+        UsageError: the method needs a budget and has none, or several processes train.
+    """
+
+    def __init__(
+        self,
+        method_: str | Method = "sensi-bert",
+        *,
+        budget: Budget | None = None,
+        ranking_rows: int = 2048,
+        sequence_length: float | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.method = method(method_, **options) if isinstance(method_, str) else method_
+        needs = self.method.needs_budget
+        require(not needs or budget is not None, "budget", f"one for {self.method.name}", "none")
+        require(needs or budget is None, "budget", f"none for {self.method.name}", budget)
+        require(ranking_rows >= 1, "ranking_rows", "at least 1", ranking_rows)
+        self.budget, self.ranking_rows, self.seed = budget, ranking_rows, seed
+        self.sequence_length = sequence_length
+        self.run: Run | None = None
+        self._dense: Structure | None = None
+        self._resumed: tuple[Plan | None, Mapping[str, Tensor]] | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in force, once there is one."""
+        return None if self.run is None else self.run.plan
+
+    def prepare(self, model: nn.Module, folder: Path | str) -> None:
+        """Give a fresh ``model`` the shapes it had when the Trainer wrote ``folder``.
+
+        Call before ``trainer.train(resume_from_checkpoint=folder)``.
+
+        Raises:
+            CheckpointError: ``folder`` holds no whole state of this callback's settings.
+        """
+        self._dense = structure(model)
+        state, plan = checkpoint.load(Path(folder) / FOLDER, settings=self._identity())
+        if plan is not None and (plan.weight_masks or plan.trainable is not None):
+            apply(model, plan)
+        self._resumed = plan, state["method"]
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Training FLOPs of one batch under the plan in force."""
+        require(self._dense is not None, "callback", "a training that has begun", "none")
+        assert self._dense is not None
+        ids = inputs["input_ids"]
+        length = ids.shape[1]
+        plan = self.plan
+        if plan is not None and plan.trainable is not None:
+            return int(self._dense.forward_and_input_flops(length) * ids.numel())
+        kept = None if plan is None or not plan.weight_masks else plan.kept_counts()
+        return int(self._dense.flops(length, kept) * ids.numel())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin, or go on from where ``prepare`` left off."""
+        if args.world_size > 1:
+            raise UsageError(f"processes: expected 1, got {args.world_size}")
+        model = kwargs["model"]
+        loader = kwargs["train_dataloader"]
+        if self._dense is None:
+            self._dense = structure(model)
+        length = self.sequence_length or _mean_length(self._ranking(loader))
+        run = self.run = Run(
+            model=model,
+            optimizer=kwargs["optimizer"],
+            max_steps=state.max_steps,
+            batches=lambda: self._ranking(loader),
+            sequence_length=length,
+            budget=self.budget,
+            seed=self.seed,
+            step=state.global_step,
+        )
+        if self._resumed is None:
+            self.method.begin(run)
+            return
+        run.plan, tensors = self._resumed
+        if applied(model) is None:
+            self.method.resume(run, tensors)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Rank and trim when the method's moment has come."""
+        run = self._at(state)
+        with torch.random.fork_rng(_devices(run.model)):
+            self.method.begin_step(run)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are ready."""
+        self.method.before_step(self._at(state))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put plan and method state beside the Trainer's checkpoint."""
+        run = self._at(state)
+        target = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
+        with writing(target) as folder:
+            content = {"method": self.method.state()}
+            checkpoint.write(folder, run.step, content, settings=self._identity(), plan=run.plan)
+
+    def _at(self, state: Any) -> Run:
+        assert self.run is not None
+        self.run.step = state.global_step
+        return self.run
+
+    def _identity(self) -> dict[str, Any]:
+        options = {k: list(v) if isinstance(v, tuple) else v
+                   for k, v in self.method.options().items()}  # fmt: skip
+        budget = None if self.budget is None else self.budget.to_json()
+        return {"method": self.method.name, "options": options, "budget": budget}
+
+    def _ranking(self, loader: Any) -> Iterator[dict[str, Tensor]]:
+        rows = len(loader.dataset)
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.randperm(rows, generator=generator)[: self.ranking_rows]
+        subset = Subset(loader.dataset, sorted(chosen.tolist()))
+        batches = DataLoader(
+            subset, batch_size=32, collate_fn=loader.collate_fn, generator=torch.Generator()
+        )
+        return ({name: torch.as_tensor(v) for name, v in batch.items()} for batch in batches)
+
+
+def _mean_length(batches: Iterator[dict[str, Tensor]]) -> float:
+    """Σ B·S² / Σ B·S."""
+    shapes = [batch["input_ids"].shape for batch in batches]
+    return sum(b * s * s for b, s in shapes) / sum(b * s for b, s in shapes)
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})

@@ -1,0 +1,77 @@
+"""The public functions with ``backend="triton"``: outputs and all gradients through autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sensikernels.layouts import Layout, assign_, layout_of, pack
+from tests import kernel_checks as checks
+from tests.tolerance import assert_close_to_reference
+
+pytestmark = pytest.mark.interpret
+
+
+def _layout(kind: str) -> Layout:
+    if kind == "blocks":
+        return checks.blocks("random", (32, 32), (96, 128), "cpu")
+    if kind == "compact":
+        return checks.blocks("ragged", (32, 32), (96, 128), "cpu", compact=True)
+    return checks.packed(kind, (96, 128), "cpu")
+
+
+@pytest.mark.parametrize("kind", ["blocks", "compact", "rows", "columns", "heads"])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_masked_linear(kind: str, activation: str):
+    from sensikernels.ops.masked_linear.api import masked_linear
+
+    layout = _layout(kind)
+    x = torch.randn(2, 3, layout.in_width)
+    values = pack(torch.randn(layout.shape), layout)
+    bias, dy = torch.randn(layout.out_width), torch.randn(2, 3, layout.out_width)
+
+    def run(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, values, bias)]
+        y = masked_linear(
+            leaves[0], leaves[1], layout, leaves[2], activation=activation, backend=backend
+        )
+        y.backward(dy.to(dtype))
+        return [y, *(leaf.grad for leaf in leaves)]
+
+    truths = run("reference", torch.float32), run("reference", torch.float64)
+    for mine, same, exact in zip(run("triton", torch.float32), *truths, strict=True):
+        assert_close_to_reference(mine, same, exact)
+
+
+@pytest.mark.parametrize("kind", ["blocks", "compact", "rows", "columns", "heads"])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_selective_linear(kind: str, activation: str):
+    from sensikernels.ops.selective_linear.api import selective_linear
+
+    layout = _layout(kind)
+    x, weight, bias = torch.randn(2, 3, 128), torch.randn(96, 128), torch.randn(96)
+    dy = torch.randn(2, 3, 96)
+
+    def run(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        w = weight.to(dtype, copy=True)
+        values = pack(w, layout)
+        assign_(w, values, layout)
+        leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in (x, values, bias)]
+        y = selective_linear(
+            leaves[0], w, leaves[1], layout, leaves[2], activation=activation, backend=backend
+        )
+        y.backward(dy.to(dtype))
+        return [y, *(leaf.grad for leaf in leaves)]
+
+    truths = run("reference", torch.float32), run("reference", torch.float64)
+    for mine, same, exact in zip(run("triton", torch.float32), *truths, strict=True):
+        assert_close_to_reference(mine, same, exact)
+
+
+def test_single_elements_have_no_kernel():
+    from sensikernels.errors import UsageError
+    from sensikernels.ops.masked_linear.api import masked_linear
+
+    layout = layout_of(torch.eye(8, dtype=torch.bool), (1, 1), (8, 8))
+    with pytest.raises(UsageError, match="backend"):
+        masked_linear(torch.ones(2, 8), torch.ones(8), layout, backend="triton")

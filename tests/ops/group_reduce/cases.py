@@ -1,0 +1,48 @@
+"""Inputs and groupings shared by the group_reduce tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def element_ids(shape: tuple[int, int]) -> tuple[str, Tensor, int]:
+    return ("ids", torch.randint(-1, 4, shape, dtype=torch.int32), 5)
+
+
+def row_ids(shape: tuple[int, int]) -> tuple[str, Tensor, int]:
+    return ("ids", torch.randint(-1, 4, shape[:1], dtype=torch.int32), 5)
+
+
+GROUPS = [
+    lambda shape: "tensor",
+    lambda shape: "row",
+    lambda shape: "column",
+    lambda shape: ("head", 2),
+    lambda shape: ("head", 6, 1),
+    lambda shape: ("block", 4, 16),
+    lambda shape: ("block", 1, 1),
+    lambda shape: ("block", 100, 7),
+    lambda shape: ("block", 1, shape[1] // 2),
+    element_ids,
+    row_ids,
+]
+"""Each makes the group of one ``[rows, columns]`` tensor."""
+
+
+def inputs(shape: tuple[int, ...], kind: str) -> tuple[Tensor, Tensor]:
+    """A weight and a gradient of a named kind."""
+    w, g = torch.randn(shape), torch.randn(shape)
+    if kind == "mixed":
+        dtypes = (torch.bfloat16, torch.float16)
+        first = torch.randint(2, ()).item()
+        return w.to(dtypes[first]), g.to(dtypes[1 - first])
+    if kind == "sliced":
+        wide = torch.full((2, shape[0], shape[1] + 5), float("nan"))
+        wide[0, :, 3:-2], wide[1, :, 1:-4] = w, g
+        return wide[0, :, 3:-2], wide[1, :, 1:-4]
+    if kind == "transposed":
+        return w.t().contiguous().t(), g
+    if kind == "special":
+        w.view(-1)[3], g.view(-1)[5], g.view(-1)[-1] = float("inf"), float("nan"), float("-inf")
+    return w, g

@@ -1,0 +1,41 @@
+"""A BERT small enough to train in a second, with the demo task's own vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sensikernels.masks import Budget
+from sensikernels.training import Settings
+from tests.training.tiny import save_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def settings(tiny: Path, tmp_path: Path) -> Callable[..., Settings]:
+    """``Settings`` of a run of a few steps into ``tmp_path / "out"``."""
+
+    def make(**given: Any) -> Settings:
+        named: dict[str, Any] = {
+            "task": "demo",
+            "model": str(tiny),
+            "output": tmp_path / "out",
+            "method": "sensi-bert",
+            "max_train_samples": 96,
+            "batch_size": 16,
+            "ranking_rows": 64,
+            "device": "cpu",
+            **given,
+        }
+        if named["method"] == "sensi-bert" and "budget" not in named:
+            named["budget"] = Budget(flops=0.6)
+        return Settings(**named)
+
+    return make

@@ -1,0 +1,150 @@
+"""The method's phases inside a real ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sensikernels import SubsetAdamW, compact
+from sensikernels.errors import CheckpointError, UsageError
+from sensikernels.glue import encode, load
+from sensikernels.hf import applied, load_model, load_tokenizer
+from sensikernels.masks import Budget, training_flops
+from sensikernels.training import SensiCallback
+
+ROWS, BATCH = 96, 8
+STEPS = ROWS // BATCH
+
+
+@pytest.fixture
+def make(tiny, tmp_path):
+    """A Trainer over the tiny model with a callback, and the callback."""
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+    tokenizer = load_tokenizer(tiny)
+    encoded = encode(load("demo", split="train").take(np.arange(ROWS)), tokenizer)
+    rows = [
+        {"input_ids": r.input_ids.tolist(), "attention_mask": [1] * len(r.input_ids),
+         "labels": int(r.label)}
+        for r in (encoded[i] for i in range(ROWS))
+    ]  # fmt: skip
+
+    def trainer(callback, *, name="out", optimizer=None, **given):
+        torch.manual_seed(0)
+        model = load_model(tiny, labels=2)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / name), num_train_epochs=1, use_cpu=True, report_to="none",
+            per_device_train_batch_size=BATCH, logging_steps=1, save_steps=3, disable_tqdm=True,
+            seed=0, **given,
+        )  # fmt: skip
+        made = None if optimizer is None else optimizer(model.parameters())
+        return Trainer(
+            model=model, args=arguments, train_dataset=rows, callbacks=[callback],
+            data_collator=DataCollatorWithPadding(tokenizer), optimizers=(made, None),
+        )  # fmt: skip
+
+    return trainer
+
+
+def callback(**given):
+    return SensiCallback(
+        "sensi-bert", budget=Budget(flops=0.6), warmup=0.35, ranking_rows=64, **given
+    )
+
+
+def history(trainer):
+    return {e["step"]: e["loss"] for e in trainer.state.log_history if "loss" in e}
+
+
+def test_trims_goes_on_and_compacts_bit_equal(make, tmp_path):
+    watcher = callback()
+    trainer = make(watcher)
+    trainer.floating_point_ops = watcher.floating_point_ops
+    trainer.train()
+    model = trainer.model
+
+    assert applied(model) is not None
+    assert watcher.plan.flops_ratio <= 0.6
+    assert watcher.run.events == ["step 4: trimmed to FLOPs " + f"x{watcher.plan.flops_ratio:.4f}"]
+    live = {id(p) for p in model.parameters()}
+    held = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert held == live
+    losses = history(trainer)
+    assert len(losses) == STEPS
+    assert trainer.state.total_flos > 0
+
+    small = compact(model).eval()
+    small.save_pretrained(tmp_path / "small")
+    loaded = load_model(tmp_path / "small", labels=2).eval()
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        assert torch.equal(small(**batch).logits, loaded(**batch).logits)
+        torch.testing.assert_close(small(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_flops_are_those_that_run(make):
+    watcher = callback()
+    trainer = make(watcher)
+    trainer.train()
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    counted = training_flops(trainer.model, batch)
+    assert watcher.floating_point_ops(batch) == pytest.approx(counted, rel=1e-6)
+
+
+def test_ranking_leaves_the_trainers_order_and_dropout_alone(make):
+    trainer = make(callback())
+    trainer.train()
+    other = make(SensiCallback("dense"), name="dense")
+    other.train()
+    ours, theirs = history(trainer), history(other)
+    assert [ours[i] for i in range(1, 5)] == [theirs[i] for i in range(1, 5)]
+    assert ours[5] != theirs[5]
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_resumes_before_and_after_the_trim(make, tmp_path, step):
+    whole = make(callback())
+    whole.train()
+
+    folder = tmp_path / "out" / f"checkpoint-{step}"
+    watcher = callback()
+    trainer = make(watcher, name="again")
+    watcher.prepare(trainer.model, folder)
+    assert (applied(trainer.model) is not None) == (step > 4)
+    trainer.train(resume_from_checkpoint=str(folder))
+    assert history(trainer) == history(whole)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, trainer.model.state_dict()[name]), name
+
+
+def test_bitfit_and_dps_train_under_trainer(make):
+    frozen = make(SensiCallback("bitfit"))
+    frozen.train()
+    moving = {n for n, p in frozen.model.named_parameters() if p.requires_grad}
+    assert moving
+    assert all("bias" in n or n.startswith("classifier") for n in moving)
+
+    with pytest.raises(UsageError, match="SubsetAdamW"):
+        make(SensiCallback("dps"), name="plain").train()
+    clean = make(
+        SensiCallback("dps", update_ratio=0.25), name="dps", optimizer=lambda p: SubsetAdamW(p)
+    )
+    clean.train()
+    assert len(history(clean)) == STEPS
+
+
+def test_bad_use_is_told_at_once(make, tiny, tmp_path):
+    with pytest.raises(UsageError, match="budget: expected one for sensi-bert"):
+        SensiCallback("sensi-bert")
+    with pytest.raises(UsageError, match="budget: expected none for bitfit"):
+        SensiCallback("bitfit", budget=Budget(flops=0.5))
+    watcher = callback()
+    trainer = make(watcher)
+    with pytest.raises(CheckpointError, match="state.json"):
+        watcher.prepare(trainer.model, tmp_path)
+    trainer.train()
+    other = SensiCallback("sensi-bert", budget=Budget(flops=0.7), warmup=0.35)
+    with pytest.raises(CheckpointError, match="budget: expected"):
+        other.prepare(load_model(tiny, labels=2), tmp_path / "out" / "checkpoint-6")
