@@ -13,7 +13,8 @@ from sensikernels.ops.subset_adamw import SubsetAdamW
 from sensikernels.ops.subset_adamw.kept import matrix_shape, pack_bits
 
 SUITE = "optimizer"
-OPTIONS = {"lr": 1e-5, "weight_decay": 0.01}
+LR = 1e-5
+Step = Callable[[], object]
 
 
 def bert_shapes(layers: int = 12, wide: int = 768, vocabulary: int = 30522) -> list[list[int]]:
@@ -54,10 +55,10 @@ def kept_of(pattern: str, param: Tensor, density: float) -> tuple[object, ...] |
 
 
 def subset(
-    params: Sequence[nn.Parameter], pattern: str, density: float, **options: float
+    params: Sequence[nn.Parameter], pattern: str, density: float, max_grad_norm: float | None = None
 ) -> SubsetAdamW:
     """An optimizer that keeps ``density`` of every tensor."""
-    optimizer = SubsetAdamW(params, **OPTIONS, **options)
+    optimizer = SubsetAdamW(params, lr=LR, max_grad_norm=max_grad_norm)
     if density < 1:
         for param in params:
             optimizer.set_kept(param, kept_of(pattern, param, density))
@@ -71,7 +72,7 @@ def check(shapes: Sequence[Sequence[int]], device: str) -> None:
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     for mine, other in zip(ours, theirs, strict=True):
         other.grad = mine.grad
-    first, second = SubsetAdamW(ours, **OPTIONS), torch.optim.AdamW(theirs, **OPTIONS)
+    first, second = SubsetAdamW(ours, lr=LR), torch.optim.AdamW(theirs, lr=LR)
     for _ in range(3):
         first.step()
         second.step()
@@ -87,94 +88,100 @@ def statistics(params: Sequence[nn.Parameter]) -> dict[Tensor, tuple[Tensor, Ten
     }
 
 
-def embedding_rows(
-    contestants: dict[str, Callable[[], object]], touched: int, wide: int, device: str
-) -> None:
-    """A table with ``touched`` rows named by a step: ours, and torch's on the dense gradient."""
+def sparse_table(touched: int, wide: int, device: str) -> Row:
+    """A table of which a step names ``touched`` rows, and torch's step on the dense gradient."""
     table = nn.Parameter(0.02 * torch.randn(30522, wide, device=device))
     dense = nn.Parameter(table.detach().clone())
     tokens = torch.randint(0, 30522, (1, touched), device=device)
     values = torch.randn(touched, wide, device=device)
     table.grad = torch.sparse_coo_tensor(tokens, values, table.shape)
     dense.grad = table.grad.to_dense()
-    contestants["subset-sparse"] = SubsetAdamW([table], **OPTIONS).step
-    contestants["dense-table"] = torch.optim.AdamW([dense], fused=True, **OPTIONS).step
+    steps: dict[str, Step] = {
+        "subset-sparse": SubsetAdamW([table], lr=LR).step,
+        "adamw-fused": torch.optim.AdamW([dense], lr=LR, fused=True).step,
+    }
+    times = interleave(steps, device=device, budget_s=10.0)
+    return row(
+        candidate_time=times["subset-sparse"],
+        baseline_time=times["adamw-fused"],
+        suite=SUITE,
+        case=f"embedding-30522x{wide}",
+        candidate="subset-sparse",
+        baseline="adamw-fused",
+        pattern="rows",
+        density=touched / 30522,
+        dtype="float32",
+        direction="step",
+        tokens=touched,
+    )
+
+
+def contestants(
+    params: Sequence[nn.Parameter], patterns: Sequence[str]
+) -> tuple[dict[str, tuple[Step, str, float]], dict[str, Step]]:
+    """Ours as {name: (step, pattern, density)}, and the baselines."""
+    full, summed = subset(params, "all", 1.0), subset(params, "all", 1.0)
+    clipped, sums = subset(params, "all", 1.0, max_grad_norm=1.0), statistics(params)
+    fused = torch.optim.AdamW(params, lr=LR, fused=True)
+
+    def clip_then_step() -> None:
+        nn.utils.clip_grad_norm_(params, 1e9)
+        fused.step()
+
+    ours: dict[str, tuple[Step, str, float]] = {
+        "subset": (full.step, "all", 1.0),
+        "subset-statistics": (lambda: summed.step(fused_statistics=sums), "all", 1.0),
+        "subset-clip": (clipped.step, "all", 1.0),
+    }
+    for pattern in patterns:
+        ours[f"subset-{pattern}"] = (subset(params, pattern, 0.1).step, pattern, 0.1)
+    return ours, {
+        "adamw-fused": fused.step,
+        "adamw-fused-clip": clip_then_step,
+        "foreach": torch.optim.AdamW(params, lr=LR, foreach=True).step,
+        "loop": torch.optim.AdamW(params, lr=LR, foreach=False).step,
+    }
+
+
+def rivals_of(name: str) -> tuple[str, ...]:
+    """Whom a contestant of ours is held against."""
+    if name == "subset-clip":
+        return ("adamw-fused-clip",)
+    usual = ("adamw-fused", "foreach", "loop")
+    return ("subset", *usual) if name == "subset-statistics" else usual
 
 
 def run(*, device: str, quick: bool, progress: Callable[[str], object]) -> list[Row]:
-    """Rows of bar 3: full, subset by pattern, fused statistics, clipping, sparse table."""
+    """Rows of the full step, subsets by pattern, fused statistics, clipping and a sparse table."""
     shapes = bert_shapes(2) if quick else bert_shapes()
     progress("optimizer: check")
     check(shapes[5:24], device)
     found: list[Row] = []
-    dtypes = [torch.float32] if quick else [torch.float32, torch.bfloat16]
-    for dtype in dtypes:
+    for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
         params = parameters(shapes, dtype, device)
         entries = sum(p.numel() for p in params)
-
-        def clipped(step: Callable[[], object], params: list[nn.Parameter] = params) -> None:
-            nn.utils.clip_grad_norm_(params, 1.0)
-            step()
-
-        fused = torch.optim.AdamW(params, fused=True, **OPTIONS)
-        foreach = torch.optim.AdamW(params, foreach=True, **OPTIONS)
-        loop = torch.optim.AdamW(params, foreach=False, **OPTIONS)
-        full = subset(params, "all", 1.0)
-        sums = statistics(params)
-        summed = subset(params, "all", 1.0)
-        ours: dict[str, tuple[Callable[[], object], str, float]] = {
-            "subset": (full.step, "all", 1.0),
-            "subset-statistics": (lambda: summed.step(fused_statistics=sums), "all", 1.0),
-            "subset-clip": (subset(params, "all", 1.0, max_grad_norm=1.0).step, "all", 1.0),
-        }
-        for pattern in ("rows",) if quick else ("rows", "columns", "blocks", "elements"):
-            ours[f"subset-{pattern}"] = (subset(params, pattern, 0.1).step, pattern, 0.1)
-        baselines: dict[str, Callable[[], object]] = {
-            "adamw-fused": fused.step,
-            "adamw-fused-clip": lambda: clipped(fused.step),
-            "foreach": foreach.step,
-            "loop": loop.step,
-        }
         progress(f"optimizer: {len(params)} tensors, {entries / 1e6:.0f} M entries, {dtype}")
-        contestants = {**{name: one[0] for name, one in ours.items()}, **baselines}
-        times = interleave(contestants, device=device, rounds=15, budget_s=15.0 if quick else 60.0)
-        for name, (_, pattern, density) in ours.items():
-            rivals = ["adamw-fused", "foreach", "loop"]
-            rivals = ["adamw-fused-clip"] if name == "subset-clip" else rivals
-            rivals = ["subset", *rivals] if name == "subset-statistics" else rivals
-            for rival in rivals:
-                found.append(
-                    row(
-                        candidate_time=times[name],
-                        baseline_time=times[rival],
-                        suite=SUITE,
-                        case="bert-2-layers" if quick else "bert-base",
-                        candidate=name,
-                        baseline=rival,
-                        pattern=pattern,
-                        density=density,
-                        dtype=str(dtype).removeprefix("torch."),
-                        direction="step",
-                        extra={"tensors": len(params), "entries": entries},
-                    )
-                )
+        patterns = ("rows",) if quick else ("rows", "columns", "blocks", "elements")
+        ours, baselines = contestants(params, patterns)
+        steps = {name: step for name, (step, _, _) in ours.items()}
+        seconds = 15.0 if quick else 60.0
+        times = interleave({**steps, **baselines}, device=device, budget_s=seconds)
+        found += [
+            row(
+                candidate_time=times[name],
+                baseline_time=times[rival],
+                suite=SUITE,
+                case="bert-2-layers" if quick else "bert-base",
+                candidate=name,
+                baseline=rival,
+                pattern=pattern,
+                density=density,
+                dtype=str(dtype).removeprefix("torch."),
+                direction="step",
+                extra={"tensors": len(params), "entries": entries},
+            )
+            for name, (_, pattern, density) in ours.items()
+            for rival in rivals_of(name)
+        ]
     progress("optimizer: sparse table")
-    table: dict[str, Callable[[], object]] = {}
-    embedding_rows(table, 700, 768, device)
-    times = interleave(table, device=device, rounds=15, budget_s=10.0)
-    found.append(
-        row(
-            candidate_time=times["subset-sparse"],
-            baseline_time=times["dense-table"],
-            suite=SUITE,
-            case="embedding-30522x768",
-            candidate="subset-sparse",
-            baseline="adamw-fused",
-            pattern="rows",
-            density=700 / 30522,
-            dtype="float32",
-            direction="step",
-            tokens=700,
-        )
-    )
-    return found
+    return [*found, sparse_table(700, 768, device)]

@@ -8,7 +8,7 @@ inverse on them and both differentiable.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar, Union
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +137,11 @@ class ElementLayout:
     shape: tuple[int, int]
     index: Tensor
 
+    rows: ClassVar[None] = None
+    columns: ClassVar[None] = None
+    compact_input: ClassVar[bool] = False
+    compact_output: ClassVar[bool] = False
+
     @property
     def values_shape(self) -> tuple[int, ...]:
         """``(n,)``."""
@@ -158,8 +163,7 @@ class ElementLayout:
         return self.index.shape[0]
 
 
-Layout = Union[PackedLayout, BlockLayout, ElementLayout]
-AnyLayout = TypeVar("AnyLayout", PackedLayout, BlockLayout, ElementLayout)
+Layout: TypeAlias = PackedLayout | BlockLayout | ElementLayout
 
 
 def density(layout: Layout) -> float:
@@ -167,10 +171,10 @@ def density(layout: Layout) -> float:
     return layout.kept_entries / (layout.shape[0] * layout.shape[1])
 
 
-def to_device(layout: AnyLayout, device: torch.device | str) -> AnyLayout:
+def to_device(layout: Layout, device: torch.device | str) -> Layout:
     """The same layout with its index tensors on ``device``."""
-    tensors = {f.name: getattr(layout, f.name) for f in fields(layout)}
-    moved = {k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)}
+    values = {f.name: getattr(layout, f.name) for f in fields(layout)}
+    moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
     return replace(layout, **moved)
 
 

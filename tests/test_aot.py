@@ -1,4 +1,4 @@
-"""The ahead-of-time gate can fail: on broken limits, on regressions, on a kernel nobody would run."""
+"""The ahead-of-time gate fails on broken limits, on regressions, on a kernel nobody would run."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def test_every_case_has_a_row_in_every_committed_table():
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets")
 def test_a_kernel_compiled_without_its_launch_attributes_is_refused():
-    case = next(c for c in aot.collect() if c["name"].startswith("block_linear/bf16/64x64/forward/"))
+    case = next(
+        c for c in aot.collect() if c["name"].startswith("block_linear/bf16/64x64/forward/")
+    )
     target = aot.TARGETS["sm_90"]
     assert list(aot.broken_limits(case, aot.compile_case(case, target), target)) == []
     bare = {**case, "divisible": []}

@@ -33,11 +33,10 @@ struct Chunk {
     int64_t kind, tensor, row0, rows, col0, cols, block, pitch, partial0;
 };
 
-constexpr int64_t kBlock = 2048;  // elements summed in float before a total in double
-constexpr int64_t kTile = 512;    // columns of four rows that are converted at a time
+constexpr int64_t kTile = 512;    // elements converted, and summed lane by lane, at a time
+constexpr int64_t kBlock = 4096;  // elements summed in float before a total in double
 constexpr int64_t kStrip = 2048;  // columns of a strip, as in table.py
 constexpr int kLanes = 16;
-constexpr int kAhead = 0;      // elements to prefetch ahead: the hardware stops at each page
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Bits __attribute__((vector_size(kLanes * 4)));
@@ -121,10 +120,6 @@ SK_INLINE void accumulate(
     SK_EACH(kAbsG) SK_EACH(kW2) SK_EACH(kAbsW) SK_EACH(kMaxG)
     int64_t i = 0;
     for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-        if (kAhead) for (int line = 0; line < 4; ++line) {
-            __builtin_prefetch(w + i + kAhead + line * kLanes);
-            __builtin_prefetch(g + i + kAhead + line * kLanes);
-        }
         const Vec w0 = load(w + i), w1 = load(w + i + 16), w2 = load(w + i + 32),
                   w3 = load(w + i + 48);
         const Vec g0 = load(g + i), g1 = load(g + i + 16), g2 = load(g + i + 32),
@@ -150,8 +145,7 @@ SK_INLINE Vec exchange(const Vec& v) {
     return __builtin_shuffle(v, from);
 }
 
-SK_INLINE float fold(const Vec& a, const Vec& b) {
-    Vec v = a + b;
+SK_INLINE float fold(Vec v) {
     v += exchange<8>(v);
     v += exchange<4>(v);
     v += exchange<2>(v);
@@ -159,13 +153,27 @@ SK_INLINE float fold(const Vec& a, const Vec& b) {
     return v[0];
 }
 
-SK_INLINE float fold_larger(const Vec& a, const Vec& b) {
-    Vec v = larger(a, b);
+SK_INLINE float fold_larger(Vec v) {
     v = larger(v, exchange<8>(v));
     v = larger(v, exchange<4>(v));
     v = larger(v, exchange<2>(v));
     v = larger(v, exchange<1>(v));
     return v[0];
+}
+
+// Lanes are summed per tile before they are added up, so that no chain of additions gets long.
+SK_INLINE void add_tile(
+    unsigned mask, const float* w, const float* g, int64_t n, Vec (&sum)[kStatistics]) {
+    Vec acc[kStatistics][2] = {};
+    accumulate(mask, w, g, n, acc);
+    for (int s = 0; s < kMaxG; ++s) sum[s] += acc[s][0] + acc[s][1];
+    sum[kMaxG] = larger(sum[kMaxG], larger(acc[kMaxG][0], acc[kMaxG][1]));
+}
+
+SK_INLINE void fold_all(unsigned mask, const Vec (&sum)[kStatistics], double (&total)[kStatistics]) {
+    for (int s = 0; s < kMaxG; ++s)
+        if (mask >> s & 1) total[s] += fold(sum[s]);
+    if (mask >> kMaxG & 1) total[kMaxG] = larger((float)total[kMaxG], fold_larger(sum[kMaxG]));
 }
 
 struct Work {
@@ -181,20 +189,19 @@ SK_SIMD void row_sums(const Work& work, const Chunk& c) {
     const Descriptor& t = work.tensors[c.tensor];
     const int64_t w_pitch = c.pitch ? c.pitch : t.weight_stride;
     const int64_t g_pitch = c.pitch ? c.pitch : t.grad_stride;
-    alignas(64) float w_scratch[kBlock], g_scratch[kBlock];
+    alignas(64) float w_scratch[kTile], g_scratch[kTile];
     for (int64_t r = 0; r < c.rows; ++r) {
         const int64_t w0 = (c.row0 + r) * w_pitch + c.col0, g0 = (c.row0 + r) * g_pitch + c.col0;
         double total[kStatistics] = {};
-        for (int64_t i = 0; i < c.cols; i += kBlock) {
-            const int64_t n = std::min(kBlock, c.cols - i);
-            const float* w = as_float(t.weight, t.weight_type, w0 + i, n, w_scratch);
-            const float* g = as_float(t.grad, t.grad_type, g0 + i, n, g_scratch);
-            Vec acc[kStatistics][2] = {};
-            accumulate(work.mask, w, g, n, acc);
-            for (int s = 0; s < kMaxG; ++s)
-                if (work.mask >> s & 1) total[s] += fold(acc[s][0], acc[s][1]);
-            if (work.mask >> kMaxG & 1)
-                total[kMaxG] = larger((float)total[kMaxG], fold_larger(acc[kMaxG][0], acc[kMaxG][1]));
+        for (int64_t begin = 0; begin < c.cols; begin += kBlock) {
+            Vec sum[kStatistics] = {};
+            for (int64_t i = begin; i < std::min(begin + kBlock, c.cols); i += kTile) {
+                const int64_t n = std::min(kTile, c.cols - i);
+                const float* w = as_float(t.weight, t.weight_type, w0 + i, n, w_scratch);
+                const float* g = as_float(t.grad, t.grad_type, g0 + i, n, g_scratch);
+                add_tile(work.mask, w, g, n, sum);
+            }
+            fold_all(work.mask, sum, total);
         }
         float* out = work.partials + c.partial0 + r;
         for (int s = 0; s < kStatistics; ++s)
@@ -295,10 +302,9 @@ SK_SIMD void gather(const Work& work, const Chunk& c) {
             w_tile[j] = *as_float(t.weight, t.weight_type, at, 1, w_tile + j);
             g_tile[j] = *as_float(t.grad, t.grad_type, at, 1, g_tile + j);
         }
-        Vec acc[kStatistics][2] = {};
-        accumulate(work.mask, w_tile, g_tile, n, acc);
-        for (int s = 0; s < kMaxG; ++s) total[s] += fold(acc[s][0], acc[s][1]);
-        total[kMaxG] = larger((float)total[kMaxG], fold_larger(acc[kMaxG][0], acc[kMaxG][1]));
+        Vec sum[kStatistics] = {};
+        add_tile(work.mask, w_tile, g_tile, n, sum);
+        fold_all(work.mask, sum, total);
     }
     float* out = work.partials + c.partial0;
     for (int s = 0; s < kStatistics; ++s)

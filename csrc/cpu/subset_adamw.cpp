@@ -3,22 +3,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <optional>
 #include <vector>
 
 #include "checks.h"
-
-#if defined(__x86_64__)
-#define SK_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SK_SIMD
-#endif
+#include "cpu/subset_adamw_simd.h"
+#include "cpu/subset_adamw_visit.h"
 
 namespace sk::subset_adamw {
 namespace {
-
-constexpr int64_t kBlock = 1024;  // entries staged in L1 where they cannot be used in place
 
 // A step's numbers for one parameter.
 struct Rates {
@@ -28,143 +21,6 @@ struct Rates {
     std::vector<float> cohort_factors;  // 256 step sizes, then 256 inverse roots
     double tick[3];                     // of the clock
 };
-
-SK_SIMD void adamw(float* __restrict w, const float* __restrict g, float* __restrict m,
-                   float* __restrict v, int64_t n, float scale, float decay, float rate1,
-                   float beta2, float rate2, float step_size, float inverse_root, float eps) {
-    for (int64_t i = 0; i < n; ++i) {
-        const float grad = g[i] * scale;
-        const float first = m[i] + (grad - m[i]) * rate1;
-        const float second = beta2 * v[i] + rate2 * grad * grad;
-        m[i] = first;
-        v[i] = second;
-        w[i] = w[i] * decay - step_size * (first / (std::sqrt(second) * inverse_root + eps));
-    }
-}
-
-SK_SIMD void adamw_cohorts(float* __restrict w, const float* __restrict g, float* __restrict m,
-                           float* __restrict v, const uint8_t* __restrict cohort, int64_t n,
-                           float scale, float decay, float rate1, float beta2, float rate2,
-                           const float* __restrict factors, float eps) {
-    for (int64_t i = 0; i < n; ++i) {
-        const float grad = g[i] * scale;
-        const float first = m[i] + (grad - m[i]) * rate1;
-        const float second = beta2 * v[i] + rate2 * grad * grad;
-        const int which = cohort[i];
-        m[i] = first;
-        v[i] = second;
-        w[i] = w[i] * decay -
-               factors[which] * (first / (std::sqrt(second) * factors[256 + which] + eps));
-    }
-}
-
-using Floats = float __attribute__((vector_size(64), aligned(4)));
-using Ints = int32_t __attribute__((vector_size(64), aligned(4)));
-using Doubles = double __attribute__((vector_size(64)));
-
-// Adds Σ|w·g| and Σg² of n entries to sixteen lanes each.
-SK_SIMD void sum_lanes(const float* w, const float* g, int64_t n, float* lanes) {
-    Floats product, square;
-    std::memcpy(&product, lanes, sizeof product);
-    std::memcpy(&square, lanes + 16, sizeof square);
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        const Floats grad = *reinterpret_cast<const Floats*>(g + i);
-        const Floats both = *reinterpret_cast<const Floats*>(w + i) * grad;
-        product += reinterpret_cast<Floats>(reinterpret_cast<Ints>(both) & 0x7FFFFFFF);
-        square += grad * grad;
-    }
-    std::memcpy(lanes, &product, sizeof product);
-    std::memcpy(lanes + 16, &square, sizeof square);
-    for (; i < n; ++i) {
-        lanes[i % 16] += std::fabs(w[i] * g[i]);
-        lanes[16 + i % 16] += g[i] * g[i];
-    }
-}
-
-// The same where every entry is its own row.
-SK_SIMD void sum_entries(const float* __restrict w, const float* __restrict g, const int32_t* index,
-                         int64_t n, float* __restrict product, float* __restrict square,
-                         float unscale) {
-    if (product)
-        for (int64_t i = 0; i < n; ++i)
-            product[index ? index[i] : i] += std::fabs(w[i] * g[i]) * unscale;
-    if (square)
-        for (int64_t i = 0; i < n; ++i)
-            square[index ? index[i] : i] += g[i] * g[i] * (unscale * unscale);
-}
-
-SK_SIMD double sum_of_squares(const float* g, int64_t n) {
-    Doubles low = {}, high = {};
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        for (int j = 0; j < 8; ++j) {
-            const double a = g[i + j], b = g[i + 8 + j];
-            low[j] += a * a;
-            high[j] += b * b;
-        }
-    }
-    low += high;
-    double total = 0;
-    for (int j = 0; j < 8; ++j) total += low[j];
-    for (; i < n; ++i) total += static_cast<double>(g[i]) * g[i];
-    return total;
-}
-
-SK_SIMD void widen_bfloat16(const uint16_t* __restrict from, float* __restrict to, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-        const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-        std::memcpy(to + i, &bits, 4);
-    }
-}
-
-SK_SIMD void narrow_bfloat16(const float* __restrict from, uint16_t* __restrict to, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, from + i, 4);
-        const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-        to[i] = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
-    }
-}
-
-SK_SIMD void widen_half(const _Float16* __restrict from, float* __restrict to, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-}
-
-SK_SIMD void narrow_half(const float* __restrict from, _Float16* __restrict to, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<_Float16>(from[i]);
-}
-
-template <class T>
-inline __attribute__((always_inline)) void gather_entries(const T* from, const int32_t* index,
-                                                          T* to, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[index[i]];
-}
-SK_SIMD void gather32(const uint32_t* __restrict from, const int32_t* __restrict index,
-                      uint32_t* __restrict to, int64_t n) {
-    gather_entries(from, index, to, n);
-}
-SK_SIMD void gather16(const uint16_t* __restrict from, const int32_t* __restrict index,
-                      uint16_t* __restrict to, int64_t n) {
-    gather_entries(from, index, to, n);
-}
-
-// Entries whose bit is set, zero elsewhere; `to` may be `from`.
-SK_SIMD void mask_entries(const uint8_t* bits, int64_t origin, const float* from, float* to,
-                          int64_t n) {
-    int64_t i = 0;
-    if (origin % 8 == 0) {
-        for (; i + 8 <= n; i += 8) {
-            const int byte = bits[(origin + i) >> 3];
-            for (int j = 0; j < 8; ++j) to[i + j] = byte >> j & 1 ? from[i + j] : 0.0f;
-        }
-    }
-    for (; i < n; ++i) to[i] = bits[(origin + i) >> 3] >> ((origin + i) & 7) & 1 ? from[i] : 0.0f;
-}
-
-SK_SIMD void multiply(float* x, int64_t n, float factor) {
-    for (int64_t i = 0; i < n; ++i) x[i] *= factor;
-}
 
 int64_t width(int64_t dtype) {
     return dtype == kFloat ? 4 : 2;
@@ -191,128 +47,6 @@ const char* at(const void* base, int64_t dtype, int64_t entry) {
 }
 char* at(void* base, int64_t dtype, int64_t entry) {
     return static_cast<char*>(base) + entry * width(dtype);
-}
-
-// Visits kept entries in pieces of at most kBlock. `piece(param, grad, state, index, bits, n)` gets
-// the offsets of a run, or of the origin of `index` (n relative int32) where that is not null;
-// `row_done(row)` follows the last piece of a row where rows are summed.
-template <class Piece, class RowDone>
-void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&& row_done) {
-    const auto* index = static_cast<const int32_t*>(item.index);
-    const int64_t wide = item.columns;
-    const bool sums = item.sums() && wide > 1;
-    const auto run = [&](int64_t param, int64_t grad, int64_t state, int64_t n) {
-        for (int64_t i = 0; i < n; i += kBlock)
-            piece(param + i, grad + i, state + i, nullptr, std::min(kBlock, n - i));
-    };
-    switch (item.kind) {
-        case kAll:
-            if (!sums) return run(first, first, first, end - first);
-            for (int64_t r = first; r < end; ++r) {
-                run(r * wide, r * wide, r * wide, wide);
-                row_done(r);
-            }
-            return;
-        case kRows:
-            for (int64_t u = first; u < end;) {
-                const int64_t row = index[u];
-                int64_t next = u + 1;
-                if (!sums)
-                    while (next < end && index[next] == row + (next - u)) ++next;
-                run(row * wide, row * wide, u * wide, (next - u) * wide);
-                row_done(row);
-                u = next;
-            }
-            return;
-        case kTouched:
-            for (int64_t u = first; u < end; ++u) {
-                const int64_t row = index[u];
-                if (row < 0) continue;
-                run(row * wide, u * wide, row * wide, wide);
-                row_done(row);
-            }
-            return;
-        case kColumns:
-            for (int64_t r = first; r < end; ++r) {
-                for (int64_t i = 0; i < item.units; i += kBlock)
-                    piece(r * wide, r * wide, r * item.units + i, index + i,
-                          std::min(kBlock, item.units - i));
-                row_done(r);
-            }
-            return;
-        case kBlocks: {
-            const int64_t across = wide / item.block_columns, high = item.block_rows;
-            if (!sums) {
-                for (int64_t u = first; u < end; ++u)
-                    for (int64_t i = 0; i < high; ++i) {
-                        const int64_t place = (index[u] / across * high + i) * wide +
-                                              index[u] % across * item.block_columns;
-                        run(place, place, (u * high + i) * item.block_columns, item.block_columns);
-                    }
-                return;
-            }
-            const auto* stop = index + item.units;
-            const auto* u = std::lower_bound(index, stop, first * across);
-            for (int64_t b = first; b < end; ++b) {
-                const auto* next = std::lower_bound(u, stop, (b + 1) * across);
-                for (int64_t i = 0; i < high && u != next; ++i) {
-                    for (const auto* block = u; block != next; ++block) {
-                        const int64_t place =
-                            (b * high + i) * wide + *block % across * item.block_columns;
-                        run(place, place, ((block - index) * high + i) * item.block_columns,
-                            item.block_columns);
-                    }
-                    row_done(b * high + i);
-                }
-                u = next;
-            }
-            return;
-        }
-        default:
-            break;
-    }
-    const auto* bits = static_cast<const uint8_t*>(item.index);
-    const auto kept = [&](int64_t entry) { return bits[entry >> 3] >> (entry & 7) & 1; };
-    const int64_t unit = sums ? wide : kSpan;
-    const int64_t stop = std::min(end * unit, item.rows * wide);
-    int64_t rank = 0;
-    if (item.kind == kElements && first * unit < stop) {
-        const int64_t start = first * unit, span = start / kSpan;
-        rank = item.offsets[span];
-        for (int64_t e = span * kSpan; e < start;) {
-            if (e % 8 == 0 && e + 8 <= start) {
-                rank += __builtin_popcount(bits[e >> 3]);
-                e += 8;
-            } else {
-                rank += kept(e++);
-            }
-        }
-    }
-    int32_t list[kBlock];
-    for (int64_t begin = first * unit; begin < stop; begin += unit) {
-        const int64_t limit = std::min(begin + unit, stop);
-        for (int64_t e = begin; e < limit; e += kBlock) {
-            const int64_t n = std::min(kBlock, limit - e);
-            if (item.kind == kMasked) {
-                piece(e, e, e, nullptr, n);
-                continue;
-            }
-            int64_t found = 0;
-            for (int64_t i = 0; i < n;) {
-                if ((e + i) % 8 == 0 && i + 8 <= n) {
-                    for (unsigned byte = bits[(e + i) >> 3]; byte; byte &= byte - 1)
-                        list[found++] = static_cast<int32_t>(i + __builtin_ctz(byte));
-                    i += 8;
-                } else {
-                    list[found] = static_cast<int32_t>(i);
-                    found += kept(e + i++);
-                }
-            }
-            if (found) piece(e, e, rank, list, found);
-            rank += found;
-        }
-        if (sums) row_done(begin / wide);
-    }
 }
 
 // Float gradient of a piece: in place, or staged in `buffer`.

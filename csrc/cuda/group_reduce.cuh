@@ -88,6 +88,7 @@ __device__ __forceinline__ void load_unit(
     }
 }
 
+// Entries are added eight at a time and then merged, so that no chain of additions gets long.
 struct Sums {
     float at[kStatistics];
 
@@ -106,6 +107,13 @@ struct Sums {
         if (mask & 1u << kW2) at[kW2] += w * w;
         if (mask & 1u << kAbsW) at[kAbsW] += fabsf(w);
         if (mask & 1u << kMaxG) at[kMaxG] = larger(at[kMaxG], fabsf(g));
+    }
+
+    __device__ __forceinline__ void merge(const Sums& other, unsigned mask) {
+#pragma unroll
+        for (int s = 0; s < kStatistics; ++s)
+            if (mask >> s & 1)
+                at[s] = s == kMaxG ? larger(at[s], other.at[s]) : at[s] + other.at[s];
     }
 
     __device__ __forceinline__ void over_warp(unsigned mask) {
@@ -174,8 +182,11 @@ __device__ void row_sums(const Work& work, const Chunk& c, Team<whole_block> tea
             float w[kUnit], g[kUnit];
             load_unit(t.weight, t.weight_type, w0 + i, c.cols - i, w);
             load_unit(t.grad, t.grad_type, g0 + i, c.cols - i, g);
+            Sums unit;
+            unit.clear();
 #pragma unroll
-            for (int j = 0; j < kUnit; ++j) sums.add(w[j], g[j], work.mask);
+            for (int j = 0; j < kUnit; ++j) unit.add(w[j], g[j], work.mask);
+            sums.merge(unit, work.mask);
         }
         team.finish(sums, work, c.partial0 + r);
     }
@@ -189,10 +200,15 @@ __device__ inline void single_columns(const Work& work, const Chunk& c) {
     for (int64_t i = threadIdx.x; i < c.cols; i += kThreads) {
         Sums sums;
         sums.clear();
+        for (int64_t r0 = 0; r0 < c.rows; r0 += kUnit) {
+            Sums unit;
+            unit.clear();
 #pragma unroll 4
-        for (int64_t r = c.row0; r < c.row0 + c.rows; ++r)
-            sums.add(load_one(t.weight, t.weight_type, r * w_pitch + c.col0 + i),
-                     load_one(t.grad, t.grad_type, r * g_pitch + c.col0 + i), work.mask);
+            for (int64_t r = c.row0 + r0; r < c.row0 + min(c.rows, r0 + kUnit); ++r)
+                unit.add(load_one(t.weight, t.weight_type, r * w_pitch + c.col0 + i),
+                         load_one(t.grad, t.grad_type, r * g_pitch + c.col0 + i), work.mask);
+            sums.merge(unit, work.mask);
+        }
         sums.store(work, c.partial0 + i);
     }
 }
@@ -211,12 +227,17 @@ __device__ void column_blocks(const Work& work, const Chunk& c, Team<whole_block
         sums.clear();
         int64_t row = team.rank() / wide, col = team.rank() % wide;
         while (row < c.rows) {
-            sums.add(load_one(t.weight, t.weight_type, (c.row0 + row) * w_pitch + col0 + col),
-                     load_one(t.grad, t.grad_type, (c.row0 + row) * g_pitch + col0 + col),
-                     work.mask);
-            row += down;
-            col += right;
-            if (col >= wide) col -= wide, ++row;
+            Sums unit;
+            unit.clear();
+            for (int j = 0; j < kUnit && row < c.rows; ++j) {
+                unit.add(load_one(t.weight, t.weight_type, (c.row0 + row) * w_pitch + col0 + col),
+                         load_one(t.grad, t.grad_type, (c.row0 + row) * g_pitch + col0 + col),
+                         work.mask);
+                row += down;
+                col += right;
+                if (col >= wide) col -= wide, ++row;
+            }
+            sums.merge(unit, work.mask);
         }
         team.finish(sums, work, c.partial0 + b);
     }

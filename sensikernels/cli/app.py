@@ -54,6 +54,8 @@ Units = Annotated[str | None, typer.Option(help="Keep these counts: heads=36,neu
     "whole model; in each layer with --scope per_layer).", rich_help_panel=_BUDGET)]  # fmt: skip
 Scope = Annotated[str, typer.Option(help="global: layers compete; per_layer: each meets it.",
     rich_help_panel=_BUDGET)]  # fmt: skip
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="Trim to this plan.json (of "
+    "`sensikernels plan`) instead of ranking.", rich_help_panel=_BUDGET)]  # fmt: skip
 Options = Annotated[list[str] | None, typer.Option("--method-option", metavar="KEY=VALUE",
     help="A setting of the method, repeatable. sensi-bert: warmup, criterion, statistic, "
     "granularity, ranking, multiples; bitfit: subsets; dps: masked_share, update_ratio, "
@@ -68,6 +70,8 @@ Dtype = Annotated[str, typer.Option(help="fp32, or bf16 with fp32 master weights
     rich_help_panel=_TRAINING)]  # fmt: skip
 Embeddings = Annotated[str, typer.Option(help="Word table: sparse (only rows that occur move), "
     "frozen, or dense.", rich_help_panel=_TRAINING)]  # fmt: skip
+Dropout = Annotated[str, typer.Option(help="Masks from a counter (parallel, none stored) or "
+    "torch's own.", rich_help_panel=_TRAINING)]  # fmt: skip
 Padding = Annotated[int, typer.Option("--pad-to-multiple", help="Batch lengths are multiples of "
     "this, so that shapes repeat.", rich_help_panel=_TRAINING)]  # fmt: skip
 MaxLength = Annotated[int, typer.Option(help="Longer rows are cut.", rich_help_panel=_TRAINING)]
@@ -104,6 +108,7 @@ def finetune(
     params: Params = None,
     units: Units = None,
     scope: Scope = "global",
+    plan: PlanFile = None,
     method_option: Options = None,
     epochs: Epochs = 1,
     batch_size: BatchSize = 32,
@@ -111,6 +116,7 @@ def finetune(
     dense_lr: DenseLr = None,
     dtype: Dtype = "fp32",
     embeddings: Embeddings = "sparse",
+    dropout: Dropout = "counter",
     pad_to_multiple: Padding = 8,
     max_length: MaxLength = 128,
     seed: Seed = 0,
@@ -131,8 +137,12 @@ def finetune(
     show_report(report, settings.output)
 
 
-@app.command()
-def plan(
+@app.command("plan", epilog="""[bold]Example[/bold]
+
+sensikernels plan --task demo --flops 0.5 --output plan.json
+
+sensikernels finetune --task demo --plan plan.json --output runs/planned""")
+def make_plan(
     task: Task = "demo",
     data_dir: DataDir = None,
     model: Model = "minilm",
@@ -168,7 +178,7 @@ def doctor() -> None:
     """Device, versions, usable backends, and why the others are not."""
     from sensikernels import doctor as report
 
-    raise typer.Exit(report.main() or 0)
+    report.main()
 
 
 @app.command()
@@ -222,7 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = command.main(args=given, prog_name="sensikernels", standalone_mode=False)
         return int(code or 0)
     except _ClickError as error:
-        return _fail(error.format_message(), 2)
+        # Without arguments the help has been printed, and there is nothing more to say.
+        return _fail(error.format_message(), 2) if error.format_message() else 2
     except SensiError as error:
         return _fail(str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from sensikernels import _blocks
 from sensikernels._checks import require
 from sensikernels.errors import DataError
 
@@ -112,7 +113,7 @@ def _break_even(
             ),
         )
         return best.density, source
-    return analytic(torch.device(device), kind, block), "analytic"
+    return analytic(torch.device(device), kind, block, dtype), "analytic"
 
 
 def compare(density: float, limit: float, source: str) -> str:
@@ -121,18 +122,22 @@ def compare(density: float, limit: float, source: str) -> str:
     return f"density {density:.3g} {relation} break-even {limit:.3g} ({source})"
 
 
-def analytic(device: torch.device, kind: str, block: int) -> float:
+def analytic(device: torch.device, kind: str, block: int, dtype: torch.dtype) -> float:
     """Break-even without a measurement.
 
     Blocks on a GPU are bound by L2: a product with 128 tokens by ``block`` has an intensity of
-    128 b / (128 + b) FLOP per byte; at 5.5 TB/s against 550 TFLOP/s dense that is density 0.25,
-    0.43 and 0.64 for blocks of 32, 64 and 128. Elsewhere dense must save a tenth to be chosen
-    over kernels that run at the GEMM's own rate.
+    128 b / (128 + b) FLOP per byte; at 5.5 TB/s against 550 TFLOP/s dense that is density 0.26,
+    0.43 and 0.64 for blocks of 32, 64 and 128. On a CPU the compiled kernels run at the GEMM's
+    own rate, and the dense form pays for unpacking the weight: it never wins, except for the
+    gradient of nearly all entries. Without them a GEMM per block row costs about half more.
     """
-    if device.type == "cpu" or kind == "packed":
-        return 0.9
-    intensity = 128 * block / (128 + block)
-    return min(0.9, intensity * 5.5 / 550)
+    if kind == "packed":
+        return 1.0
+    if device.type == "cpu":
+        if not _blocks.uses_native(dtype):
+            return 0.6
+        return 0.9 if kind == "selective" else 1.0
+    return 128 * block / (128 + block) * 5.5 / 550
 
 
 def tokens_log2(x: torch.Tensor) -> int:

@@ -1,6 +1,7 @@
 """HuggingFace BERT: units, swaps, sensitivities, compact models. All that knows transformers."""
 
 from sensikernels.hf.compact import compact
+from sensikernels.hf.dropout import restore_dropout, use_counter_dropout
 from sensikernels.hf.load import load_model, load_tokenizer, quiet
 from sensikernels.hf.sensitivity import CRITERIA, sensitivity
 from sensikernels.hf.swap import applied, apply, restore
@@ -16,6 +17,8 @@ __all__ = [
     "load_tokenizer",
     "quiet",
     "restore",
+    "restore_dropout",
     "sensitivity",
     "structure",
+    "use_counter_dropout",
 ]

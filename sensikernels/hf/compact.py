@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sensikernels.errors import UsageError
+from sensikernels.hf.dropout import ATTENTION_RECORD
 from sensikernels.hf.modeling import COMPACT_CLASSES, SkBertConfig
 from sensikernels.hf.swap import applied, restore
 from sensikernels.hf.targets import Layer, encoder_layers
@@ -56,7 +57,9 @@ def _config(model: nn.Module) -> SkBertConfig:
     widths = {str(layer.index): _widths(layer) for layer in encoder_layers(model)}
     plain = {k: v for k, v in given.to_dict().items() if k not in ("model_type", "widths")}
     config = SkBertConfig(widths=widths, **plain)
-    config._attn_implementation = given._attn_implementation
+    record = getattr(model, ATTENTION_RECORD, None)
+    implementation = given._attn_implementation if record is None else record[1]
+    config._attn_implementation = implementation
     return config
 
 

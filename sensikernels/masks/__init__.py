@@ -1,7 +1,7 @@
 """Masks, budgets, structures and plans: plain data, no ``nn.Module``."""
 
 from sensikernels.masks.budget import Budget
-from sensikernels.masks.flops import training_flops
+from sensikernels.masks.flops import tokens_of, training_flops
 from sensikernels.masks.mask import Mask
 from sensikernels.masks.plans import Measured, Plan
 from sensikernels.masks.planning import plan
@@ -18,5 +18,6 @@ __all__ = [
     "Scores",
     "Structure",
     "plan",
+    "tokens_of",
     "training_flops",
 ]

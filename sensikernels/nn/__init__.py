@@ -1,6 +1,7 @@
-"""Drop-in linears: ``MaskedLinear`` trims a weight, ``SelectiveLinear`` trains a part of it."""
+"""Drop-in layers: ``MaskedLinear`` trims a weight, ``SelectiveLinear`` trains a part of it."""
 
+from sensikernels.nn.dropout import CounterDropout
 from sensikernels.nn.masked import MaskedLinear
 from sensikernels.nn.selective import SelectiveLinear
 
-__all__ = ["MaskedLinear", "SelectiveLinear"]
+__all__ = ["CounterDropout", "MaskedLinear", "SelectiveLinear"]

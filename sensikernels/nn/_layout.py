@@ -34,7 +34,7 @@ class MaskedModule(nn.Module):
         self.layout = to_device(layout, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = next(self.parameters()).device
         if device != self._layout_device():
             self._place(device)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from sensikernels.dispatch import Choice
-from sensikernels.layouts import ElementLayout, Layout, pack, to_device, unpack
+from sensikernels.layouts import pack, to_device, unpack
 from sensikernels.masks.mask import Mask
 from sensikernels.nn._layout import MaskedModule, check_mask
 from sensikernels.ops.masked_linear import explain, masked_linear
@@ -30,8 +29,8 @@ class MaskedLinear(MaskedModule):
 
     def __init__(
         self,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
+        weight: Tensor,
+        bias: Tensor | None,
         mask: Mask,
         *,
         compact_input: bool = False,
@@ -42,8 +41,9 @@ class MaskedLinear(MaskedModule):
         super().__init__(
             mask, weight.device, compact_input=compact_input, compact_output=compact_output
         )
-        self.weight, self.activation, self.backend = weight, activation, backend
-        self.register_parameter("bias", bias)
+        self.activation, self.backend = activation, backend
+        self.register_parameter("weight", cast(nn.Parameter, weight))
+        self.register_parameter("bias", cast("nn.Parameter | None", bias))
 
     @classmethod
     def from_linear(
@@ -121,10 +121,7 @@ class MaskedLinear(MaskedModule):
 
     @property
     def _bias_rows(self) -> Tensor | None:
-        layout: Layout = self.layout
-        if isinstance(layout, ElementLayout) or not layout.compact_output:
-            return None
-        return layout.rows
+        return self.layout.rows if self.layout.compact_output else None
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
@@ -146,7 +143,7 @@ class MaskedLinear(MaskedModule):
         return f"{self._describe()}, bias={self.bias is not None}{sides}{activation}"
 
 
-def _like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
+def _like(parameter: Tensor, data: Tensor) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 

@@ -110,7 +110,7 @@ def _body(folder: Path) -> Any:
 
 def _same_settings(folder: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     plain = json.loads(json.dumps(dict(asked)))
-    for name in sorted({*saved, *plain}):
+    for name in dict.fromkeys([*saved, *plain]):
         if saved.get(name) != plain.get(name):
             raise CheckpointError(
                 f"checkpoint {folder}: {name}: expected {saved.get(name)!r} as in the run to "

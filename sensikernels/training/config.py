@@ -14,11 +14,12 @@ import torch
 from sensikernels._checks import require, require_one_of
 from sensikernels.errors import UsageError
 from sensikernels.glue import get_task
-from sensikernels.masks import Budget
-from sensikernels.methods import METHODS, Dense, Method, method
+from sensikernels.masks import Budget, Plan
+from sensikernels.methods import METHODS, Dense, Method, Run, SensiBert, method
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EMBEDDINGS = ("sparse", "frozen", "dense")
+DROPOUTS = ("counter", "torch")
 DEVICES = ("auto", "cpu", "cuda")
 # What may differ between a run and its continuation.
 _FREE = ("output", "resume", "checkpoint_every", "data_dir", "device")
@@ -30,8 +31,10 @@ class Settings:
 
     ``lr`` and ``dense_lr`` default to the methods' own; with ``lr`` given, the dense baseline
     takes it too. ``embeddings``: the word table's gradients are row-``sparse`` (only rows that
-    occur move), the table is ``frozen``, or updated ``dense``. ``checkpoint_every`` counts
-    steps; 0 means never. ``ranking_rows`` of the training data rank the units.
+    occur move), the table is ``frozen``, or updated ``dense``. ``dropout``: masks from a
+    ``counter`` (parallel, none stored) or ``torch``'s own; the baseline's are torch's.
+    ``checkpoint_every`` counts steps; 0 means never. ``ranking_rows`` of the training data rank
+    the units; with ``plan``, a saved plan, nothing is ranked and its budget is the run's.
     """
 
     task: str
@@ -40,6 +43,7 @@ class Settings:
     method: str = "sensi-bert"
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: Budget | None = None
+    plan: Path | None = None
     data_dir: Path | None = None
     epochs: int = 1
     max_train_samples: int | None = None
@@ -53,6 +57,7 @@ class Settings:
     resume: bool = False
     checkpoint_every: int = 500
     embeddings: str = "sparse"
+    dropout: str = "counter"
     pad_to_multiple: int = 8
     max_length: int = 128
     ranking_rows: int = 2048
@@ -64,6 +69,7 @@ class Settings:
         require_one_of(self.method, "method", METHODS)
         require_one_of(self.dtype, "dtype", DTYPES)
         require_one_of(self.embeddings, "embeddings", EMBEDDINGS)
+        require_one_of(self.dropout, "dropout", DROPOUTS)
         require_one_of(self.device, "device", DEVICES)
         for name in ("epochs", "batch_size", "pad_to_multiple", "ranking_rows"):
             value = getattr(self, name)
@@ -86,9 +92,14 @@ class Settings:
 
     def _check_budget(self) -> None:
         needs = METHODS[self.method].needs_budget
+        if self.plan is not None:
+            require(needs, "plan", f"none for method {self.method}", self.plan)
+            require(self.budget is None, "budget", "none beside a plan", self.budget)
+            return
         if needs and self.budget is None:
             raise UsageError(
-                f"budget: expected --flops, --params or --units for method {self.method}, got none"
+                f"budget: expected --flops, --params, --units or --plan for method {self.method}, "
+                "got none"
             )
         if self.budget is not None and not needs:
             takers = ", ".join(sorted(name for name, m in METHODS.items() if m.needs_budget))
@@ -99,6 +110,8 @@ class Settings:
 
     def make_method(self) -> Method:
         """The method with its options."""
+        if self.plan is not None:
+            return Planned(Plan.load(self.plan), **self.options)
         return method(self.method, **self.options)
 
     def learning_rate(self) -> float:
@@ -113,7 +126,8 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """Every setting, plain."""
         plain = {k: v for k, v in vars(self).items() if k not in ("budget", "options")}
-        plain |= {k: None if plain[k] is None else str(plain[k]) for k in ("output", "data_dir")}
+        paths = ("output", "data_dir", "plan")
+        plain |= {k: None if plain[k] is None else str(plain[k]) for k in paths}
         plain["options"] = {k: _plain(v) for k, v in self.options.items()}
         plain["budget"] = None if self.budget is None else self.budget.to_json()
         return plain
@@ -121,6 +135,19 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """The settings that a continuation must share with the run it continues."""
         return {k: v for k, v in self.to_json().items() if k not in _FREE}
+
+
+class Planned(SensiBert):
+    """Sensi-BERT with a plan made earlier: after the warm-up it trims, and ranks nothing."""
+
+    def __init__(self, plan: Plan, **options: Any) -> None:
+        super().__init__(**options)
+        self._given = plan
+
+    def begin_step(self, run: Run) -> None:
+        """Trim once the warm-up is over."""
+        if run.plan is None and run.step >= int(self.warmup * run.max_steps):
+            self._trim(run, self._given)
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sensikernels.errors import DataError
 from sensikernels.glue import (
     Batches,
     Encoded,
@@ -102,8 +103,17 @@ class Data:
 
 
 def model_path(name: str) -> Path | str:
-    """``minilm`` is the embedded model; anything else is a folder or a hub name."""
-    return embedded_model_path() if name == "minilm" else name
+    """``minilm`` is the embedded model; anything else is a folder or a hub name.
+
+    Raises DataError for a path that is no model's folder.
+    """
+    if name == "minilm":
+        return embedded_model_path()
+    path = Path(name)
+    if (path.is_absolute() or name.startswith(".")) and not (path / "config.json").is_file():
+        what = "no config.json in this folder" if path.is_dir() else "no such folder"
+        raise DataError(f"model {name}: {what}")
+    return name
 
 
 def _encoded(settings: Settings, tokenizer: Any, split: Any) -> Encoded:
@@ -139,11 +149,11 @@ def _ranking(train: Encoded, settings: Settings) -> Batches:
 def take(encoded: Encoded, rows: Any) -> Encoded:
     """Some rows of ``encoded``, in the order given."""
     parts = [encoded[int(i)] for i in rows]
-    types = None if encoded.token_type_ids is None else [p.token_type_ids for p in parts]
+    types = [p.token_type_ids for p in parts if p.token_type_ids is not None]
     lengths = [len(p.input_ids) for p in parts]
     return Encoded(
         input_ids=np.concatenate([p.input_ids for p in parts]),
-        token_type_ids=None if types is None else np.concatenate(types),
+        token_type_ids=np.concatenate(types) if types else None,
         offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         labels=encoded.labels[rows],
         pad_token_id=encoded.pad_token_id,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sensikernels.errors import CheckpointError, SensiError
 from sensikernels.glue import compute
-from sensikernels.hf import applied, compact, load_model
+from sensikernels.hf import applied, compact, load_model, restore_dropout
 from sensikernels.training.config import DTYPES, Settings
 from sensikernels.training.flops import flops_per_token
 from sensikernels.training.memory import peak_mib
@@ -97,6 +97,8 @@ def _save_model(session: Session, output: Path) -> dict[str, Any]:
     assert trained is not None
     model: Any = session.runner.model
     small: Any = model if applied(model) is None else compact(model)
+    if small is model and settings.dropout == "counter":
+        restore_dropout(small)
     _let_dense_gradients(small)
     with writing(output / "model") as folder:
         small.save_pretrained(folder)

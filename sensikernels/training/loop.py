@@ -13,7 +13,7 @@ from torch import nn
 
 from sensikernels import _settings
 from sensikernels._checks import require
-from sensikernels.hf import load_model, quiet, structure
+from sensikernels.hf import apply, load_model, quiet, restore, structure
 from sensikernels.masks import Plan, Scores, plan
 from sensikernels.training import checkpoint
 from sensikernels.training.config import DTYPES, Settings
@@ -220,7 +220,10 @@ def fresh_model(settings: Settings, data: Data) -> nn.Module:
 
 
 def check_budget(settings: Settings, model: nn.Module, data: Data) -> None:
-    """Raise UsageError now where ranking would find out later that the budget is infeasible."""
+    """Raise UsageError now where trimming would find out later that it cannot be done."""
+    if settings.plan is not None:
+        apply(model, Plan.load(settings.plan))
+        restore(model)
     if settings.budget is None:
         return
     parts = structure(model, str(settings.options.get("granularity", "heads")))

@@ -110,8 +110,8 @@ def _units_panel(
     axes.imshow(image, aspect="auto", origin="lower", cmap=colors, vmin=-0.15, vmax=1.0,
                 interpolation="nearest")  # fmt: skip
     if dropped and units <= MANY:
-        x, y = zip(*dropped, strict=True)
-        axes.scatter(x, y, marker="x", s=34 if units <= 16 else 14, c=DROPPED, linewidths=1.3)
+        across, up = zip(*dropped, strict=True)
+        axes.scatter(across, up, marker="x", s=34 if units <= 16 else 14, c=DROPPED, linewidths=1.3)
         axes.set_xticks(range(units), [str(i) if units <= 16 or i % 4 == 0 else "" for i in
                                        range(units)], fontsize=8)  # fmt: skip
     sign = "red" if units > MANY else "x"

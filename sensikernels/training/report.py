@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sensikernels.hf import structure
-from sensikernels.masks import Plan
 
 if TYPE_CHECKING:
     from sensikernels.training.loop import Session
@@ -89,20 +88,16 @@ def build(session: Session, measured: Measurements, reload: dict[str, Any]) -> d
 
 
 def _budget(session: Session, measured: Measurements) -> dict[str, Any]:
-    budget = session.settings.budget
     plan = session.runner.run.plan
+    budget = session.settings.budget if plan is None else plan.budget
     return {
         "measure": None if budget is None else budget.measure,
         "requested": None if budget is None else budget.requested,
         "scope": None if budget is None else budget.scope,
-        "flops_ratio_planned": 1.0 if plan is None else _ratio(plan),
+        "flops_ratio_planned": 1.0 if plan is None else plan.flops_ratio,
         "flops_ratio_measured": measured.flops / measured.dense_flops,
         "params_ratio": 1.0 if plan is None else plan.params_ratio,
     }
-
-
-def _ratio(plan: Plan) -> float:
-    return plan.flops_ratio
 
 
 def _planned_flops(session: Session, measured: Measurements) -> float:

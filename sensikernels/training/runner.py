@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sensikernels.errors import SensiError
+from sensikernels.hf import use_counter_dropout
 from sensikernels.masks import Budget
 from sensikernels.methods import Dense, Method, Run
 from sensikernels.ops.subset_adamw import SubsetAdamW
@@ -162,11 +163,13 @@ _KEPT = ("losses", "step_ms", "seconds", "changed_at", "epochs")
 
 
 def method_runner(settings: Settings, data: Data, model: nn.Module, max_steps: int) -> Runner:
-    """The method on this package's optimizer: row-sparse word gradients, clipping folded in."""
+    """The method on this package's step: counter dropout, row-sparse words, clipping folded in."""
     method = settings.make_method()
     words = _word_embeddings(model)
     words.sparse = settings.embeddings == "sparse"
     words.weight.requires_grad_(settings.embeddings != "frozen")
+    if settings.dropout == "counter":
+        use_counter_dropout(model)
     rate = settings.learning_rate()
     optimizer = SubsetAdamW(
         groups(model, settings.weight_decay), lr=rate, max_grad_norm=settings.max_grad_norm

@@ -11,10 +11,6 @@ from typing import Any
 
 import torch
 
-import sensikernels.training.finish
-import sensikernels.training.loop
-import sensikernels.training.output as output
-import sensikernels.training.picture
 from sensikernels.training import Settings, finetune
 from sensikernels.training.loop import Progress
 
@@ -22,7 +18,10 @@ from sensikernels.training.loop import Progress
 STEP, WRITTEN, RENAMED = "step", "written", "renamed"
 
 _server: Any = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["tests.training.children", "transformers.models.bert", "sklearn"])
+_server.set_forkserver_preload([
+    "tests.training.children", "sensikernels.training.loop", "sensikernels.training.picture",
+    "transformers.models.bert", "sklearn.metrics",
+])  # fmt: skip
 
 
 def run(settings: Settings, kill: tuple[str, int] | None = None) -> int:
@@ -72,5 +71,3 @@ def _deadly(replace: Callable[..., None], place: str, number: int) -> Callable[.
 def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
-
-assert output.os is os

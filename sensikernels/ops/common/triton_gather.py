@@ -137,6 +137,7 @@ GATHER = Config(tile={"BLOCK_T": 32, "BLOCK_N": 128}, warps=4, stages=1)
 REPACK = Config(tile={"BLOCK_I": 32, "BLOCK_J": 64}, warps=4, stages=1)
 
 
+@launch.on_its_device
 def gather_columns(sources: Sequence[Tensor], columns: Sequence[Tensor | None]) -> Tensor:
     """``[T, sum of counts]``: the chosen columns of up to ``MOST_READ`` matrices, in one launch.
 
@@ -164,6 +165,7 @@ def gather_columns(sources: Sequence[Tensor], columns: Sequence[Tensor | None]) 
     return packed[:, :total]
 
 
+@launch.on_its_device
 def repack(
     tensors: Sequence[Tensor], layout: PackedLayout | BlockLayout, into: Sequence[Tensor] = ()
 ) -> list[Tensor]:

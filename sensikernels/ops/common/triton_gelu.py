@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sensikernels.ops.common.triton_launch import Config, matrix, processors
+from sensikernels.ops.common.triton_launch import Config, matrix, on_its_device, processors
 
 
 @triton.jit
@@ -16,9 +16,11 @@ def normal(x):
 
     Φ(-|x|) = t·P(t)·exp(-x²/2)/2 with t = 1/(1 + 0.33|x|/√2): P is a minimax fit of
     erfc(z)·exp(z²) in relative error (9.4e-8 for 0 <= z <= 10), so the negative tail keeps its
-    digits where 1 + erf cancels. Form after Abramowitz & Stegun 7.1.26.
+    digits where 1 + erf cancels. Form after Abramowitz & Stegun 7.1.26. A squared rsqrt costs
+    less than a division.
     """
-    t = 1.0 / (1.0 + 0.23334523779156069 * tl.abs(x))
+    r = tl.rsqrt(1.0 + 0.23334523779156069 * tl.abs(x))
+    t = r * r
     p = 0.4602317694472054 + t * -0.1353443647952996
     p = -0.35114076728191623 + t * p
     p = 0.4084919922630791 + t * p
@@ -97,6 +99,7 @@ def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+@on_its_device
 def column_sum(dy: Tensor, preactivation: Tensor | None) -> tuple[Tensor, Tensor]:
     """``(dpre, grad_bias)``: dY through gelu' (or dY itself) and its sum over tokens.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import NamedTuple
+from functools import cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -18,6 +18,7 @@ INTERPRET = _settings.interpreting()
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 POINTERS, BULK, ONE = ("sm_80", "sm_90", "gfx942"), ("sm_90", "sm_100"), ("sm_90",)
 SPLIT_TOKENS = 512
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +82,27 @@ def programs(x: Tensor, config: Config) -> int:
 
 
 def fit(config: Config, stage_bytes: Callable[[Mapping[str, int], int], int], x: Tensor) -> Config:
-    """``config`` with no more stages than the device's shared memory holds."""
-    most = device(x).shared // stage_bytes(config.tile, x.element_size())
+    """``config`` with no more stages than the device's shared memory holds.
+
+    Before Hopper one stage of the pipeline is in registers.
+    """
+    own = device(x)
+    most = own.shared // stage_bytes(config.tile, x.element_size()) + (not own.descriptors)
     return config if most >= config.stages else replace(config, stages=max(most, 2))
+
+
+def on_its_device(launcher: Callable[..., Result]) -> Callable[..., Result]:
+    """Launch on the device of the first tensor, whichever is current."""
+
+    @wraps(launcher)
+    def run(first: Any, *rest: Any, **named: Any) -> Result:
+        x = first if isinstance(first, Tensor) else first[0]
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return launcher(first, *rest, **named)
+        with torch.cuda.device(x.device):
+            return launcher(first, *rest, **named)
+
+    return run
 
 
 def split_tokens(items: int, tokens: int, step: int, x: Tensor) -> tuple[int, int]:

@@ -174,6 +174,7 @@ def select(block_shape: tuple[int, int], dtype: torch.dtype) -> Config:
     return next(c for c in CONFIGS if tuple(c.tile.values()) == (n, m, t))
 
 
+@launch.on_its_device
 def block_gradients(
     x: Tensor, dys: Sequence[Tensor], layouts: Sequence[BlockLayout]
 ) -> list[Tensor]:

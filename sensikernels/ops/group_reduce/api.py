@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sensikernels import _native, _settings
+from sensikernels import _settings
 from sensikernels._checks import require, require_one_of
 from sensikernels.errors import UsageError
 from sensikernels.ops.group_reduce import ops, reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,10 +88,11 @@ def _group_reduce(
 ) -> Tensor:
     bound, copies = bind(weights, grads, flat, host_descriptors, descriptors)
     out = chunks.new_empty(partials.size(0), starts.numel() - 1, dtype=torch.float32)
+    kernels: Any
     if backend == "triton":
         from sensikernels.ops.group_reduce import triton as kernels
     else:
-        kernels = native  # type: ignore[assignment]
+        kernels = native
     kernels.group_reduce(
         bound, chunks, starts, order, members, statistics, partials, out, running, ema, decay
     )

@@ -46,9 +46,8 @@ def per_sample_grad_squared(x: Tensor, grad_y: Tensor, *, groups: Group = "eleme
     in_features, out_features = x.shape[-1], grad_y.shape[-1]
     shape = (out_features, in_features)
     if groups == "element":
-        bm, bn, result = 1, 1, shape
-    else:
-        bm, bn, result = block_of(groups, shape, "groups")
+        groups = ("block", 1, 1)
+    bm, bn, result = block_of(groups, shape, "groups")
     wide = torch.float64 if torch.float64 in (x.dtype, grad_y.dtype) else torch.float32
     with torch.autocast(x.device.type, enabled=False):
         x, grad_y = x.to(wide), grad_y.to(wide)

@@ -284,9 +284,9 @@ def make_layout(
 _cached_layout = lru_cache(maxsize=16)(make_layout)
 
 
-def is_flat(weight: Tensor, grad: Tensor | None) -> bool:
+def is_flat(weight: Tensor, grad: Tensor) -> bool:
     """Whether rows need no stride of their own: contiguous, or to be copied so."""
-    strided = [t for t in (weight, grad) if t is not None and not t.is_contiguous()]
+    strided = [t for t in (weight, grad) if not t.is_contiguous()]
     return not strided or any(t.dim() != 2 or t.stride(1) != 1 for t in strided)
 
 
@@ -320,8 +320,7 @@ class GroupTable:
         devices = sorted({str(t.device) for t in (*weights, *(grads or ()))})
         require(len(devices) <= 1, "weights", "tensors on one device", ", ".join(devices))
         self.device = weights[0].device if n else torch.device("cpu")
-        pairs = zip(weights, grads or [None] * n, strict=True)
-        flat = tuple(is_flat(w, g) for w, g in pairs)
+        flat = tuple(map(is_flat, weights, grads or weights))
         key = (tuple(tuple(w.shape) for w in weights), flat, tuple(per_tensor), tuple(names))
         plain = all(not isinstance(g, tuple) or g[:1] != ("ids",) for g in per_tensor)
         self.layout = _cached_layout(*key) if plain else make_layout(*key)

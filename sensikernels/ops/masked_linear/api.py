@@ -69,8 +69,10 @@ def _run(
         assert isinstance(layout, PackedLayout)
         if layout.direct:
             return _linear(x, values, bias, activation)
-        return PackedLinear.apply(x, values, bias, layout, activation)
-    return KernelLinear.apply(x, values, bias, layout, activation, choice.backend)
+        packed = (x, values, bias, layout, activation)
+        return PackedLinear.apply(*packed)  # type: ignore[no-untyped-call]
+    arguments = (x, values, bias, layout, activation, choice.backend)
+    return KernelLinear.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -78,9 +80,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
     return F.gelu(y) if activation == "gelu" else y
 
 
-def _check(
-    x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None, activation: str
-) -> None:
+def _check(x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None, activation: str) -> None:
     if activation not in ACTIVATIONS:
         require_one_of(activation, "activation", ACTIVATIONS)
     if x.ndim == 0 or x.shape[-1] != layout.in_width:

@@ -22,9 +22,7 @@ _LIB.define(
     "masked_linear(Tensor x, Tensor values, Tensor? bias, int[] sizes, Tensor[] index, "
     "str activation, str backend) -> (Tensor, Tensor)"
 )
-_LIB.define(
-    "masked_linear_grad_activation(Tensor dy, Tensor pre, str backend) -> (Tensor, Tensor)"
-)
+_LIB.define("masked_linear_grad_activation(Tensor dy, Tensor pre, str backend) -> (Tensor, Tensor)")
 _LIB.define(
     "masked_linear_grad_input(Tensor dy, Tensor values, int[] sizes, Tensor[] index, "
     "str backend) -> Tensor"
@@ -120,9 +118,7 @@ def _(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("sensikernels::masked_linear_grad_input")
-def _(
-    dy: Tensor, values: Tensor, sizes: list[int], index: list[Tensor], backend: str
-) -> Tensor:
+def _(dy: Tensor, values: Tensor, sizes: list[int], index: list[Tensor], backend: str) -> Tensor:
     return dy.new_empty((dy.shape[0], from_arguments(sizes, index).in_width))
 
 

@@ -160,6 +160,7 @@ def select(
     return fitting[-1]
 
 
+@launch.on_its_device
 def packed_linear(
     x: Tensor,
     w: Tensor,

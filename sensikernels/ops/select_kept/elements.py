@@ -90,18 +90,14 @@ def choose_backend(tensors: Sequence[Tensor], backend: str) -> tuple[str, str]:
     if asked == "reference":
         return asked, "asked for by name"
     device = tensors[0].device.type if tensors else "cpu"
-    refusals = {
-        "native": ops.native_refusal(device, {t.dtype for t in tensors}),
-        "triton": ops.triton_refusal(device, {t.dtype for t in tensors}),
-    }
-    if asked != "auto":
-        if refusals[asked]:
-            raise UsageError(f"backend: {asked} cannot serve this call: {refusals[asked]}")
+    if asked == "triton":
+        raise UsageError("backend: triton cannot serve this call: there is no Triton kernel for it")
+    refusal = ops.native_refusal(device, {t.dtype for t in tensors})
+    if asked == "native":
+        if refusal:
+            raise UsageError(f"backend: native cannot serve this call: {refusal}")
         return asked, "asked for by name"
-    for name in ("native", "triton"):
-        if refusals[name] is None and not (name == "triton" and device == "cpu"):
-            return name, f"the fastest that serves {device} tensors"
-    return "reference", "; ".join(f"{k}: {v}" for k, v in refusals.items())
+    return ("reference", refusal) if refusal else ("native", f"it serves {device} tensors")
 
 
 def explain(tensors: Sequence[Tensor], backend: str = "auto") -> str:
@@ -146,7 +142,7 @@ def select_elements(
         k: how many entries; for ``scope="per_tensor"`` an int for each or one per tensor.
         score: ``"value"`` t, ``"abs_value"`` |t|, ``"abs_wg"`` |t·g|, ``"grad_squared"`` g².
         scope: over all tensors together, or in every tensor by itself.
-        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
+        backend: ``"auto"``, ``"reference"`` or ``"native"``.
 
     Returns:
         :class:`KeptElements`: packed bits, threshold and counts.
@@ -178,7 +174,7 @@ def select_elements(
     code = list(SCORES).index(score)
     if name != "reference":
         arena, threshold, counts = ops.launch(
-            name, tensors, pairs, offsets, end, wanted, code
+            tensors, pairs, offsets, end, wanted, code
         )
     else:
         arena, threshold, counts = _reference(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sensikernels import _settings
 from sensikernels.ops.select_kept import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -15,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _library = torch.library.Library("sensikernels", "FRAGMENT")
 _library.define(
     "select_elements(Tensor[] tensors, Tensor[] grads, int[] offsets, int bytes, int[] k, "
-    "int score, str backend) -> (Tensor, Tensor, Tensor)"
+    "int score) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -26,17 +25,13 @@ def _select_elements(
     size: int,
     k: list[int],
     score: int,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     values = [t.contiguous() for t in tensors]
     # Without gradients the list repeats the tensors, and so do their copies.
-    pairs = [v if g is t else g.contiguous() for t, v, g in zip(tensors, values, grads, strict=True)]
-    arena, threshold, counts = _fake(tensors, grads, offsets, size, k, score, backend)
-    if backend == "triton":
-        from sensikernels.ops.select_kept import triton as kernels
-    else:
-        kernels = native  # type: ignore[assignment]
-    kernels.select_elements(values, pairs, offsets, k, score, arena, threshold, counts)
+    triples = zip(tensors, values, grads, strict=True)
+    pairs = [v if g is t else g.contiguous() for t, v, g in triples]
+    arena, threshold, counts = _fake(tensors, grads, offsets, size, k, score)
+    native.select_elements(values, pairs, offsets, k, score, arena, threshold, counts)
     return arena, threshold, counts
 
 
@@ -47,7 +42,6 @@ def _fake(
     size: int,
     k: list[int],
     score: int,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     device = tensors[0].device if tensors else torch.device("cpu")
     return (
@@ -68,18 +62,7 @@ def native_refusal(device: str, dtypes: set[torch.dtype]) -> str | None:
     return f"{other[0]} is served by the reference only" if other else native.refusal(device)
 
 
-def triton_refusal(device: str, dtypes: set[torch.dtype]) -> str | None:
-    """Why the Triton kernels cannot serve these tensors; None if they can."""
-    other = [d for d in dtypes if d not in DTYPES]
-    if other:
-        return f"{other[0]} is served by the reference only"
-    if device != "cuda" and not _settings.interpreting():
-        return f"Triton runs on CUDA tensors, not on {device}"
-    return None
-
-
 def launch(
-    backend: str,
     tensors: Sequence[Tensor],
     grads: Sequence[Tensor],
     offsets: Sequence[int],
@@ -89,6 +72,6 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arena, threshold and counts."""
     arena, threshold, counts = torch.ops.sensikernels.select_elements(
-        list(tensors), list(grads), list(offsets), size, list(wanted), score, backend
+        list(tensors), list(grads), list(offsets), size, list(wanted), score
     )
     return arena, threshold, counts

@@ -150,7 +150,9 @@ def fill_two_kinds(chunks: Chunks, left: Tensor) -> Tensor:
     n = chunks.score.numel()
     free = ~chunks.forced & (chunks.units > 0)
     order = best_first(chunks, chunks.score)
-    sums, infinite, ranks, available, price = [], [], [], [], []
+    sums: list[Tensor] = []
+    infinite: list[Tensor] = []
+    ranks, available, price = [], [], []
     for kind in (0, 1):
         mine = (free & (chunks.kind == kind))[order]
         ranks.append(torch.where(mine, mine.cumsum(0), n + 1))

@@ -74,7 +74,8 @@ def _run(
     if not values.requires_grad:
         y = F.linear(x, weight.detach(), bias)
         return F.gelu(y) if activation == "gelu" else y
-    return SelectiveLinear.apply(x, weight.detach(), values, bias, layout, activation, backend)
+    arguments = (x, weight.detach(), values, bias, layout, activation, backend)
+    return SelectiveLinear.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
 def _check(

@@ -35,10 +35,9 @@ class SelectiveLinear(torch.autograd.Function):
         ctx.leading, ctx.layout, ctx.backend = x.shape[:-1], layout, backend
         x2d = matrix(x)
         pre = F.linear(x2d, weight, bias)
-        columns = None if isinstance(layout, ElementLayout) else layout.columns
         x_needed, _, values_needed = ctx.needs_input_grad[:3]
         ctx.save_for_backward(
-            gather(x2d, columns) if values_needed else None,
+            gather(x2d, layout.columns) if values_needed else None,
             weight if x_needed else None,
             pre if activation == "gelu" else None,
         )

@@ -98,6 +98,7 @@ def select(rows: int, width: int, dtype: torch.dtype) -> Config:
     return next(c for c in reversed(CONFIGS) if c.tile["BLOCK_T"] == t)
 
 
+@launch.on_its_device
 def row_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """``dy^T @ x``, ``[rows, width]``: float32 sums over token chunks, added in a fixed order."""
     dy, x = launch.matrix(dy), launch.matrix(x)

@@ -97,7 +97,8 @@ class KeptLayout:
         """bool tensor of ``shape``: True where kept."""
         device = None if self.index is None else self.index.device
         full = torch.zeros(self.shape, dtype=torch.bool, device=device)
-        self.scatter_(full, torch.ones(self.state_shape, dtype=torch.bool, device=device))
+        view, index = self._view(full)
+        view[index] = True
         return full
 
     def to_state(self) -> dict[str, Any]:

@@ -21,11 +21,13 @@ _LIBRARY.define(
 )
 
 
-def _layout(shape: torch.Size, kind: int, index: Tensor, block: list[int]) -> KeptLayout:
-    numel, name = shape.numel(), KINDS[kind]
-    offsets, count = None, numel
+def _layout(
+    shape: torch.Size, kind: int, index: Tensor, block: list[int], count: int
+) -> KeptLayout:
+    """A layout without the checks, some of which wait for the device."""
+    name, offsets = KINDS[kind], None
     if name == "elements":
-        counts = popcounts(index, numel)
+        counts = popcounts(index, shape.numel())
         offsets = counts.cumsum(0) - counts
     return KeptLayout(
         kind=name,
@@ -67,7 +69,9 @@ def _step(
                 exp_avg_sq=exp_avg_sqs[i],
                 master=masters[i] if masters and masters[i].numel() else None,
                 step=steps[i],
-                layout=_layout(param.shape, kinds[i], kept[i], blocks[2 * i : 2 * i + 2]),
+                layout=_layout(
+                    param.shape, kinds[i], kept[i], blocks[2 * i : 2 * i + 2], exp_avgs[i].numel()
+                ),
                 masked=masked and kinds[i] != 0,
             )
         )

@@ -135,7 +135,10 @@ class SubsetAdamW(Optimizer):
         indices = [index] if isinstance(index, Tensor) else list(index)
         dims = [dim] if isinstance(dim, int) else list(dim)
         require(len(indices) == len(dims), "index", f"{len(dims)} tensors", len(indices))
-        dims = [along % max(old_param.dim(), 1) for along in dims]
+        axes = old_param.dim()
+        known = all(-axes <= along < axes for along in dims)
+        require(known, "dim", f"axes of a {axes}-D parameter", dim)
+        dims = [along % axes for along in dims]
         group = self._group(old_param)
         shape = list(old_param.shape)
         for along, positions in zip(dims, indices, strict=True):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sensikernels.ops.group_reduce import STATISTICS, reference
+from tests.tolerance import assert_close_to_reference
+
 
 def element_ids(shape: tuple[int, int]) -> tuple[str, Tensor, int]:
     return ("ids", torch.randint(-1, 4, shape, dtype=torch.int32), 5)
@@ -46,3 +49,24 @@ def inputs(shape: tuple[int, ...], kind: str) -> tuple[Tensor, Tensor]:
     if kind == "special":
         w.view(-1)[3], g.view(-1)[5], g.view(-1)[-1] = float("inf"), float("nan"), float("-inf")
     return w, g
+
+
+def assert_sums(got: Tensor, weights: list[Tensor], grads: list[Tensor], groups: list) -> None:
+    """All statistics, ``[statistics, groups]``, as good as PyTorch's against float64.
+
+    A sum of signed terms may cancel to anything, and PyTorch's error with it: it is held to four
+    roundings of the root of the sum of squares.
+    """
+    same = reference.group_reduce(weights, grads, STATISTICS, groups)
+    wide = [[t.double() for t in ts] for ts in (weights, grads)]
+    exact = reference.group_reduce(*wide, STATISTICS, groups)
+    for s, name in enumerate(STATISTICS):
+        if name != "sum_wg":
+            assert_close_to_reference(got[s], same[s], exact[s])
+            continue
+        finite = exact[s].isfinite()
+        assert torch.equal(got[s][~finite].nan_to_num(7), exact[s][~finite].float().nan_to_num(7))
+        scale = exact[STATISTICS.index("sum_wg_squared")].sqrt()
+        eps = torch.finfo(torch.float32).eps
+        allowed = 2 * (same[s] - exact[s]).abs() + 4 * eps * scale + eps * exact[s].abs()
+        assert ((got[s] - exact[s]).abs() <= allowed)[finite].all()

@@ -1,0 +1,28 @@
+"""The suite's cases under pytest-benchmark: ``pytest bench/test_linear.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sensikernels.bench.linear import Case, _contestants, quick_cases
+
+DEVICE = "cpu"
+POINTS = [(case, name) for case in quick_cases() for name in (*case.candidates, *case.baselines)]
+
+
+def label(point: tuple[Case, str]) -> str:
+    case, name = point
+    facts = case.facts()
+    return f"{facts['case']} {facts['dtype']} {case.direction} {name}".replace(" ", "-")
+
+
+@pytest.mark.parametrize("point", POINTS, ids=label)
+def test_linear(point: tuple[Case, str], benchmark: Callable[..., Any]):
+    case, name = point
+    run = _contestants(case, DEVICE)[name]
+    run()
+    benchmark.group = label((case, ""))
+    benchmark.pedantic(run, rounds=5, warmup_rounds=1)

@@ -1,0 +1,157 @@
+// Loops of the subset AdamW step over contiguous entries, compiled for three x86 levels.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#define SK_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SK_SIMD
+#endif
+
+namespace sk::subset_adamw {
+
+SK_SIMD static void adamw(float* __restrict w, const float* __restrict g, float* __restrict m,
+                          float* __restrict v, int64_t n, float scale, float decay, float rate1,
+                          float beta2, float rate2, float step_size, float inverse_root,
+                          float eps) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float grad = g[i] * scale;
+        const float first = m[i] + (grad - m[i]) * rate1;
+        const float second = beta2 * v[i] + rate2 * grad * grad;
+        m[i] = first;
+        v[i] = second;
+        w[i] = w[i] * decay - step_size * (first / (std::sqrt(second) * inverse_root + eps));
+    }
+}
+
+SK_SIMD static void adamw_cohorts(float* __restrict w, const float* __restrict g,
+                                  float* __restrict m, float* __restrict v,
+                                  const uint8_t* __restrict cohort, int64_t n, float scale,
+                                  float decay, float rate1, float beta2, float rate2,
+                                  const float* __restrict factors, float eps) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float grad = g[i] * scale;
+        const float first = m[i] + (grad - m[i]) * rate1;
+        const float second = beta2 * v[i] + rate2 * grad * grad;
+        const int which = cohort[i];
+        m[i] = first;
+        v[i] = second;
+        w[i] = w[i] * decay -
+               factors[which] * (first / (std::sqrt(second) * factors[256 + which] + eps));
+    }
+}
+
+using Floats = float __attribute__((vector_size(64), aligned(4)));
+using Ints = int32_t __attribute__((vector_size(64), aligned(4)));
+using Doubles = double __attribute__((vector_size(64)));
+
+// Adds Σ|w·g| and Σg² of n entries to sixteen lanes each.
+SK_SIMD static void sum_lanes(const float* w, const float* g, int64_t n, float* lanes) {
+    Floats product, square;
+    std::memcpy(&product, lanes, sizeof product);
+    std::memcpy(&square, lanes + 16, sizeof square);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const Floats grad = *reinterpret_cast<const Floats*>(g + i);
+        const Floats both = *reinterpret_cast<const Floats*>(w + i) * grad;
+        product += reinterpret_cast<Floats>(reinterpret_cast<Ints>(both) & 0x7FFFFFFF);
+        square += grad * grad;
+    }
+    std::memcpy(lanes, &product, sizeof product);
+    std::memcpy(lanes + 16, &square, sizeof square);
+    for (; i < n; ++i) {
+        lanes[i % 16] += std::fabs(w[i] * g[i]);
+        lanes[16 + i % 16] += g[i] * g[i];
+    }
+}
+
+// The same where every entry is its own row.
+SK_SIMD static void sum_entries(const float* __restrict w, const float* __restrict g,
+                                const int32_t* index, int64_t n, float* __restrict product,
+                                float* __restrict square, float unscale) {
+    if (product)
+        for (int64_t i = 0; i < n; ++i)
+            product[index ? index[i] : i] += std::fabs(w[i] * g[i]) * unscale;
+    if (square)
+        for (int64_t i = 0; i < n; ++i)
+            square[index ? index[i] : i] += g[i] * g[i] * (unscale * unscale);
+}
+
+SK_SIMD static double sum_of_squares(const float* g, int64_t n) {
+    Doubles low = {}, high = {};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        for (int j = 0; j < 8; ++j) {
+            const double a = g[i + j], b = g[i + 8 + j];
+            low[j] += a * a;
+            high[j] += b * b;
+        }
+    }
+    low += high;
+    double total = 0;
+    for (int j = 0; j < 8; ++j) total += low[j];
+    for (; i < n; ++i) total += static_cast<double>(g[i]) * g[i];
+    return total;
+}
+
+SK_SIMD static void widen_bfloat16(const uint16_t* __restrict from, float* __restrict to,
+                                   int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+        std::memcpy(to + i, &bits, 4);
+    }
+}
+
+SK_SIMD static void narrow_bfloat16(const float* __restrict from, uint16_t* __restrict to,
+                                    int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, from + i, 4);
+        const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+        to[i] = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+    }
+}
+
+SK_SIMD static void widen_half(const _Float16* __restrict from, float* __restrict to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
+SK_SIMD static void narrow_half(const float* __restrict from, _Float16* __restrict to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<_Float16>(from[i]);
+}
+
+template <class T>
+inline __attribute__((always_inline)) void gather_entries(const T* from, const int32_t* index,
+                                                          T* to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[index[i]];
+}
+SK_SIMD static void gather32(const uint32_t* __restrict from, const int32_t* __restrict index,
+                             uint32_t* __restrict to, int64_t n) {
+    gather_entries(from, index, to, n);
+}
+SK_SIMD static void gather16(const uint16_t* __restrict from, const int32_t* __restrict index,
+                             uint16_t* __restrict to, int64_t n) {
+    gather_entries(from, index, to, n);
+}
+
+// Entries whose bit is set, zero elsewhere; `to` may be `from`.
+SK_SIMD static void mask_entries(const uint8_t* bits, int64_t origin, const float* from, float* to,
+                                 int64_t n) {
+    int64_t i = 0;
+    if (origin % 8 == 0) {
+        for (; i + 8 <= n; i += 8) {
+            const int byte = bits[(origin + i) >> 3];
+            for (int j = 0; j < 8; ++j) to[i + j] = byte >> j & 1 ? from[i + j] : 0.0f;
+        }
+    }
+    for (; i < n; ++i) to[i] = bits[(origin + i) >> 3] >> ((origin + i) & 7) & 1 ? from[i] : 0.0f;
+}
+
+SK_SIMD static void multiply(float* x, int64_t n, float factor) {
+    for (int64_t i = 0; i < n; ++i) x[i] *= factor;
+}
+
+}  // namespace sk::subset_adamw

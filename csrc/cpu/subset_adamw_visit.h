@@ -1,0 +1,135 @@
+// Where the kept entries of an item are, for every kind.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "subset_adamw.h"
+
+namespace sk::subset_adamw {
+
+constexpr int64_t kBlock = 1024;  // entries staged in L1 where they cannot be used in place
+
+// Visits kept entries in pieces of at most kBlock. `piece(param, grad, state, index, bits, n)` gets
+// the offsets of a run, or of the origin of `index` (n relative int32) where that is not null;
+// `row_done(row)` follows the last piece of a row where rows are summed.
+template <class Piece, class RowDone>
+void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&& row_done) {
+    const auto* index = static_cast<const int32_t*>(item.index);
+    const int64_t wide = item.columns;
+    const bool sums = item.sums() && wide > 1;
+    const auto run = [&](int64_t param, int64_t grad, int64_t state, int64_t n) {
+        for (int64_t i = 0; i < n; i += kBlock)
+            piece(param + i, grad + i, state + i, nullptr, std::min(kBlock, n - i));
+    };
+    switch (item.kind) {
+        case kAll:
+            if (!sums) return run(first, first, first, end - first);
+            for (int64_t r = first; r < end; ++r) {
+                run(r * wide, r * wide, r * wide, wide);
+                row_done(r);
+            }
+            return;
+        case kRows:
+            for (int64_t u = first; u < end;) {
+                const int64_t row = index[u];
+                int64_t next = u + 1;
+                if (!sums)
+                    while (next < end && index[next] == row + (next - u)) ++next;
+                run(row * wide, row * wide, u * wide, (next - u) * wide);
+                row_done(row);
+                u = next;
+            }
+            return;
+        case kTouched:
+            for (int64_t u = first; u < end; ++u) {
+                const int64_t row = index[u];
+                if (row < 0) continue;
+                run(row * wide, u * wide, row * wide, wide);
+                row_done(row);
+            }
+            return;
+        case kColumns:
+            for (int64_t r = first; r < end; ++r) {
+                for (int64_t i = 0; i < item.units; i += kBlock)
+                    piece(r * wide, r * wide, r * item.units + i, index + i,
+                          std::min(kBlock, item.units - i));
+                row_done(r);
+            }
+            return;
+        case kBlocks: {
+            const int64_t across = wide / item.block_columns, high = item.block_rows;
+            if (!sums) {
+                for (int64_t u = first; u < end; ++u)
+                    for (int64_t i = 0; i < high; ++i) {
+                        const int64_t place = (index[u] / across * high + i) * wide +
+                                              index[u] % across * item.block_columns;
+                        run(place, place, (u * high + i) * item.block_columns, item.block_columns);
+                    }
+                return;
+            }
+            const auto* stop = index + item.units;
+            const auto* u = std::lower_bound(index, stop, first * across);
+            for (int64_t b = first; b < end; ++b) {
+                const auto* next = std::lower_bound(u, stop, (b + 1) * across);
+                for (int64_t i = 0; i < high && u != next; ++i) {
+                    for (const auto* block = u; block != next; ++block) {
+                        const int64_t place =
+                            (b * high + i) * wide + *block % across * item.block_columns;
+                        run(place, place, ((block - index) * high + i) * item.block_columns,
+                            item.block_columns);
+                    }
+                    row_done(b * high + i);
+                }
+                u = next;
+            }
+            return;
+        }
+        default:
+            break;
+    }
+    const auto* bits = static_cast<const uint8_t*>(item.index);
+    const auto kept = [&](int64_t entry) { return bits[entry >> 3] >> (entry & 7) & 1; };
+    const int64_t unit = sums ? wide : kSpan;
+    const int64_t stop = std::min(end * unit, item.rows * wide);
+    int64_t rank = 0;
+    if (item.kind == kElements && first * unit < stop) {
+        const int64_t start = first * unit, span = start / kSpan;
+        rank = item.offsets[span];
+        for (int64_t e = span * kSpan; e < start;) {
+            if (e % 8 == 0 && e + 8 <= start) {
+                rank += __builtin_popcount(bits[e >> 3]);
+                e += 8;
+            } else {
+                rank += kept(e++);
+            }
+        }
+    }
+    int32_t list[kBlock];
+    for (int64_t begin = first * unit; begin < stop; begin += unit) {
+        const int64_t limit = std::min(begin + unit, stop);
+        for (int64_t e = begin; e < limit; e += kBlock) {
+            const int64_t n = std::min(kBlock, limit - e);
+            if (item.kind == kMasked) {
+                piece(e, e, e, nullptr, n);
+                continue;
+            }
+            int64_t found = 0;
+            for (int64_t i = 0; i < n;) {
+                if ((e + i) % 8 == 0 && i + 8 <= n) {
+                    for (unsigned byte = bits[(e + i) >> 3]; byte; byte &= byte - 1)
+                        list[found++] = static_cast<int32_t>(i + __builtin_ctz(byte));
+                    i += 8;
+                } else {
+                    list[found] = static_cast<int32_t>(i);
+                    found += kept(e + i++);
+                }
+            }
+            if (found) piece(e, e, rank, list, found);
+            rank += found;
+        }
+        if (sums) row_done(begin / wide);
+    }
+}
+
+}  // namespace sk::subset_adamw

@@ -1,0 +1,139 @@
+"""Measure on the user's device at which density dense gets faster, for ``backend="auto"``."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sensikernels import dispatch
+from sensikernels.dispatch import BreakEven
+from sensikernels.layouts import Layout, layout_of, pack
+from sensikernels.ops.masked_linear import masked_linear
+from sensikernels.ops.selective_linear import selective_linear
+
+IN, OUT = 768, 3072
+DENSITIES = (0.25, 0.5, 0.75, 0.9)
+BLOCKS = (32, 64, 128)
+TOKENS = (1, 128, 1024)
+ROUNDS = 7
+
+
+def tune(
+    device: torch.device | str = "cpu",
+    path: Path | None = None,
+    *,
+    tokens: Sequence[int] = TOKENS,
+    progress: Callable[[str], object] = lambda _: None,
+) -> Path:
+    """Measure every kind of layer, forward and backward, and write the table; returns its path.
+
+    ``path`` defaults to the user's own table, which ``auto`` prefers to the one shipped. A few
+    minutes; nothing else should run meanwhile.
+    """
+    target = path or dispatch.USER_TABLES / f"{dispatch.device_key(device)}.json"
+    kind = torch.device(device).type
+    dtypes = (torch.float32, torch.bfloat16)
+    points = [("packed", 0), *product(("block-sparse", "selective"), BLOCKS)]
+    table = []
+    for (name, block), dtype, n in product(points, dtypes, tokens):
+        progress(f"{name} {block or ''} {str(dtype).removeprefix('torch.')} {n} tokens")
+        limit = _break_even(name, block, dtype, n, torch.device(device))
+        table.append(
+            BreakEven(
+                kind=name,
+                dtype=str(dtype).removeprefix("torch."),
+                block=block,
+                tokens=n,
+                density=round(limit, 3),
+            )
+        )
+    facts = {
+        "device": dispatch.device_key(device),
+        "threads": torch.get_num_threads() if kind == "cpu" else None,
+        "torch": torch.__version__,
+        "shape": [OUT, IN],
+    }
+    dispatch.write_table(target, table, facts)
+    return target
+
+
+def _break_even(
+    kind: str, block: int, dtype: torch.dtype, tokens: int, device: torch.device
+) -> float:
+    """Where the line through the measured ratios crosses 1, between 0 and 1."""
+    last = (0.0, float("inf"))
+    for density in DENSITIES:
+        ratio = _ratio(kind, block, dtype, tokens, density, device)
+        if ratio < 1:
+            below, above = last
+            if above == float("inf"):
+                return density * ratio
+            return below + (density - below) * (above - 1) / (above - ratio)
+        last = (density, ratio)
+    return 1.0
+
+
+def _ratio(
+    kind: str, block: int, dtype: torch.dtype, tokens: int, density: float, device: torch.device
+) -> float:
+    """Time of the dense form over time of the sparse one, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (block, block) if block else (1, IN)
+    size = [-(-n // b) for n, b in zip((OUT, IN), shape, strict=True)]
+    grid = torch.rand(size, generator=generator) < density
+    layout = layout_of(grid.to(device), shape, (OUT, IN))
+    weight, x, dy = (
+        torch.randn(s, generator=generator).to(device, dtype)
+        for s in ((OUT, IN), (tokens, IN), (tokens, OUT))
+    )
+    values, x = pack(weight, layout).clone().requires_grad_(), x.requires_grad_()
+    fast = "native" if device.type == "cpu" else "triton"
+    if kind == "selective":
+        mine, dense = (_selective(layout, x, weight, values, dy, f) for f in (fast, "torch"))
+    else:
+        mine, dense = (_masked(layout, x, values, dy, name) for name in (fast, "reference"))
+    return _faster(mine, dense, device)
+
+
+def _masked(
+    layout: Layout, x: Tensor, values: Tensor, dy: Tensor, backend: str
+) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(
+        masked_linear(x, values, layout, backend=backend), (x, values), dy
+    )
+
+
+def _selective(
+    layout: Layout, x: Tensor, weight: Tensor, values: Tensor, dy: Tensor, form: str
+) -> Callable[[], object]:
+    """Only the gradient of the values differs between the forms."""
+    if form == "torch":
+        return lambda: pack(dy.T @ x.detach(), layout)
+    y = selective_linear(x.detach(), weight, values, layout, backend=form)
+    return lambda: torch.autograd.grad(y, values, dy, retain_graph=True)
+
+
+def _faster(mine: Callable[[], object], dense: Callable[[], object], device: torch.device) -> float:
+    ratios = []
+    for turn in range(ROUNDS + 1):
+        times = []
+        for run in (mine, dense):
+            _synchronize(device)
+            start = time.perf_counter()
+            run()
+            _synchronize(device)
+            times.append(time.perf_counter() - start)
+        if turn:
+            ratios.append(times[1] / times[0])
+    return statistics.median(ratios)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
