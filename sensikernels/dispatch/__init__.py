@@ -104,7 +104,8 @@ def _break_even(
     table, source = load(device_key(device))
     name = str(dtype).removeprefix("torch.")
     near = [entry for entry in table if entry.kind == kind and entry.dtype == name]
-    if near:
+    # A table of the compiled kernels says nothing of the path taken without them.
+    if near and (kind == "packed" or device != "cpu" or _blocks.uses_native(dtype)):
         best = min(
             near,
             key=lambda e: (

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sensikernels._checks import require, require_one_of
 from sensikernels._progress import track
 from sensikernels.criteria import UnitTap, tap, unit_sums
+from sensikernels.hf.dropout import fast_attention
 from sensikernels.hf.targets import encoder_layers, structure
 from sensikernels.masks.scores import Scores
 from sensikernels.masks.structure import Coupling, Structure
@@ -49,7 +50,7 @@ def sensitivity(
     require_one_of(criterion, "criterion", CRITERIA)
     parts = structure(model, granularity)
     meter = _Meter(batches, f"sensitivity ({criterion})", _device(model))
-    with _left_as_it_was(model):
+    with _left_as_it_was(model), fast_attention(model):
         if criterion == "magnitude":
             values = unit_sums(parts.couplings, _weights(model, parts), None, "sum_abs_weight")
             statistic, length = "sum_abs_weight", 128.0

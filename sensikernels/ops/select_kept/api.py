@@ -158,9 +158,7 @@ def select_kept(
     limit = torch.as_tensor(budget, dtype=torch.float64, device=device)
     # A count of single units, or on a device a count at all: every chunk costs the same.
     equal = k is not None and kinds is None and (multiple == 1 or scores.is_cuda)
-    bits = reference.keep_within_budget(
-        chunks, ranking, limit, prefix=multiple != 1, equal=equal
-    )
+    bits = reference.keep_within_budget(chunks, ranking, limit, prefix=multiple != 1, equal=equal)
     return reference.to_kept(bits, segments, count)
 
 

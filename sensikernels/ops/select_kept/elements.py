@@ -173,9 +173,7 @@ def select_elements(
         end += -(-size // (8 * ALIGN)) * ALIGN
     code = list(SCORES).index(score)
     if name != "reference":
-        arena, threshold, counts = ops.launch(
-            tensors, pairs, offsets, end, wanted, code
-        )
+        arena, threshold, counts = ops.launch(tensors, pairs, offsets, end, wanted, code)
     else:
         arena, threshold, counts = _reference(
             tensors, pairs, offsets, end, wanted, SCORES[score], scope == "per_tensor"

@@ -34,6 +34,4 @@ def select_elements(
     counts: Tensor,
 ) -> None:
     """Exact counts, ties to the lowest entry; one count for all tensors or one each."""
-    _native.ops().select_elements(
-        tensors, grads, offsets, k, score, arena, threshold, counts
-    )
+    _native.ops().select_elements(tensors, grads, offsets, k, score, arena, threshold, counts)

@@ -66,9 +66,7 @@ def rank_units(keys: Tensor, segments: Tensor | None, n_segments: int) -> Rankin
     return Ranking(units=units, segment=segment, rank=rank, size=sizes[segment])
 
 
-def keep_per_segment(
-    ranking: Ranking, k: Tensor, minimum: Tensor, multiple: Tensor
-) -> Tensor:
+def keep_per_segment(ranking: Ranking, k: Tensor, minimum: Tensor, multiple: Tensor) -> Tensor:
     """Bits of the best ``k[segment]`` of every segment, rounded down to chunks."""
     wanted = k[ranking.segment].clamp(min=0)
     wanted = torch.minimum(wanted, ranking.size)
