@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ def label(point: tuple[Case, str]) -> str:
 
 
 @pytest.mark.parametrize("point", POINTS, ids=label)
-def test_linear(point: tuple[Case, str], benchmark: Callable[..., Any]):
+def test_linear(point: tuple[Case, str], benchmark: Any) -> None:
     case, name = point
     run = _contestants(case, DEVICE)[name]
     run()

@@ -12,10 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sensikernels.hf import apply as apply
-    from sensikernels.hf import compact as compact
-    from sensikernels.hf import restore as restore
-    from sensikernels.hf import sensitivity as sensitivity
+    from sensikernels.hf.compact import compact as compact
+    from sensikernels.hf.sensitivity import sensitivity as sensitivity
+    from sensikernels.hf.swap import apply as apply
+    from sensikernels.hf.swap import restore as restore
     from sensikernels.masks import Budget as Budget
     from sensikernels.masks import Mask as Mask
     from sensikernels.masks import Plan as Plan

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sensikernels import _native
+from sensikernels._columns import launcher
 from sensikernels.layouts import BlockLayout
 
 
@@ -33,7 +34,7 @@ def uses_native(dtype: torch.dtype) -> bool:
 def forward(x: Tensor, values: Tensor, layout: BlockLayout, bias: Tensor | None) -> Tensor:
     """``x [T, in_width]`` times the transposed weight, plus bias: ``[T, out_width]``."""
     if uses_native(x.dtype):
-        return _native.ops().block_forward(
+        return launcher("block_forward")(
             x.contiguous(), values.contiguous(), layout.row_ptr, layout.col_idx, bias,
             layout.out_width,
         )  # fmt: skip
@@ -51,7 +52,7 @@ def forward(x: Tensor, values: Tensor, layout: BlockLayout, bias: Tensor | None)
 def grad_input(dy: Tensor, values: Tensor, layout: BlockLayout) -> Tensor:
     """``dy [T, out_width]`` times the weight: ``[T, in_width]``."""
     if uses_native(dy.dtype):
-        return _native.ops().block_grad_input(
+        return launcher("block_grad_input")(
             dy.contiguous(), values.contiguous(), layout.row_ptr_t, layout.row_idx_t,
             layout.perm_t, layout.in_width,
         )  # fmt: skip
@@ -68,7 +69,7 @@ def grad_input(dy: Tensor, values: Tensor, layout: BlockLayout) -> Tensor:
 def grad_values(dy: Tensor, x: Tensor, layout: BlockLayout) -> Tensor:
     """The kept blocks of ``dy^T @ x``, padding zero: ``[n_blocks, bm, bn]``."""
     if uses_native(dy.dtype):
-        return _native.ops().block_grad_values(
+        return launcher("block_grad_values")(
             dy.contiguous(), x.contiguous(), layout.row_idx, layout.col_idx,
             *layout.block_shape,
         )  # fmt: skip

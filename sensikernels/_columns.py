@@ -6,6 +6,9 @@ they feed); the compiled extension moves them at memory speed.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,22 @@ _LIB = torch.library.Library("sensikernels", "FRAGMENT")
 _LIB.define("gather_columns(Tensor x, Tensor index) -> Tensor")
 _LIB.define("scatter_columns(Tensor x, Tensor index, int width, Tensor? fill) -> Tensor")
 
+@cache
+def launcher(name: str) -> Any:
+    """A launcher of the compiled extension."""
+    return getattr(_native.ops(), name).default
+
+
+def unwatched(x: Tensor) -> bool:
+    """True if nothing traces, fakes or counts operators: a launcher may be called past its own."""
+    return (
+        type(x) in _PLAIN
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.compiler.is_compiling()
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,13 +48,13 @@ def _scatter_torch(x: Tensor, index: Tensor, width: int, fill: Tensor | None) ->
 
 def _gather_cpu(x: Tensor, index: Tensor) -> Tensor:
     if x.dtype in _NATIVE_DTYPES and _native.available():
-        return _native.ops().gather_columns(x.contiguous(), index)
+        return launcher("gather_columns")(x.contiguous(), index)
     return _gather_torch(x, index)
 
 
 def _scatter_cpu(x: Tensor, index: Tensor, width: int, fill: Tensor | None) -> Tensor:
     if x.dtype in _NATIVE_DTYPES and _native.available():
-        return _native.ops().scatter_columns(x.contiguous(), index, width, fill)
+        return launcher("scatter_columns")(x.contiguous(), index, width, fill)
     return _scatter_torch(x, index, width, fill)
 
 
@@ -62,9 +81,17 @@ def matrix(x: Tensor) -> Tensor:
 
 def gather(x: Tensor, index: Tensor | None) -> Tensor:
     """``x[:, index]`` of a matrix; ``x`` itself without an index. ``index`` is ascending int32."""
-    return x if index is None else torch.ops.sensikernels.gather_columns(x, index)
+    if index is None:
+        return x
+    if x.is_cpu and unwatched(x):
+        return _gather_cpu(x, index)
+    return torch.ops.sensikernels.gather_columns(x, index)
 
 
 def scatter(x: Tensor, index: Tensor | None, width: int, fill: Tensor | None = None) -> Tensor:
     """``[T, width]`` with ``x`` at columns ``index``, ``fill [width]`` (zero) in the others."""
-    return x if index is None else torch.ops.sensikernels.scatter_columns(x, index, width, fill)
+    if index is None:
+        return x
+    if x.is_cpu and unwatched(x):
+        return _scatter_cpu(x, index, width, fill)
+    return torch.ops.sensikernels.scatter_columns(x, index, width, fill)

@@ -7,7 +7,7 @@ inverse on them and both differentiable.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -15,6 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sensikernels._checks import require
+
+
+def _derived() -> Any:
+    """A field that follows from the others: computed once, for it is read in every call."""
+    return field(init=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,40 +37,34 @@ class PackedLayout:
     compact_input: bool = False
     compact_output: bool = False
 
-    @property
-    def values_shape(self) -> tuple[int, ...]:
-        """``(kept_out, kept_in)``."""
-        return _count(self.rows, self.shape[0]), _count(self.columns, self.shape[1])
+    values_shape: tuple[int, ...] = _derived()
+    """``(kept_out, kept_in)``."""
+    in_width: int = _derived()
+    """Features the layer reads."""
+    out_width: int = _derived()
+    """Features the layer writes."""
+    gather_columns: Tensor | None = _derived()
+    """Columns of the input to read; None: it is used as it comes."""
+    scatter_rows: Tensor | None = _derived()
+    """Columns of the output to write; None: it is written as it comes."""
+    direct: bool = _derived()
+    """Nothing to gather or scatter: the layer is a plain linear on ``values``."""
+    kept_entries: int = _derived()
+    """Weight entries kept."""
 
-    @property
-    def in_width(self) -> int:
-        """Features the layer reads."""
-        return self.values_shape[1] if self.compact_input else self.shape[1]
-
-    @property
-    def out_width(self) -> int:
-        """Features the layer writes."""
-        return self.values_shape[0] if self.compact_output else self.shape[0]
-
-    @property
-    def gather_columns(self) -> Tensor | None:
-        """Columns of the input to read; None: it is used as it comes."""
-        return None if self.compact_input else self.columns
-
-    @property
-    def scatter_rows(self) -> Tensor | None:
-        """Columns of the output to write; None: it is written as it comes."""
-        return None if self.compact_output else self.rows
-
-    @property
-    def direct(self) -> bool:
-        """Nothing to gather or scatter: the layer is a plain linear on ``values``."""
-        return self.gather_columns is None and self.scatter_rows is None
-
-    @property
-    def kept_entries(self) -> int:
-        """Weight entries kept."""
-        return self.values_shape[0] * self.values_shape[1]
+    def __post_init__(self) -> None:
+        height, width = _count(self.rows, self.shape[0]), _count(self.columns, self.shape[1])
+        gather = None if self.compact_input else self.columns
+        scatter = None if self.compact_output else self.rows
+        vars(self).update(
+            values_shape=(height, width),
+            in_width=width if self.compact_input else self.shape[1],
+            out_width=height if self.compact_output else self.shape[0],
+            gather_columns=gather,
+            scatter_rows=scatter,
+            direct=gather is None and scatter is None,
+            kept_entries=height * width,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,30 +100,26 @@ class BlockLayout:
     compact_input: bool = False
     compact_output: bool = False
 
-    @property
-    def n_blocks(self) -> int:
-        """Kept blocks."""
-        return self.col_idx.shape[0]
+    n_blocks: int = _derived()
+    """Kept blocks."""
+    grid_shape: tuple[int, int] = _derived()
+    """``(R, C)``: block rows and block columns the layer sees."""
+    values_shape: tuple[int, ...] = _derived()
+    """``(n_blocks, bm, bn)``."""
+    in_width: int = _derived()
+    """Features the layer reads."""
+    out_width: int = _derived()
+    """Features the layer writes."""
 
-    @property
-    def grid_shape(self) -> tuple[int, int]:
-        """``(R, C)``: block rows and block columns the layer sees."""
-        return self.row_ptr.shape[0] - 1, self.row_ptr_t.shape[0] - 1
-
-    @property
-    def values_shape(self) -> tuple[int, ...]:
-        """``(n_blocks, bm, bn)``."""
-        return self.n_blocks, self.block_shape[0], self.block_shape[1]
-
-    @property
-    def in_width(self) -> int:
-        """Features the layer reads."""
-        return _count(self.columns, self.shape[1])
-
-    @property
-    def out_width(self) -> int:
-        """Features the layer writes."""
-        return _count(self.rows, self.shape[0])
+    def __post_init__(self) -> None:
+        n_blocks = self.col_idx.shape[0]
+        vars(self).update(
+            n_blocks=n_blocks,
+            grid_shape=(self.row_ptr.shape[0] - 1, self.row_ptr_t.shape[0] - 1),
+            values_shape=(n_blocks, *self.block_shape),
+            in_width=_count(self.columns, self.shape[1]),
+            out_width=_count(self.rows, self.shape[0]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,7 +168,7 @@ def density(layout: Layout) -> float:
 
 def to_device(layout: Layout, device: torch.device | str) -> Layout:
     """The same layout with its index tensors on ``device``."""
-    values = {f.name: getattr(layout, f.name) for f in fields(layout)}
+    values = {f.name: getattr(layout, f.name) for f in fields(layout) if f.init}
     moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
     return replace(layout, **moved)
 

@@ -25,6 +25,10 @@ hypothesis.settings.load_profile("suite")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--glue-data", metavar="DIR", help="folder that holds SST-2/, MRPC/, …")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "interpret" in item.keywords and not INTERPRETING:

@@ -3,6 +3,7 @@
 // A chunk's partial sums depend on the chunk alone and groups add them in a fixed order, so the
 // result has the same bits for any number of threads.
 #include "checks.h"
+#include "cpu/lanes.h"
 
 #include <algorithm>
 #include <array>
@@ -10,23 +11,18 @@
 #include <cstring>
 #include <optional>
 
-// Vectors are passed between functions of one build only.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 #define SK_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define SK_INLINE inline __attribute__((always_inline))
 
 namespace {
 
-using sk::ScalarType;
-using sk::Tensor;
+using namespace sk;
 
 enum Statistic { kAbsWG, kWG, kWG2, kG2, kAbsG, kW2, kAbsW, kMaxG, kStatistics };
 enum Kind : int64_t { kRowSums, kColumnSums, kGather };
-enum Type : int64_t { kFloat, kBFloat16, kHalf };
 
 struct Descriptor {
-    int64_t weight, grad, weight_stride, grad_stride, weight_type, grad_type;
+    const void *weight, *grad;
+    int64_t weight_stride, grad_stride, weight_type, grad_type;
 };
 
 struct Chunk {
@@ -36,88 +32,44 @@ struct Chunk {
 constexpr int64_t kTile = 512;    // elements converted, and summed lane by lane, at a time
 constexpr int64_t kBlock = 4096;  // elements summed in float before a total in double
 constexpr int64_t kStrip = 2048;  // columns of a strip, as in table.py
-constexpr int kLanes = 16;
-
-typedef float Vec __attribute__((vector_size(kLanes * 4)));
-typedef int32_t Bits __attribute__((vector_size(kLanes * 4)));
-typedef float UnalignedVec __attribute__((vector_size(kLanes * 4), aligned(4)));
-
-SK_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
-SK_INLINE void store(float* p, const Vec& v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
-SK_INLINE Vec magnitude(const Vec& v) { return (Vec)((Bits)v & 0x7fffffff); }
-
-// On magnitudes: the order of the bits is the order of the values, with NaN above infinity.
-SK_INLINE Vec larger(const Vec& a, const Vec& b) {
-    return (Vec)((Bits)a > (Bits)b ? (Bits)a : (Bits)b);
-}
-
-SK_INLINE float larger(float a, float b) {
-    int32_t x, y;
-    std::memcpy(&x, &a, 4);
-    std::memcpy(&y, &b, 4);
-    return x > y ? a : b;
-}
-
 SK_INLINE Vec term(int statistic, const Vec& w, const Vec& g) {
     switch (statistic) {
-        case kAbsWG: return magnitude(w * g);
-        case kWG: return w * g;
-        case kWG2: return (w * g) * (w * g);
-        case kG2: return g * g;
-        case kAbsG: return magnitude(g);
-        case kW2: return w * w;
-        case kAbsW: return magnitude(w);
-        default: return magnitude(g);
+        case kAbsWG:
+            return magnitude(w * g);
+        case kWG:
+            return w * g;
+        case kWG2:
+            return (w * g) * (w * g);
+        case kG2:
+            return g * g;
+        case kAbsG:
+            return magnitude(g);
+        case kW2:
+            return w * w;
+        case kAbsW:
+            return magnitude(w);
+        default:
+            return magnitude(g);
     }
-}
-
-SK_INLINE float half_to_float(uint16_t h) {
-    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, body = (uint32_t)(h & 0x7fff) << 13;
-    const uint32_t normal = body + (112u << 23);
-    const uint32_t special = body | 0x7f800000u;
-    uint32_t shifted = body + (113u << 23), base = 113u << 23;
-    float a, b;
-    std::memcpy(&a, &shifted, 4);
-    std::memcpy(&b, &base, 4);
-    a -= b;  // subnormal halves
-    uint32_t small;
-    std::memcpy(&small, &a, 4);
-    uint32_t bits = body < (1u << 23) ? small : (body >= (31u << 23) ? special : normal);
-    bits |= sign;
-    std::memcpy(&a, &bits, 4);
-    return a;
-}
-
-// float32 at `first` elements from `base`: in place, or converted into `scratch`.
-SK_INLINE const float* as_float(
-    int64_t base, int64_t type, int64_t first, int64_t n, float* __restrict scratch) {
-    if (type == kFloat) return reinterpret_cast<const float*>(base) + first;
-    const uint16_t* source = reinterpret_cast<const uint16_t*>(base) + first;
-    if (type == kBFloat16) {
-        uint32_t* bits = reinterpret_cast<uint32_t*>(scratch);
-        for (int64_t i = 0; i < n; ++i) bits[i] = (uint32_t)source[i] << 16;
-    } else {
-        for (int64_t i = 0; i < n; ++i) scratch[i] = half_to_float(source[i]);
-    }
-    return scratch;
 }
 
 // Two accumulators per statistic hide the latency of the additions.
-SK_INLINE void accumulate(
-    unsigned mask, const float* w, const float* g, int64_t n, Vec (&acc)[kStatistics][2]) {
-#define SK_EACH(STATISTIC)                                                           \
-    if (mask >> STATISTIC & 1) {                                                     \
-        if constexpr (STATISTIC == kMaxG) {                                          \
+SK_INLINE void accumulate(unsigned mask, const float* w, const float* g, int64_t n,
+                          Vec (&acc)[kStatistics][2]) {
+#define SK_EACH(STATISTIC)                                                                       \
+    if (mask >> STATISTIC & 1) {                                                                 \
+        if constexpr (STATISTIC == kMaxG) {                                                      \
             acc[STATISTIC][0] = larger(acc[STATISTIC][0], larger(magnitude(g0), magnitude(g2))); \
             acc[STATISTIC][1] = larger(acc[STATISTIC][1], larger(magnitude(g1), magnitude(g3))); \
-        } else {                                                                     \
-            acc[STATISTIC][0] += term(STATISTIC, w0, g0) + term(STATISTIC, w2, g2);  \
-            acc[STATISTIC][1] += term(STATISTIC, w1, g1) + term(STATISTIC, w3, g3);  \
-        }                                                                            \
+        } else {                                                                                 \
+            acc[STATISTIC][0] += term(STATISTIC, w0, g0) + term(STATISTIC, w2, g2);              \
+            acc[STATISTIC][1] += term(STATISTIC, w1, g1) + term(STATISTIC, w3, g3);              \
+        }                                                                                        \
     }
-#define SK_ALL                                                                       \
-    SK_EACH(kAbsWG) SK_EACH(kWG) SK_EACH(kWG2) SK_EACH(kG2)                          \
-    SK_EACH(kAbsG) SK_EACH(kW2) SK_EACH(kAbsW) SK_EACH(kMaxG)
+#define SK_ALL      \
+    SK_EACH(kAbsWG) \
+    SK_EACH(kWG)    \
+    SK_EACH(kWG2) SK_EACH(kG2) SK_EACH(kAbsG) SK_EACH(kW2) SK_EACH(kAbsW) SK_EACH(kMaxG)
     int64_t i = 0;
     for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
         const Vec w0 = load(w + i), w1 = load(w + i + 16), w2 = load(w + i + 32),
@@ -138,39 +90,17 @@ SK_INLINE void accumulate(
 #undef SK_EACH
 }
 
-template <int half>
-SK_INLINE Vec exchange(const Vec& v) {
-    Bits from;
-    for (int i = 0; i < kLanes; ++i) from[i] = i ^ half;
-    return __builtin_shuffle(v, from);
-}
-
-SK_INLINE float fold(Vec v) {
-    v += exchange<8>(v);
-    v += exchange<4>(v);
-    v += exchange<2>(v);
-    v += exchange<1>(v);
-    return v[0];
-}
-
-SK_INLINE float fold_larger(Vec v) {
-    v = larger(v, exchange<8>(v));
-    v = larger(v, exchange<4>(v));
-    v = larger(v, exchange<2>(v));
-    v = larger(v, exchange<1>(v));
-    return v[0];
-}
-
 // Lanes are summed per tile before they are added up, so that no chain of additions gets long.
-SK_INLINE void add_tile(
-    unsigned mask, const float* w, const float* g, int64_t n, Vec (&sum)[kStatistics]) {
+SK_INLINE void add_tile(unsigned mask, const float* w, const float* g, int64_t n,
+                        Vec (&sum)[kStatistics]) {
     Vec acc[kStatistics][2] = {};
     accumulate(mask, w, g, n, acc);
     for (int s = 0; s < kMaxG; ++s) sum[s] += acc[s][0] + acc[s][1];
     sum[kMaxG] = larger(sum[kMaxG], larger(acc[kMaxG][0], acc[kMaxG][1]));
 }
 
-SK_INLINE void fold_all(unsigned mask, const Vec (&sum)[kStatistics], double (&total)[kStatistics]) {
+SK_INLINE void fold_all(unsigned mask, const Vec (&sum)[kStatistics],
+                        double (&total)[kStatistics]) {
     for (int s = 0; s < kMaxG; ++s)
         if (mask >> s & 1) total[s] += fold(sum[s]);
     if (mask >> kMaxG & 1) total[kMaxG] = larger((float)total[kMaxG], fold_larger(sum[kMaxG]));
@@ -211,8 +141,8 @@ SK_SIMD void row_sums(const Work& work, const Chunk& c) {
 
 // Adds the terms of up to four rows to the running column sums of one statistic.
 template <int statistic>
-SK_INLINE void add_rows(
-    const float* const (&w)[4], const float* const (&g)[4], int rows, int64_t n, float* acc) {
+SK_INLINE void add_rows(const float* const (&w)[4], const float* const (&g)[4], int rows, int64_t n,
+                        float* acc) {
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
         Vec t[4] = {};
@@ -230,18 +160,25 @@ SK_INLINE void add_rows(
         }
 }
 
-SK_INLINE void add_rows_of(
-    int statistic, const float* const (&w)[4], const float* const (&g)[4], int rows, int64_t n,
-    float* acc) {
+SK_INLINE void add_rows_of(int statistic, const float* const (&w)[4], const float* const (&g)[4],
+                           int rows, int64_t n, float* acc) {
     switch (statistic) {
-        case kAbsWG: return add_rows<kAbsWG>(w, g, rows, n, acc);
-        case kWG: return add_rows<kWG>(w, g, rows, n, acc);
-        case kWG2: return add_rows<kWG2>(w, g, rows, n, acc);
-        case kG2: return add_rows<kG2>(w, g, rows, n, acc);
-        case kAbsG: return add_rows<kAbsG>(w, g, rows, n, acc);
-        case kW2: return add_rows<kW2>(w, g, rows, n, acc);
-        case kAbsW: return add_rows<kAbsW>(w, g, rows, n, acc);
-        default: return add_rows<kMaxG>(w, g, rows, n, acc);
+        case kAbsWG:
+            return add_rows<kAbsWG>(w, g, rows, n, acc);
+        case kWG:
+            return add_rows<kWG>(w, g, rows, n, acc);
+        case kWG2:
+            return add_rows<kWG2>(w, g, rows, n, acc);
+        case kG2:
+            return add_rows<kG2>(w, g, rows, n, acc);
+        case kAbsG:
+            return add_rows<kAbsG>(w, g, rows, n, acc);
+        case kW2:
+            return add_rows<kW2>(w, g, rows, n, acc);
+        case kAbsW:
+            return add_rows<kAbsW>(w, g, rows, n, acc);
+        default:
+            return add_rows<kMaxG>(w, g, rows, n, acc);
     }
 }
 
@@ -331,8 +268,7 @@ void finish(const Finish& f, int slot, bool largest, int64_t begin, int64_t end)
         const float sum = (float)total;
         const int64_t at = slot * f.n_groups + j;
         f.out[at] = sum;
-        if (f.running)
-            f.running[at] = largest ? larger(f.running[at], sum) : f.running[at] + sum;
+        if (f.running) f.running[at] = largest ? larger(f.running[at], sum) : f.running[at] + sum;
         if (f.ema) f.ema[at] = f.decay * f.ema[at] + (1.0f - f.decay) * sum;
     }
 }
@@ -348,10 +284,9 @@ float* float_data(const std::optional<Tensor>& t, const char* name, int64_t slot
     return static_cast<float*>(t->data_ptr());
 }
 
-void group_reduce(
-    Tensor descriptors, Tensor chunks, Tensor starts, Tensor order, Tensor members,
-    int64_t statistics, Tensor partials, Tensor out, std::optional<Tensor> running,
-    std::optional<Tensor> ema, double decay) {
+void group_reduce(Tensor descriptors, Tensor chunks, Tensor starts, Tensor order, Tensor members,
+                  int64_t statistics, Tensor partials, Tensor out, std::optional<Tensor> running,
+                  std::optional<Tensor> ema, double decay) {
     for (const auto* t : {&descriptors, &chunks, &starts, &members}) {
         sk::check_cpu(*t, "table");
         sk::check_dtype(*t, "table", ScalarType::Long);
@@ -360,9 +295,9 @@ void group_reduce(
     sk::check_dtype(order, "order", ScalarType::Int);
     sk::check_size(chunks, "chunks", 1, sizeof(Chunk) / 8);
     sk::check_size(descriptors, "descriptors", 1, sizeof(Descriptor) / 8);
-    STD_TORCH_CHECK(
-        statistics > 0 && statistics < 1 << kStatistics, "statistics: expected bits of ",
-        (int)kStatistics, " statistics, got ", statistics);
+    STD_TORCH_CHECK(statistics > 0 && statistics < 1 << kStatistics,
+                    "statistics: expected bits of ", (int)kStatistics, " statistics, got ",
+                    statistics);
     const unsigned mask = (unsigned)statistics;
     const int slots = __builtin_popcount(mask);
     const int64_t groups = starts.numel() - 1, n_partials = partials.size(1);
@@ -393,9 +328,12 @@ void group_reduce(
         for (int64_t lane = begin; lane < end; ++lane)
             for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n_chunks;) {
                 const Chunk& c = work.chunks[i];
-                if (c.kind == kRowSums) row_sums(work, c);
-                else if (c.kind == kColumnSums) column_sums(work, c);
-                else gather(work, c);
+                if (c.kind == kRowSums)
+                    row_sums(work, c);
+                else if (c.kind == kColumnSums)
+                    column_sums(work, c);
+                else
+                    gather(work, c);
             }
     });
     for (int s = 0, slot = 0; s < kStatistics; ++s) {
@@ -407,41 +345,9 @@ void group_reduce(
     }
 }
 
-SK_SIMD int64_t xor_of(const int64_t* p, int64_t n) {
-    typedef int64_t Words __attribute__((vector_size(64), aligned(8)));
-    Words acc[4] = {};
-    const Words* v = reinterpret_cast<const Words*>(p);
-    for (int64_t i = 0; i < n / 32; ++i)
-        for (int u = 0; u < 4; ++u) acc[u] ^= v[4 * i + u];
-    acc[0] ^= acc[1] ^ acc[2] ^ acc[3];
-    int64_t all = 0;
-    for (int i = 0; i < 8; ++i) all ^= acc[0][i];
-    return all;
-}
-
-// Reads every byte and does nothing else: what the machine's memory gives, for the benchmarks.
-int64_t read_all(Tensor words) {
-    sk::check_cpu(words, "words");
-    sk::check_dtype(words, "words", ScalarType::Long);
-    sk::check_contiguous(words, "words");
-    const int64_t* p = static_cast<const int64_t*>(words.data_ptr());
-    constexpr int64_t kSlice = 1 << 15;
-    std::atomic<int64_t> all{0}, next{0};
-    const int64_t slices = (words.numel() + kSlice - 1) / kSlice;
-    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t b, int64_t e) {
-        int64_t mine = 0;
-        for (int64_t lane = b; lane < e; ++lane)
-            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < slices;)
-                mine ^= xor_of(p + i * kSlice, std::min(kSlice, words.numel() - i * kSlice));
-        all.fetch_xor(mine, std::memory_order_relaxed);
-    });
-    return all.load();
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sensikernels_native, m) {
-    m.def("read_all(Tensor words) -> int");
     m.def(
         "group_reduce(Tensor descriptors, Tensor chunks, Tensor starts, Tensor order, "
         "Tensor members, int statistics, Tensor(a!) partials, Tensor(b!) out, "
@@ -450,5 +356,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sensikernels_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sensikernels_native, CPU, m) {
     m.impl("group_reduce", TORCH_BOX(&group_reduce));
-    m.impl("read_all", TORCH_BOX(&read_all));
 }

@@ -4,6 +4,7 @@
 // entries inside it; those are then ranked. If the bracket misses (or ties overflow the lists) the
 // keys are counted digit by digit instead, in four more passes. Both give the same, exact answer.
 #include "checks.h"
+#include "cpu/select_scan.h"
 
 #include <algorithm>
 #include <array>
@@ -12,225 +13,17 @@
 #include <cstring>
 #include <functional>
 #include <limits>
-#include <memory>
 #include <vector>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#define SK_INLINE inline __attribute__((always_inline))
 
 namespace {
 
 using sk::ScalarType;
 using sk::Tensor;
 
-enum Score : int64_t { kValue, kAbsValue, kAbsWG, kGradSquared, kScores };
-enum Type : int64_t { kFloat, kBFloat16, kHalf };
-
-constexpr int64_t kPiece = 1 << 15;   // entries a thread takes at a time
-constexpr int64_t kTile = 512;        // entries scored at a time; a multiple of 64
+constexpr int64_t kPiece = 1 << 15;  // entries a thread takes at a time
 constexpr int64_t kSamples = 1 << 16;
-constexpr int64_t kSmall = 1 << 14;   // fewer entries are counted at once, without a sample
-constexpr double kSigmas = 3.5;       // half the bracket, in standard deviations of a sample
-
-struct Source {
-    const void *value, *grad;
-    int64_t value_type, grad_type, numel;
-    uint8_t* bits;
-};
-
-// Keys order as scores do: NaN is 0, then -inf, ..., -0 = +0, ..., +inf.
-SK_INLINE uint32_t key_of(float score) {
-    score += 0.0f;
-    uint32_t bits;
-    std::memcpy(&bits, &score, 4);
-    const uint32_t key = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return (bits & 0x7fffffffu) > 0x7f800000u ? 0 : key;
-}
-
-SK_INLINE float score_of(uint32_t key) {
-    const uint32_t bits = key == 0 ? 0x7fc00000u : key >> 31 ? key & 0x7fffffffu : ~key;
-    float score;
-    std::memcpy(&score, &bits, 4);
-    return score;
-}
-
-SK_INLINE float half_to_float(uint16_t h) {
-    const uint32_t body = (uint32_t)(h & 0x7fff) << 13;
-    uint32_t shifted = body + (113u << 23), base = 113u << 23, small;
-    float a, b;
-    std::memcpy(&a, &shifted, 4);
-    std::memcpy(&b, &base, 4);
-    a -= b;  // subnormal halves
-    std::memcpy(&small, &a, 4);
-    uint32_t bits = body < (1u << 23) ? small
-                    : body >= (31u << 23) ? body | 0x7f800000u : body + (112u << 23);
-    bits |= (uint32_t)(h & 0x8000) << 16;
-    std::memcpy(&a, &bits, 4);
-    return a;
-}
-
-SK_INLINE const float* as_float(
-    const void* base, int64_t type, int64_t first, int64_t n, float* __restrict scratch) {
-    if (type == kFloat) return static_cast<const float*>(base) + first;
-    const uint16_t* source = static_cast<const uint16_t*>(base) + first;
-    if (type == kBFloat16) {
-        uint32_t* bits = reinterpret_cast<uint32_t*>(scratch);
-        for (int64_t i = 0; i < n; ++i) bits[i] = (uint32_t)source[i] << 16;
-    } else {
-        for (int64_t i = 0; i < n; ++i) scratch[i] = half_to_float(source[i]);
-    }
-    return scratch;
-}
-
-struct Scratch {
-    alignas(64) float value[kTile], grad[kTile], score[kTile];
-};
-
-// Scores of n <= kTile entries from `first`: in place for plain float32 values.
-SK_INLINE const float* score_tile(
-    const Source& s, int64_t score, int64_t first, int64_t n, Scratch& scratch) {
-    const float* v = as_float(s.value, s.value_type, first, n, scratch.value);
-    if (score == kValue) return v;
-    const float* g = score == kAbsValue ? v
-                     : as_float(s.grad, s.grad_type, first, n, scratch.grad);
-    float* __restrict out = scratch.score;
-    if (score == kAbsValue)
-        for (int64_t i = 0; i < n; ++i) out[i] = __builtin_fabsf(v[i]);
-    else if (score == kAbsWG)
-        for (int64_t i = 0; i < n; ++i) out[i] = __builtin_fabsf(v[i] * g[i]);
-    else
-        for (int64_t i = 0; i < n; ++i) out[i] = g[i] * g[i];
-    return out;
-}
-
-struct Piece {
-    const Source* source;
-    int64_t first, n;
-};
-
-// Entries inside the bracket, as one thread met them; pages are touched as they are needed.
-struct Inside {
-    std::unique_ptr<uint32_t[]> bits, at;  // of the score; within the piece
-    int64_t size = 0;
-
-    void allocate(int64_t capacity) {
-        bits.reset(new uint32_t[capacity]);
-        at.reset(new uint32_t[capacity]);
-    }
-};
-
-struct Found {
-    int thread = 0;
-    int64_t begin = 0, count = 0, above = 0, ties = 0;
-};
-
-struct Bracket {
-    float low, high;
-};
-
-void note(Inside& inside, const float* scores, uint64_t which, int64_t at) {
-    for (; which; which &= which - 1) {
-        const int bit = __builtin_ctzll(which);
-        std::memcpy(&inside.bits[inside.size], scores + bit, 4);
-        inside.at[inside.size++] = (uint32_t)(at + bit);
-    }
-}
-
-struct Portable {
-    static void compare(const float* s, Bracket b, uint64_t& above, uint64_t& inside) {
-        above = inside = 0;
-        for (int i = 0; i < 64; ++i) {
-            above |= (uint64_t)(s[i] > b.high) << i;
-            inside |= (uint64_t)((s[i] >= b.low) & !(s[i] > b.high)) << i;
-        }
-    }
-    static void append(Inside& inside, const float* s, uint64_t which, int64_t at) {
-        note(inside, s, which, at);
-    }
-};
-
-#if defined(__x86_64__)
-#define SK_WIDE __attribute__((target("arch=x86-64-v4")))
-struct Wide {
-    SK_WIDE static void compare(const float* s, Bracket b, uint64_t& above, uint64_t& inside) {
-        const __m512 low = _mm512_set1_ps(b.low), high = _mm512_set1_ps(b.high);
-        above = inside = 0;
-        for (int q = 0; q < 4; ++q) {
-            const __m512 v = _mm512_loadu_ps(s + 16 * q);
-            const uint64_t over = _mm512_cmp_ps_mask(v, high, _CMP_GT_OQ);
-            const uint64_t from = _mm512_cmp_ps_mask(v, low, _CMP_GE_OQ);
-            above |= over << 16 * q;
-            inside |= (from & ~over) << 16 * q;
-        }
-    }
-    SK_WIDE static void append(Inside& inside, const float* s, uint64_t which, int64_t at) {
-        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        for (int q = 0; q < 4; ++q) {
-            const __mmask16 mask = (__mmask16)(which >> 16 * q);
-            const __m512i v = _mm512_castps_si512(_mm512_loadu_ps(s + 16 * q));
-            const __m512i here = _mm512_add_epi32(lane, _mm512_set1_epi32((int)at + 16 * q));
-            uint32_t* bits = &inside.bits[inside.size];
-            _mm512_storeu_si512(bits, _mm512_maskz_compress_epi32(mask, v));
-            _mm512_storeu_si512(&inside.at[inside.size], _mm512_maskz_compress_epi32(mask, here));
-            inside.size += __builtin_popcount(mask);
-        }
-    }
-};
-#endif
-
-// Sets the bits above the bracket and lists what is inside it.
-template <class Compare>
-SK_INLINE void scan(const Piece& piece, int64_t score, Bracket bracket, Inside& inside, Found& found) {
-    const Source& source = *piece.source;
-    Scratch scratch;
-    found.begin = inside.size;
-    int64_t total = 0;
-    for (int64_t i = 0; i < piece.n; i += kTile) {
-        const int64_t n = std::min(kTile, piece.n - i);
-        const float* scores = score_tile(source, score, piece.first + i, n, scratch);
-        uint8_t* bits = source.bits + (piece.first + i) / 8;
-        float tail[64];
-        for (int64_t j = 0; j < n; j += 64) {
-            const float* group = scores + j;
-            if (n - j < 64) {
-                std::fill(tail, tail + 64, std::numeric_limits<float>::quiet_NaN());
-                std::copy(group, scores + n, tail);
-                group = tail;
-            }
-            uint64_t above, within;
-            Compare::compare(group, bracket, above, within);
-            std::memcpy(bits + j / 8, &above, (std::min<int64_t>(64, n - j) + 7) / 8);
-            total += __builtin_popcountll(above);
-            if (__builtin_expect(within != 0, 0)) Compare::append(inside, group, within, i + j);
-        }
-    }
-    found.above = total;
-    found.count = inside.size - found.begin;
-}
-
-using ScanFn = void (*)(const Piece&, int64_t, Bracket, Inside&, Found&);
-
-void scan_portable(const Piece& p, int64_t score, Bracket b, Inside& inside, Found& found) {
-    scan<Portable>(p, score, b, inside, found);
-}
-
-#if defined(__x86_64__)
-SK_WIDE void scan_wide(const Piece& p, int64_t score, Bracket b, Inside& inside, Found& found) {
-    scan<Wide>(p, score, b, inside, found);
-}
-#endif
-
-ScanFn best_scan() {
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return scan_wide;
-#endif
-    return scan_portable;
-}
+constexpr int64_t kSmall = 1 << 14;  // fewer entries are counted at once, without a sample
+constexpr double kSigmas = 3.5;      // half the bracket, in standard deviations of a sample
 
 struct Selection {
     const std::vector<Piece>& pieces;
@@ -272,15 +65,18 @@ Bracket Selection::bracket() const {
         size_t p = 0;
         for (int64_t i = begin; i < end; ++i) {
             const double within = (double)(mix(i + 1) >> 11) * 0x1p-53;
-            const int64_t at = std::min(n - 1, (int64_t)(((double)i + within) / (double)m * (double)n));
+            const int64_t at =
+                std::min(n - 1, (int64_t)(((double)i + within) / (double)m * (double)n));
             while (at >= base + pieces[p].n) base += pieces[p++].n;
-            const float x = *score_tile(*pieces[p].source, score, pieces[p].first + at - base, 1, scratch);
+            const float x =
+                *score_tile(*pieces[p].source, score, pieces[p].first + at - base, 1, scratch);
             sample[i] = x == x ? x : -std::numeric_limits<float>::infinity();
         }
     });
     const double share = (double)k / (double)n;
     const double half = kSigmas * std::sqrt((double)m * share * (1 - share)) + kSigmas;
-    const int64_t from = (int64_t)(share * (double)m - half), to = (int64_t)(share * (double)m + half);
+    const int64_t from = (int64_t)(share * (double)m - half),
+                  to = (int64_t)(share * (double)m + half);
     Bracket b{-std::numeric_limits<float>::infinity(), std::numeric_limits<float>::infinity()};
     const auto begin = sample.begin();
     if (from > 0) {
@@ -430,9 +226,8 @@ void Selection::by_counting() {
     });
 }
 
-float select(
-    const std::vector<Source>& sources, size_t begin, size_t end, int64_t k, int64_t score,
-    int64_t* counts) {
+float select(const std::vector<Source>& sources, size_t begin, size_t end, int64_t k, int64_t score,
+             int64_t* counts) {
     std::vector<Piece> pieces;
     int64_t n = 0;
     for (size_t s = begin; s < end; ++s) {
@@ -453,20 +248,24 @@ float select(
 
 int64_t type_code(const Tensor& t) {
     switch (t.scalar_type()) {
-        case ScalarType::Float: return kFloat;
-        case ScalarType::BFloat16: return kBFloat16;
-        case ScalarType::Half: return kHalf;
-        default: STD_TORCH_CHECK(false, "tensors: expected float32, bfloat16 or float16, got ",
-                                 toString(t.scalar_type()));
+        case ScalarType::Float:
+            return kFloat;
+        case ScalarType::BFloat16:
+            return kBFloat16;
+        case ScalarType::Half:
+            return kHalf;
+        default:
+            STD_TORCH_CHECK(false, "tensors: expected float32, bfloat16 or float16, got ",
+                            toString(t.scalar_type()));
     }
     return -1;
 }
 
-void select_elements(
-    std::vector<Tensor> tensors, std::vector<Tensor> grads, std::vector<int64_t> offsets,
-    std::vector<int64_t> k, int64_t score, Tensor arena, Tensor threshold, Tensor counts) {
-    STD_TORCH_CHECK(0 <= score && score < kScores, "score: expected a code below ",
-                    (int)kScores, ", got ", score);
+void select_elements(std::vector<Tensor> tensors, std::vector<Tensor> grads,
+                     std::vector<int64_t> offsets, std::vector<int64_t> k, int64_t score,
+                     Tensor arena, Tensor threshold, Tensor counts) {
+    STD_TORCH_CHECK(0 <= score && score < kScores, "score: expected a code below ", (int)kScores,
+                    ", got ", score);
     STD_TORCH_CHECK(grads.size() == tensors.size() && offsets.size() == tensors.size(),
                     "grads: expected ", tensors.size(), " tensors, got ", grads.size());
     sk::check_dtype(arena, "arena", ScalarType::Byte);
@@ -474,8 +273,8 @@ void select_elements(
     sk::check_dtype(counts, "counts", ScalarType::Long);
     sk::check_size(counts, "counts", 0, tensors.size());
     sk::check_size(threshold, "threshold", 0, k.size());
-    STD_TORCH_CHECK(k.size() == 1 || k.size() == tensors.size(),
-                    "k: expected 1 or ", tensors.size(), " counts, got ", k.size());
+    STD_TORCH_CHECK(k.size() == 1 || k.size() == tensors.size(), "k: expected 1 or ",
+                    tensors.size(), " counts, got ", k.size());
     uint8_t* bits = static_cast<uint8_t*>(arena.data_ptr());
     std::vector<Source> sources;
     for (size_t i = 0; i < tensors.size(); ++i) {

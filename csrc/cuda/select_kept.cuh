@@ -295,19 +295,22 @@ __device__ __forceinline__ void each_candidate(const Sources& sources, const Buf
 }
 
 // A later digit of the boundary bins' entries.
-__global__ void __launch_bounds__(kThreads) count_candidates(Sources sources, Buffers b, int d) {
+__global__ void __launch_bounds__(kThreads, 2) count_candidates(Sources sources, Buffers b, int d) {
     const Digit digit = digit_of(d);
     each_candidate(sources, b, [&](int index, int64_t at, uint32_t key) {
         const Source& s = sources.at[index];
         const State& state = b.states[s.selection];
-        const uint64_t entry = reversed(s.entry0 + at), word = d < 3 ? key : entry;
         const int top = digit.shift + digit.width;
+        unsigned bin;
         if (d < 3) {
             if (key >> top != state.key >> top) return;
-        } else if (key != state.key || entry >> top != state.entry >> top) {
-            return;
+            bin = key >> digit.shift;
+        } else {
+            const uint64_t entry = reversed(s.entry0 + at);
+            if (key != state.key || entry >> top != state.entry >> top) return;
+            bin = (unsigned)(entry >> digit.shift);
         }
-        const uint64_t bin = word >> digit.shift & ((uint64_t{1} << digit.width) - 1);
+        bin &= (1u << digit.width) - 1;
         atomicAdd(b.histograms + (int64_t)s.selection * kBins + bin, 1ull);
     });
 }

@@ -60,6 +60,8 @@ Options = Annotated[list[str] | None, typer.Option("--method-option", metavar="K
     help="A setting of the method, repeatable. sensi-bert: warmup, criterion, statistic, "
     "granularity, ranking, multiples; bitfit: subsets; dps: masked_share, update_ratio, "
     "as_published.", rich_help_panel=_BUDGET)]  # fmt: skip
+Ranking = Annotated[int, typer.Option("--ranking-rows", help="Training rows that rank the units.",
+    rich_help_panel=_BUDGET)]  # fmt: skip
 Epochs = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
 BatchSize = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
 Lr = Annotated[float | None, typer.Option(help="Peak learning rate; default: the method's own.",
@@ -110,6 +112,7 @@ def finetune(
     scope: Scope = "global",
     plan: PlanFile = None,
     method_option: Options = None,
+    ranking_rows: Ranking = 2048,
     epochs: Epochs = 1,
     batch_size: BatchSize = 32,
     lr: Lr = None,
@@ -152,6 +155,7 @@ def make_plan(
     units: Units = None,
     scope: Scope = "global",
     method_option: Options = None,
+    ranking_rows: Ranking = 2048,
     batch_size: BatchSize = 32,
     dtype: Dtype = "fp32",
     pad_to_multiple: Padding = 8,

@@ -61,5 +61,5 @@ def tap(activation: Tensor, anchor: Tensor, unit_tap: UnitTap) -> Tensor:
     ``anchor`` is any tensor that requires grad: it keeps the graph alive when nothing below does,
     and backward stops here.
     """
-    out: Tensor = _Tap.apply(activation, anchor, unit_tap)
+    out: Tensor = _Tap.apply(activation, anchor, unit_tap)  # type: ignore[no-untyped-call]
     return out

@@ -88,24 +88,29 @@ def load(device: str) -> tuple[tuple[BreakEven, ...], str]:
     return (), "analytic"
 
 
+def break_even(x: torch.Tensor, kind: str, block: int) -> tuple[float, str]:
+    """Density above which dense is faster for input ``x``, and where the number comes from."""
+    if torch.compiler.is_compiling():
+        return _traced(str(x.device), kind, x.dtype, block)
+    return _break_even(x.device, kind, x.dtype, block, tokens_log2(x))
+
+
 @torch.compiler.assume_constant_result
-def break_even(
-    device: str, kind: str, dtype: torch.dtype, block: int, tokens_log2: int
-) -> tuple[float, str]:
-    """Density above which dense is faster, and where the number comes from."""
-    return _break_even(device, kind, dtype, block, tokens_log2)
+def _traced(device: str, kind: str, dtype: torch.dtype, block: int) -> tuple[float, str]:
+    """A graph must not depend on the token count: that of a training batch stands for all."""
+    return _break_even(torch.device(device), kind, dtype, block, 12)
 
 
 @cache
 def _break_even(
-    device: str, kind: str, dtype: torch.dtype, block: int, tokens_log2: int
+    device: torch.device, kind: str, dtype: torch.dtype, block: int, tokens_log2: int
 ) -> tuple[float, str]:
     require(kind in KINDS, "kind", "one of " + ", ".join(KINDS), kind)
     table, source = load(device_key(device))
     name = str(dtype).removeprefix("torch.")
     near = [entry for entry in table if entry.kind == kind and entry.dtype == name]
     # A table of the compiled kernels says nothing of the path taken without them.
-    if near and (kind == "packed" or device != "cpu" or _blocks.uses_native(dtype)):
+    if near and (kind == "packed" or device.type != "cpu" or _blocks.uses_native(dtype)):
         best = min(
             near,
             key=lambda e: (
@@ -114,7 +119,7 @@ def _break_even(
             ),
         )
         return best.density, source
-    return analytic(torch.device(device), kind, block, dtype), "analytic"
+    return analytic(device, kind, block, dtype), "analytic"
 
 
 def compare(density: float, limit: float, source: str) -> str:
@@ -142,8 +147,5 @@ def analytic(device: torch.device, kind: str, block: int, dtype: torch.dtype) ->
 
 
 def tokens_log2(x: torch.Tensor) -> int:
-    """Size class of the token count; fixed while a graph is traced, which must not depend on it."""
-    if torch.compiler.is_compiling():
-        return 12
-    tokens = x.numel() // max(x.shape[-1], 1)
-    return tokens.bit_length()
+    """Size class of the token count."""
+    return (x.numel() // (x.shape[-1] or 1)).bit_length()

@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import BertSelfAttention, eager_attention_forward
 
 
-class SkBertConfig(BertConfig):  # type: ignore[misc]
+class SkBertConfig(BertConfig):
     """``BertConfig`` plus ``widths``: per layer ``heads, qk_head_size, vo_head_size, neurons``.
 
     Keys of ``widths`` are layer numbers as strings, since JSON has no other.
@@ -39,7 +39,7 @@ class SkBertConfig(BertConfig):  # type: ignore[misc]
         super().__init__(**named)
 
 
-class TrimmedSelfAttention(BertSelfAttention):  # type: ignore[misc]
+class TrimmedSelfAttention(BertSelfAttention):
     """HF's self-attention with ``qk_head_size`` and ``vo_head_size`` of their own.
 
     The scaling stays that of the untrimmed head, so that zeroed and removed dimensions agree.
@@ -109,7 +109,7 @@ def resize(model: nn.Module, config: SkBertConfig) -> None:
             )
 
 
-class SkBertModel(BertModel):  # type: ignore[misc]
+class SkBertModel(BertModel):
     """``BertModel`` with per-layer widths."""
 
     config_class = SkBertConfig
@@ -120,7 +120,7 @@ class SkBertModel(BertModel):  # type: ignore[misc]
         self.post_init()
 
 
-class SkBertForSequenceClassification(BertForSequenceClassification):  # type: ignore[misc]
+class SkBertForSequenceClassification(BertForSequenceClassification):
     """``BertForSequenceClassification`` with per-layer widths."""
 
     config_class = SkBertConfig
@@ -131,7 +131,7 @@ class SkBertForSequenceClassification(BertForSequenceClassification):  # type: i
         self.post_init()
 
 
-class SkBertForQuestionAnswering(BertForQuestionAnswering):  # type: ignore[misc]
+class SkBertForQuestionAnswering(BertForQuestionAnswering):
     """``BertForQuestionAnswering`` with per-layer widths."""
 
     config_class = SkBertConfig
@@ -142,7 +142,7 @@ class SkBertForQuestionAnswering(BertForQuestionAnswering):  # type: ignore[misc
         self.post_init()
 
 
-class SkBertForMaskedLM(BertForMaskedLM):  # type: ignore[misc]
+class SkBertForMaskedLM(BertForMaskedLM):
     """``BertForMaskedLM`` with per-layer widths."""
 
     config_class = SkBertConfig

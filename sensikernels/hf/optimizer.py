@@ -24,13 +24,13 @@ def slice_optimizer(optimizer: Optimizer, old: nn.Linear, new: MaskedLinear) -> 
     if not isinstance(layout, PackedLayout):
         raise TypeError(f"layer: expected a packed layout, got {type(layout).__name__}")
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
-    replace = _replace_in_subset if isinstance(inner, SubsetAdamW) else _replace
+    replace: Any = _replace_in_subset if isinstance(inner, SubsetAdamW) else _replace
     cuts = [(index, dim) for dim, index in enumerate((layout.rows, layout.columns))]
     present = [(index, dim) for index, dim in cuts if index is not None]
     if new.weight is not old.weight:
         replace(inner, old.weight, new.weight, present)
     if new.bias is not None and new.bias is not old.bias:
-        replace(inner, old.bias, new.bias, present[:1])
+        replace(inner, old.bias, new.bias, [(i, d) for i, d in present if d == 0])
 
 
 def _replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -75,7 +75,7 @@ class _Meter:
         self.tokens = self.attended = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        total = len(self.batches) if hasattr(self.batches, "__len__") else None
+        total = len(self.batches) if isinstance(self.batches, Sized) else None
         for batch in track(self.batches, self.label, total):
             rows, width = batch["input_ids"].shape
             self.rows += rows

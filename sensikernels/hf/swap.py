@@ -95,7 +95,8 @@ def restore(model: nn.Module) -> None:
     swap = applied(model)
     if swap is None:
         raise UsageError("model: expected a plan applied, got none")
-    for name, original in reversed(swap.originals.items()):  # parents went last, come back first
+    # Parents were swapped last and come back first.
+    for name, original in reversed(list(swap.originals.items())):
         current = model.get_submodule(name)
         if isinstance(current, (MaskedLinear, SelectiveLinear)):
             _merge(swap, name, current, original)
@@ -134,7 +135,7 @@ def _check(model: nn.Module, plan: Plan) -> dict[str, nn.Linear]:
                 ) from None
             plain = type(module) is nn.Linear
             require(plain, f"module {name}", "an nn.Linear", type(module).__name__)
-            got = tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+            got = tuple(module.weight.shape)  # type: ignore[arg-type]
             require(got == mask.shape, f"plan: {name}", f"a weight {list(mask.shape)}", list(got))
             targets[name] = module  # type: ignore[assignment]
     for coupling in plan.couplings:

@@ -25,7 +25,7 @@ class Layer:
 
     def linear(self, part: str) -> nn.Module:
         """``query``, ``key``, ``value``, ``attention_output``, ``intermediate`` or ``output``."""
-        return self.module.get_submodule(PARTS[part])  # type: ignore[no-any-return]
+        return self.module.get_submodule(PARTS[part])
 
     def name(self, part: str) -> str:
         """The linear's full module name."""

@@ -3,8 +3,8 @@
 from sensikernels.masks.budget import Budget
 from sensikernels.masks.flops import tokens_of, training_flops
 from sensikernels.masks.mask import Mask
-from sensikernels.masks.plans import Measured, Plan
 from sensikernels.masks.planning import plan
+from sensikernels.masks.plans import Measured, Plan
 from sensikernels.masks.scores import Scores
 from sensikernels.masks.structure import Coupling, Member, Structure
 

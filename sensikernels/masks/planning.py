@@ -88,14 +88,14 @@ def _pool(group: tuple[Coupling, ...], scores: Scores, measure: str, length: flo
     names = tuple(sorted({_family(c) for c in group}))
     folded = [_fold(c, scores.values[c.name]) for c in group]
     counts = torch.tensor([len(values) for values in folded])
-    unit_costs = [c.params if measure == "params" else c.flops(length) for c in group]
-    costs = torch.tensor([cost * c.heads for cost, c in zip(unit_costs, group, strict=True)])
+    by_params = measure == "params"
+    costs = [c.heads * (float(c.params) if by_params else c.flops(length)) for c in group]
     segments = torch.arange(len(group), dtype=torch.int32)
     kinds = torch.tensor([names.index(_family(c)) for c in group], dtype=torch.int32)
     return _Pool(
         couplings=group,
         scores=torch.cat(folded),
-        costs=costs.double().repeat_interleave(counts),
+        costs=torch.tensor(costs, dtype=torch.float64).repeat_interleave(counts),
         segments=segments.repeat_interleave(counts),
         kinds=kinds.repeat_interleave(counts),
         names=names,
@@ -129,6 +129,7 @@ def _room(
     structure: Structure, group: tuple[Coupling, ...], budget: Budget, length: float
 ) -> float:
     """What the budget leaves for the group's units once the fixed part is paid."""
+    unit_total: float
     if budget.params is not None:
         fixed, total = float(structure.fixed_params), float(structure.params())
         share = budget.params

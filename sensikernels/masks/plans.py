@@ -20,6 +20,14 @@ from sensikernels.masks.structure import Coupling, coupling_from_json, coupling_
 
 FORMAT = 1
 WEIGHT_MASK, UPDATE_MASK = "weight_mask", "update_mask"
+_PLAIN = (
+    "method",
+    "sequence_length",
+    "flops_dense",
+    "flops_planned",
+    "params_dense",
+    "params_planned",
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,11 +141,9 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the grids, with the kept counts for people."""
-        plain = ("method", "sequence_length", "flops_dense", "flops_planned")
-        plain += ("params_dense", "params_planned")
         return {
             "format": FORMAT,
-            **{name: getattr(self, name) for name in plain},
+            **{name: getattr(self, name) for name in _PLAIN},
             "flops_ratio": self.flops_ratio,
             "params_ratio": self.params_ratio,
             "budget": None if self.budget is None else self.budget.to_json(),
@@ -167,9 +173,8 @@ class Plan:
                 shape=tuple(item["shape"]),
             )
         trainable = data["trainable"]
-        plain = ("method", "sequence_length", "flops_dense", "flops_planned")
         return cls(
-            **{name: data[name] for name in (*plain, "params_dense", "params_planned", "origin")},
+            **{name: data[name] for name in (*_PLAIN, "origin")},
             weight_masks=masks[WEIGHT_MASK],
             update_masks=masks[UPDATE_MASK],
             trainable=None if trainable is None else tuple(trainable),

@@ -151,7 +151,7 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     layers = encoder_layers(model)
     inside = {layer.name(part) for layer in layers for part in PARTS}
     return {
-        f"{name}.weight": module.weight  # type: ignore[misc]
+        f"{name}.weight": module.weight
         for name, module in model.named_modules()
         if name in inside or name.endswith("pooler.dense") or name == "classifier"
     }

@@ -10,10 +10,6 @@ from sensikernels.glue.tasks import TASKS, Task
 from tests.glue.layout import GLUE
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--glue-data", metavar="DIR", help="folder that holds SST-2/, MRPC/, …")
-
-
 @pytest.fixture
 def glue_data_dir(request: pytest.FixtureRequest) -> Path:
     """The folder of real GLUE files; the test is skipped without one."""

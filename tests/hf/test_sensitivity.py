@@ -13,7 +13,9 @@ from tests.hf.conftest import make_batch, make_model
 GRANULARITIES = ["heads", "dimensions"]
 
 
-def mask_gradients(model: nn.Module, batch: dict[str, Tensor], granularity: str) -> dict[str, Tensor]:
+def mask_gradients(
+    model: nn.Module, batch: dict[str, Tensor], granularity: str
+) -> dict[str, Tensor]:
     """∂L/∂m by autograd, with explicit masks of ones multiplied in by hooks."""
     masks, handles = {}, []
     for coupling in structure(model, granularity).couplings:

@@ -47,29 +47,39 @@ def dropout(
     ok = seed.dtype == torch.int64 and seed.dim() == 0 and seed.device == x.device
     require(ok, "seed", f"int64 [] on {x.device}", f"{seed.dtype} {list(seed.shape)}")
     threshold = round((1.0 - p) * DRAWS)
-    out: Tensor = Dropout.apply(x, seed, threshold, choose(x, backend)[0])
+    chosen, _ = choose(x, backend)
+    out: Tensor = Dropout.apply(x, seed, threshold, chosen)  # type: ignore[no-untyped-call]
     return out
 
 
 def choose(x: Tensor, backend: str = "auto") -> tuple[str, str]:
     """The backend that serves ``x`` and why. Raises UsageError for a named one that cannot."""
     require_one_of(backend, "backend", _settings.BACKENDS)
+    return _choose(x.device.type, x.dtype, backend)
+
+
+@torch.compiler.assume_constant_result
+def _choose(device: str, dtype: torch.dtype, backend: str) -> tuple[str, str]:
     asked = _settings.backend() if backend == "auto" else backend
-    refusals = {"reference": None, "native": native.refusal(x), "triton": _triton_refusal(x)}
+    refusals = {
+        "reference": None,
+        "native": native.refusal(device, dtype),
+        "triton": _triton_refusal(device, dtype),
+    }
     if asked != "auto":
         if refusals[asked]:
             raise UsageError(f"backend: {asked} cannot serve this call: {refusals[asked]}")
         return asked, "asked for by name"
     for name in ("native", "triton"):
-        if refusals[name] is None and not (name == "triton" and x.device.type == "cpu"):
-            return name, f"the fastest for {x.device.type}"
+        if refusals[name] is None and not (name == "triton" and device == "cpu"):
+            return name, f"the fastest for {device}"
     return "reference", "; ".join(f"{name}: {why}" for name, why in refusals.items() if why)
 
 
-def _triton_refusal(x: Tensor) -> str | None:
-    if x.device.type == "cpu" and not _settings.interpreting():
+def _triton_refusal(device: str, dtype: torch.dtype) -> str | None:
+    if device == "cpu" and not _settings.interpreting():
         return "x is on the CPU"
-    return None if x.dtype != torch.float64 else "it serves 16 and 32 bit floats"
+    return None if dtype != torch.float64 else "it serves 16 and 32 bit floats"
 
 
 def explain(x: Tensor, backend: str = "auto") -> str:

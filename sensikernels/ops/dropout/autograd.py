@@ -25,5 +25,5 @@ class Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (seed,) = ctx.saved_tensors
-        dx = Dropout.apply(grads[0], seed, ctx.threshold, ctx.backend)
+        dx = Dropout.apply(grads[0], seed, ctx.threshold, ctx.backend)  # type: ignore[no-untyped-call]
         return dx, None, None, None

@@ -10,12 +10,12 @@ from sensikernels import _native
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def refusal(x: Tensor) -> str | None:
-    """Why the compiled kernel cannot serve ``x``; None if it can."""
-    if x.device.type != "cpu":
-        return f"it runs on the CPU, x is on {x.device}"
-    if x.dtype not in DTYPES:
-        return f"it serves float32 and bfloat16, x is {x.dtype}"
+def refusal(device: str, dtype: torch.dtype) -> str | None:
+    """Why the compiled kernel cannot serve such a tensor; None if it can."""
+    if device != "cpu":
+        return f"it runs on the CPU, x is on {device}"
+    if dtype not in DTYPES:
+        return f"it serves float32 and bfloat16, x is {dtype}"
     return None if _native.available() else _native.why_not()
 
 

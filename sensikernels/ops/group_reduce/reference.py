@@ -26,8 +26,6 @@ TERMS: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
 def reduce_blocks(terms: Tensor, bm: int, bn: int, largest: bool) -> Tensor:
     """``[rows, cols]`` to one value per ``bm`` by ``bn`` block; partial blocks at the edges."""
     rows, cols = terms.shape
-    if terms.numel() == 0:
-        return terms.new_zeros(-(-rows // bm) * -(-cols // bn))
     padded = F.pad(terms, (0, -cols % bn, 0, -rows % bm))
     blocks = padded.reshape(-(-rows // bm), bm, -(-cols // bn), bn)
     return (blocks.amax((1, 3)) if largest else blocks.sum((1, 3))).reshape(-1)
@@ -66,12 +64,14 @@ def group_reduce(
                 ids = group[1].to(terms.device)
                 values.append(reduce_ids(terms, ids, group[2], largest))
             else:
-                bm, bn, _ = block_of(group, weight.shape, f"groups[{i}]")
-                values.append(reduce_blocks(terms, bm, bn, largest))
+                bm, bn, shape = block_of(group, weight.shape, f"groups[{i}]")
+                empty = terms.new_zeros(shape).reshape(-1)
+                full = terms.numel() > 0
+                values.append(reduce_blocks(terms, bm, bn, largest) if full else empty)
         columns.append(torch.stack(values))
     device = weights[0].device if weights else None
-    empty = torch.zeros(len(statistics), 0, dtype=dtype, device=device)
-    return torch.cat([empty, *columns], 1)
+    start = torch.zeros(len(statistics), 0, dtype=dtype, device=device)
+    return torch.cat([start, *columns], 1)
 
 
 def update_states(

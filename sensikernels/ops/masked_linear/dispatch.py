@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sensikernels import _settings
 from sensikernels._checks import require, require_one_of
-from sensikernels.dispatch import Choice, break_even, compare, tokens_log2
+from sensikernels.dispatch import Choice, break_even, compare
 from sensikernels.layouts import BlockLayout, ElementLayout, Layout, PackedLayout, density
 
 
@@ -41,15 +43,11 @@ def choose(layout: Layout, x: Tensor, backend: str, *, explaining: bool = False)
 def _auto(layout: PackedLayout | BlockLayout, x: Tensor, explaining: bool) -> Choice:
     form = _form(layout)
     block = min(layout.block_shape) if isinstance(layout, BlockLayout) else 0
-    limit, source = break_even(str(x.device), form, x.dtype, block, tokens_log2(x))
+    limit, source = break_even(x, form, block)
     kept = density(layout)
     served = "torch" if form == "packed" else "triton" if x.is_cuda else "native"
-    form, served = ("dense", "torch") if kept > limit else (form, served)
-    return Choice(
-        form=form,
-        backend=served,
-        reason=compare(kept, limit, source) if explaining else "",
-    )
+    chosen = _AUTO["dense", "torch"] if kept > limit else _AUTO[form, served]
+    return replace(chosen, reason=compare(kept, limit, source)) if explaining else chosen
 
 
 def _form(layout: PackedLayout | BlockLayout) -> str:
@@ -61,15 +59,15 @@ _DIRECT = Choice(form="packed", backend="torch", reason="nothing to gather or sc
 _ELEMENTS = Choice(
     form="dense", backend="torch", reason="single elements run dense on the unpacked weight"
 )
-_NAMED = {
-    (form, backend): Choice(form=form, backend=backend, reason="asked for by name")
-    for form, backend in (
-        ("packed", "torch"),
-        ("packed", "triton"),
-        ("block-sparse", "native"),
-        ("block-sparse", "triton"),
-    )
-}
+_FORMS = (
+    ("dense", "torch"),
+    ("packed", "torch"),
+    ("packed", "triton"),
+    ("block-sparse", "native"),
+    ("block-sparse", "triton"),
+)
+_NAMED = {f: Choice(form=f[0], backend=f[1], reason="asked for by name") for f in _FORMS}
+_AUTO = {f: Choice(form=f[0], backend=f[1], reason="") for f in _FORMS}
 
 
 def explain(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sensikernels import _settings
 from sensikernels._checks import require, require_one_of
-from sensikernels.dispatch import Choice, break_even, compare, tokens_log2
+from sensikernels.dispatch import Choice, break_even, compare
 from sensikernels.layouts import BlockLayout, ElementLayout, Layout, PackedLayout
 
 
@@ -39,7 +39,7 @@ def choose(layout: Layout, x: Tensor, backend: str, *, explaining: bool = False)
 def _auto(layout: BlockLayout, x: Tensor, explaining: bool) -> Choice:
     """Blocks against one GEMM over all rows and columns that have a kept block."""
     block = min(layout.block_shape)
-    limit, source = break_even(str(x.device), "selective", x.dtype, block, tokens_log2(x))
+    limit, source = break_even(x, "selective", block)
     rows = layout.shape[0] if layout.rows is None else layout.rows.shape[0]
     columns = layout.shape[1] if layout.columns is None else layout.columns.shape[0]
     share = layout.kept_entries / (rows * columns)

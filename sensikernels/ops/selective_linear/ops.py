@@ -26,9 +26,9 @@ def _grad_values(
 ) -> Tensor:
     layout = from_arguments(sizes, index)
     if backend == "triton":
-        from sensikernels.ops.selective_linear import triton
+        from sensikernels.ops.selective_linear.triton import selective_grad_values
 
-        return triton.selective_grad_values(dy, x, layout)
+        return selective_grad_values(dy, x, layout)
     ok = isinstance(layout, BlockLayout) and not dy.is_cuda
     require(ok, "backend", "triton for this layout and device", "native")
     assert isinstance(layout, BlockLayout)

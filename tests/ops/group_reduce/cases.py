@@ -22,7 +22,7 @@ GROUPS = [
     lambda shape: "row",
     lambda shape: "column",
     lambda shape: ("head", 2),
-    lambda shape: ("head", 6, 1),
+    lambda shape: ("head", 2, 1),
     lambda shape: ("block", 4, 16),
     lambda shape: ("block", 1, 1),
     lambda shape: ("block", 100, 7),
@@ -68,5 +68,7 @@ def assert_sums(got: Tensor, weights: list[Tensor], grads: list[Tensor], groups:
         assert torch.equal(got[s][~finite].nan_to_num(7), exact[s][~finite].float().nan_to_num(7))
         scale = exact[STATISTICS.index("sum_wg_squared")].sqrt()
         eps = torch.finfo(torch.float32).eps
-        allowed = 2 * (same[s] - exact[s]).abs() + 4 * eps * scale + eps * exact[s].abs()
-        assert ((got[s] - exact[s]).abs() <= allowed)[finite].all()
+        error, other = ((t[s] - exact[s])[finite].abs() for t in (got, same))
+        if finite.any():
+            largest = (scale + exact[s].abs())[finite].max()
+            assert error.max() <= 2 * other.max() + 4 * eps * largest
