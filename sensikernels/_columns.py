@@ -7,6 +7,7 @@ they feed); the compiled extension moves them at memory speed.
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,12 +28,18 @@ def launcher(name: str) -> Any:
 def unwatched(x: Tensor) -> bool:
     """True if nothing traces, fakes or counts operators: a launcher may be called past its own."""
     return (
-        type(x) in _PLAIN
+        not torch.compiler.is_compiling()
+        and type(x) in _PLAIN
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.compiler.is_compiling()
     )
 
 
+def fused_activation(dy: Tensor) -> bool:
+    """Whether gelu's derivative and the bias gradient are taken in one pass: on a GPU."""
+    return dy.is_cuda and dy.dtype in _NATIVE_DTYPES and _HAS_TRITON
+
+
+_HAS_TRITON = find_spec("triton") is not None
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Final
 
 from sensikernels._checks import require_one_of
@@ -10,8 +11,9 @@ from sensikernels._checks import require_one_of
 BACKENDS: Final = ("auto", "reference", "native", "triton")
 
 
+@cache
 def backend() -> str:
-    """``SENSIKERNELS_BACKEND``: what ``backend="auto"`` stands for (default ``auto``)."""
+    """``SENSIKERNELS_BACKEND``: what ``backend="auto"`` stands for (default ``auto``); read once."""
     name = os.environ.get("SENSIKERNELS_BACKEND", "auto")
     require_one_of(name, "SENSIKERNELS_BACKEND", BACKENDS)
     return name

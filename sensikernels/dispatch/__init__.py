@@ -147,5 +147,5 @@ def analytic(device: torch.device, kind: str, block: int, dtype: torch.dtype) ->
 
 
 def tokens_log2(x: torch.Tensor) -> int:
-    """Size class of the token count."""
-    return (x.numel() // (x.shape[-1] or 1)).bit_length()
+    """Size class of the token count: its logarithm, rounded down."""
+    return (x.numel() // (x.shape[-1] or 1) or 1).bit_length() - 1

@@ -45,6 +45,7 @@ def plan(
     *,
     method: str = "sensi-bert",
     sequence_length: float | None = None,
+    tokens_per_sequence: float | None = None,
     multiples: Mapping[str, int] | None = None,
     minimums: Mapping[str, int] | None = None,
 ) -> Plan:
@@ -52,7 +53,8 @@ def plan(
 
     For heads and neurons the optimum over whole chunks of ``multiples`` units is exact: for
     every number of heads the rest of the budget is filled with the best neurons (methods.md
-    §1.3 B; Kwon et al. 2022, arXiv 2204.09656). ``sequence_length`` defaults to the scores'.
+    §1.3 B; Kwon et al. 2022, arXiv 2204.09656). ``sequence_length`` (Σ B·S² / Σ B·S of the batches
+    to train on) defaults to the scores', ``tokens_per_sequence`` (Σ B·S / Σ B) to the same.
 
     Raises:
         UsageError: the budget is below the smallest feasible one, which is named; an unknown
@@ -62,7 +64,7 @@ def plan(
     require(length > 0, "sequence_length", "a positive number of tokens", length)
     multiples = {**MULTIPLES, **(multiples or {})}
     minimums = {**MINIMUMS, **(minimums or {})}
-    structure = scores.structure
+    structure = scores.structure.at(tokens_per_sequence)
     unknown = sorted({*multiples, *minimums} - set(MULTIPLES))
     require(not unknown, "multiples", f"kinds among {sorted(MULTIPLES)}", unknown)
     kept: dict[str, Tensor] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 TRAIN_FACTOR = 3
@@ -53,9 +53,20 @@ class Structure:
     """
 
     couplings: tuple[Coupling, ...]
-    fixed_token_flops: int
-    fixed_sequence_flops: int
+    fixed_token_flops: float
+    fixed_sequence_flops: float
     fixed_params: int
+
+    def at(self, tokens_per_sequence: float | None) -> Structure:
+        """The same structure for batches whose sequences have so many padded tokens on average.
+
+        Attention follows Σ B·S² / Σ B·S, what runs once per sequence follows Σ B·S / Σ B: with
+        both given, FLOPs of a whole run are exact. None: the two are taken to be equal.
+        """
+        if tokens_per_sequence is None:
+            return self
+        per_token = self.fixed_token_flops + self.fixed_sequence_flops / tokens_per_sequence
+        return replace(self, fixed_token_flops=per_token, fixed_sequence_flops=0)
 
     def fixed_flops(self, sequence_length: float) -> float:
         """Training FLOPs per token that no mask can remove."""

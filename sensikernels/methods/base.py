@@ -22,7 +22,8 @@ class Run:
     """A fine-tuning run as a method sees it.
 
     ``step`` counts finished optimizer steps; ``batches()`` yields training batches for ranking,
-    the same ones at every call; ``sequence_length`` is their padded mean (Σ B·S² / Σ B·S).
+    the same ones at every call; ``sequence_length`` is their padded mean weighted by tokens
+    (Σ B·S² / Σ B·S), ``tokens_per_sequence`` the plain one (Σ B·S / Σ B; None: the same).
     """
 
     model: nn.Module
@@ -30,6 +31,7 @@ class Run:
     max_steps: int
     batches: Callable[[], Batches]
     sequence_length: float
+    tokens_per_sequence: float | None = None
     budget: Budget | None = None
     seed: int = 0
     step: int = 0

@@ -78,6 +78,7 @@ class SensiBert(Method):
             budget,
             method=self.name,
             sequence_length=run.sequence_length,
+            tokens_per_sequence=run.tokens_per_sequence,
             multiples=self.multiples,
         )
 

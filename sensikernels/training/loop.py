@@ -234,8 +234,14 @@ def check_budget(settings: Settings, model: nn.Module, data: Data) -> None:
         statistic="none",
     )
     multiples = settings.options.get("multiples")
-    length = data.geometry.mean_length
-    plan(flat, settings.budget, sequence_length=length, multiples=multiples)
+    geometry = data.geometry
+    plan(
+        flat,
+        settings.budget,
+        sequence_length=geometry.mean_length,
+        tokens_per_sequence=geometry.tokens / geometry.rows,
+        multiples=multiples,
+    )
 
 
 def rank(settings: Settings) -> tuple[Scores, Plan, Runner]:

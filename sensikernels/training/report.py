@@ -104,7 +104,9 @@ def _planned_flops(session: Session, measured: Measurements) -> float:
     plan = session.runner.run.plan
     if plan is not None and plan.flops_planned:
         return plan.flops_planned
-    return structure(session.runner.model).flops(session.data.geometry.mean_length)
+    geometry = session.data.geometry
+    parts = structure(session.runner.model).at(geometry.tokens / geometry.rows)
+    return parts.flops(geometry.mean_length)
 
 
 def _params(session: Session, reload: dict[str, Any]) -> dict[str, Any]:

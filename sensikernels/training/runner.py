@@ -205,6 +205,7 @@ def _run(
         max_steps=max_steps,
         batches=data.ranked,
         sequence_length=data.geometry.mean_length,
+        tokens_per_sequence=data.geometry.tokens / data.geometry.rows,
         budget=budget,
         seed=settings.seed,
     )

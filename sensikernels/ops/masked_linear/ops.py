@@ -33,6 +33,62 @@ _LIB.define(
 )
 
 
+def forward(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    layout: PackedLayout | BlockLayout,
+    activation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """``(y, pre-activation)``, the latter for gelu only."""
+    if backend == "triton":
+        from sensikernels.ops.masked_linear.triton import masked_linear_forward
+
+        return masked_linear_forward(x, values, layout, bias, activation)
+    pre = _blocks.forward(x, values, _require_blocks(layout), bias)
+    return (F.gelu(pre), pre) if activation == "gelu" else (pre, None)
+
+
+def grad_activation(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """``(dpre, dbias)``."""
+    if backend == "triton":
+        from sensikernels.ops.masked_linear.triton import masked_linear_backward_activation
+
+        return masked_linear_backward_activation(dy, pre)
+    dpre = torch.ops.aten.gelu_backward(dy.contiguous(), pre)
+    return dpre, dpre.sum(0)
+
+
+def grad_input(
+    dy: Tensor, values: Tensor, layout: PackedLayout | BlockLayout, backend: str
+) -> Tensor:
+    """``dy @ W``, ``[T, in_width]``."""
+    if backend == "triton":
+        from sensikernels.ops.masked_linear.triton import masked_linear_grad_input
+
+        return masked_linear_grad_input(dy, values, layout)
+    return _blocks.grad_input(dy, values, _require_blocks(layout))
+
+
+def grad_values(
+    dy: Tensor, x: Tensor, layout: PackedLayout | BlockLayout, backend: str
+) -> Tensor:
+    """``dy^T @ x`` at the kept entries."""
+    if backend == "triton":
+        from sensikernels.ops.masked_linear.triton import masked_linear_grad_values
+
+        return masked_linear_grad_values(dy, x, layout)
+    return _blocks.grad_values(dy, x, _require_blocks(layout))
+
+
+def _require_blocks(layout: PackedLayout | BlockLayout) -> BlockLayout:
+    if not (isinstance(layout, BlockLayout) and layout.row_ptr.is_cpu):
+        require(False, "backend", "triton for this layout and device", "native")
+    assert isinstance(layout, BlockLayout)
+    return layout
+
+
 def _forward(
     x: Tensor,
     values: Tensor,
@@ -42,58 +98,25 @@ def _forward(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    layout = from_arguments(sizes, index)
-    if backend == "triton":
-        from sensikernels.ops.masked_linear import triton
-
-        y, pre = triton.masked_linear_forward(x, values, layout, bias, activation)
-        return y, x.new_empty(0) if pre is None else pre
-    pre = _blocks.forward(x, values, _require_blocks(layout), bias)
-    return (F.gelu(pre), pre) if activation == "gelu" else (pre, x.new_empty(0))
-
-
-def _grad_activation(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """``(dpre, dbias)``."""
-    if backend == "triton":
-        from sensikernels.ops.masked_linear import triton
-
-        return triton.masked_linear_backward_activation(dy, pre)
-    dpre = torch.ops.aten.gelu_backward(dy.contiguous(), pre)
-    return dpre, dpre.sum(0)
+    y, pre = forward(x, values, bias, from_arguments(sizes, index), activation, backend)
+    return y, x.new_empty(0) if pre is None else pre
 
 
 def _grad_input(
     dy: Tensor, values: Tensor, sizes: list[int], index: list[Tensor], backend: str
 ) -> Tensor:
-    layout = from_arguments(sizes, index)
-    if backend == "triton":
-        from sensikernels.ops.masked_linear import triton
-
-        return triton.masked_linear_grad_input(dy, values, layout)
-    return _blocks.grad_input(dy, values, _require_blocks(layout))
+    return grad_input(dy, values, from_arguments(sizes, index), backend)
 
 
 def _grad_values(
     dy: Tensor, x: Tensor, sizes: list[int], index: list[Tensor], backend: str
 ) -> Tensor:
-    layout = from_arguments(sizes, index)
-    if backend == "triton":
-        from sensikernels.ops.masked_linear import triton
-
-        return triton.masked_linear_grad_values(dy, x, layout)
-    return _blocks.grad_values(dy, x, _require_blocks(layout))
-
-
-def _require_blocks(layout: PackedLayout | BlockLayout) -> BlockLayout:
-    ok = isinstance(layout, BlockLayout) and layout.row_ptr.device.type == "cpu"
-    require(ok, "backend", "triton for this layout and device", "native")
-    assert isinstance(layout, BlockLayout)
-    return layout
+    return grad_values(dy, x, from_arguments(sizes, index), backend)
 
 
 for _device in ("CPU", "CUDA"):
     _LIB.impl("masked_linear", _forward, _device)
-    _LIB.impl("masked_linear_grad_activation", _grad_activation, _device)
+    _LIB.impl("masked_linear_grad_activation", grad_activation, _device)
     _LIB.impl("masked_linear_grad_input", _grad_input, _device)
     _LIB.impl("masked_linear_grad_values", _grad_values, _device)
 
