@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from sensikernels import _settings
 from sensikernels.bench.rows import Row, row
 from sensikernels.bench.timing import interleave
-from sensikernels.hf import apply, load_model, load_tokenizer, sensitivity, use_counter_dropout
+from sensikernels.hf import (
+    apply,
+    load_model,
+    load_tokenizer,
+    quiet,
+    sensitivity,
+    use_counter_dropout,
+)
 from sensikernels.masks import Budget, plan, tokens_of
 from sensikernels.methods import BitFit, Run
 from sensikernels.ops.subset_adamw import SubsetAdamW
@@ -48,6 +55,7 @@ def run(
 ) -> list[Row]:
     """Rows of every case in float32 and bfloat16. ``data_dir``: a folder with ``SST-2/``."""
     _settings.reserve_primitive_cache(16384)
+    _settings.quiet_profiler()
     torch.set_float32_matmul_precision("medium")
     rows: list[Row] = []
     for case in _cases(quick, data_dir):
@@ -62,8 +70,8 @@ def _cases(quick: bool, data_dir: Path | None) -> list[Case]:
     return [
         Case(
             name=words,
-            model=lambda: load_model(_minilm(), labels=2),
-            batches=lambda: _sentences(data_dir, 40 if quick else 120),
+            model=minilm,
+            batches=lambda: sentences(data_dir, 40 if quick else 120),
             rounds=40 if quick else 120,
         ),
         Case(
@@ -83,7 +91,7 @@ def _measure(case: Case, dtype: torch.dtype, device: str, quick: bool) -> list[R
         tokens_of(b) for b in batches
     )
     steps = {
-        "hf-dynamic": _hugging_face(copy.deepcopy(base)),
+        "hf-dynamic": hugging_face(copy.deepcopy(base)),
         "dense": _ours(copy.deepcopy(base)),
         "sensi-bert-0.5": _trimmed(copy.deepcopy(base), batches, length),
         "bitfit": _bitfit(copy.deepcopy(base), length),
@@ -132,7 +140,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def _hugging_face(model: nn.Module) -> Step:
+def hugging_face(model: nn.Module) -> Step:
     return Step(
         model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), clip=True
     )
@@ -168,19 +176,27 @@ def _taking(step: Step, batches: Iterator[Batch]) -> Callable[[], None]:
     return lambda: step(next(batches))
 
 
+def minilm() -> nn.Module:
+    """The embedded weights with a fresh classifier."""
+    with quiet():
+        return load_model(_minilm(), labels=2)
+
+
 def _minilm() -> Path:
     from sensikernels.glue import embedded_model_path
 
     return embedded_model_path()
 
 
-def _sentences(data_dir: Path | None, count: int) -> list[Batch]:
+def sentences(data_dir: Path | None, count: int, pad_to_multiple: int = 8) -> list[Batch]:
+    """``count`` batches of 32 tokenised sentences: SST-2's, or the demo task's without a folder."""
     from sensikernels.glue import Batches, encode, load
 
     task = "demo" if data_dir is None else "sst2"
     examples = load(task, data_dir=data_dir, split="train", max_samples=32 * count)
     encoded = encode(examples, load_tokenizer(_minilm()))
-    return [dict(batch) for batch in Batches(encoded, batch_size=32)]
+    batches = Batches(encoded, batch_size=32, pad_to_multiple=pad_to_multiple)
+    return [dict(batch) for batch in batches]
 
 
 def _bert_base() -> nn.Module:

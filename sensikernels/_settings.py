@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from functools import cache
 from typing import Final
 
 from sensikernels._checks import require_one_of
 
 BACKENDS: Final = ("auto", "reference", "native", "triton")
+# Read once: every call of an operator asks for it.
+_BACKEND: Final = os.environ.get("SENSIKERNELS_BACKEND", "auto")
 
 
-@cache
 def backend() -> str:
     """``SENSIKERNELS_BACKEND``: what ``backend="auto"`` stands for (default ``auto``); read once."""
-    name = os.environ.get("SENSIKERNELS_BACKEND", "auto")
-    require_one_of(name, "SENSIKERNELS_BACKEND", BACKENDS)
-    return name
+    if _BACKEND not in BACKENDS:
+        require_one_of(_BACKEND, "SENSIKERNELS_BACKEND", BACKENDS)
+    return _BACKEND
 
 
 def log_level() -> str:

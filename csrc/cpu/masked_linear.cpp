@@ -1,10 +1,12 @@
 // Activations times a block-sparse weight: forward, and by the transposed index the input gradient.
 //
-// Activations are read in place; the weight comes from panels packed once per call.
+// Activations are read in place; the weight comes from panels, packed line by line while they are
+// in cache.
 #include "blocks.h"
 
 #include <memory>
 #include <optional>
+#include <vector>
 
 namespace {
 
@@ -21,6 +23,7 @@ struct Lines {
     const char* values;
     const int32_t* perm;  // where the blocks of a block column lie; null: in order
     const char* panels;
+    int64_t first_panel;               // the block that `panels` begins with
     int64_t panel_bytes, panel_units;  // of one block
     const void* bias;
     void* y;
@@ -43,7 +46,8 @@ SK_FMA void line_rows(const Lines& s, int64_t line, int64_t chunk, int64_t t) {
     for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p) {
         const int64_t from = s.idx[p] * s.depth, terms = std::min(s.depth, s.ld - from);
         const char* a = s.x + (t * s.ld + from) * U::bytes;
-        const char* b = s.panels + p * s.panel_bytes + chunk * kChunk * s.panel_units * 4;
+        const char* b =
+            s.panels + (p - s.first_panel) * s.panel_bytes + chunk * kChunk * s.panel_units * 4;
         const int64_t units = terms / U::terms;
         multiply<BF16, NV, MR>(sum, a, s.ld * U::bytes, 4, b, units);
         if (BF16 && terms % 2) {  // the last term alone: its neighbour may be another block's NaN
@@ -86,15 +90,11 @@ void line_tile(const Lines& s, int64_t line, int64_t chunk, int64_t begin, int64
 }
 
 template <bool BF16>
-void multiply_lines(const Lines& s) {
-    const int64_t tiles = ceil_div(s.tokens, kTokenTile);
-    for_each(s.lines * tiles, [&](int64_t i) {
-        const int64_t line = i / tiles, begin = i % tiles * kTokenTile;
-        const int64_t end = std::min(s.tokens, begin + kTokenTile);
-        for (int64_t chunk = 0; chunk * kChunk < s.width; ++chunk)
-            by_vectors(s.width - chunk * kChunk,
-                       [&](auto nv) { line_tile<BF16, nv()>(s, line, chunk, begin, end); });
-    });
+void multiply_tile(const Lines& s, int64_t line, int64_t tile) {
+    const int64_t begin = tile * kTokenTile, end = std::min(s.tokens, begin + kTokenTile);
+    for (int64_t chunk = 0; chunk * kChunk < s.width; ++chunk)
+        by_vectors(s.width - chunk * kChunk,
+                   [&](auto nv) { line_tile<BF16, nv()>(s, line, chunk, begin, end); });
 }
 
 // Few tokens: packing would cost more than the product, so values are read as they lie.
@@ -260,6 +260,14 @@ void pack_panel(const char* block, int64_t bm, int64_t bn, uint32_t* panel) {
 }
 
 template <bool BF16, bool TRANSPOSED>
+void pack_panels(const Lines& s, int64_t bm, int64_t bn, int64_t begin, int64_t end, char* to) {
+    for (int64_t p = begin; p < end; ++p, to += s.panel_bytes)
+        pack_panel<BF16, TRANSPOSED>(
+            s.values + (s.perm ? s.perm[p] : p) * bm * bn * Unit<BF16>::bytes, bm, bn,
+            reinterpret_cast<uint32_t*>(to));
+}
+
+template <bool BF16, bool TRANSPOSED>
 void run_lines(Lines s, const Tensor& values) {
     const int64_t n = values.size(0), bm = values.size(1), bn = values.size(2);
     s.depth = TRANSPOSED ? bn : bm;
@@ -268,14 +276,25 @@ void run_lines(Lines s, const Tensor& values) {
     if (s.tokens <= kFewTokens) return multiply_few<BF16, TRANSPOSED>(s);
     s.panel_units = ceil_div(s.depth, Unit<BF16>::terms);
     s.panel_bytes = s.panel_units * padded(s.width) * 4;
+    const int64_t tiles = ceil_div(s.tokens, kTokenTile);
+    if (tiles == 1 || s.lines >= 4 * torch::stable::get_num_threads())
+        return for_each(s.lines, [&](int64_t line) {
+            thread_local std::vector<char> panels;  // reused: fresh pages cost more than packing
+            const int64_t begin = s.ptr[line], end = s.ptr[line + 1];
+            if (int64_t(panels.size()) < (end - begin) * s.panel_bytes)
+                panels.resize((end - begin) * s.panel_bytes);
+            pack_panels<BF16, TRANSPOSED>(s, bm, bn, begin, end, panels.data());
+            Lines mine = s;
+            mine.panels = panels.data();
+            mine.first_panel = begin;
+            for (int64_t tile = 0; tile < tiles; ++tile) multiply_tile<BF16>(mine, line, tile);
+        });
     std::unique_ptr<char[]> panels(new char[n * s.panel_bytes]);
     for_each(n, [&](int64_t p) {
-        const char* block = s.values + (s.perm ? s.perm[p] : p) * bm * bn * Unit<BF16>::bytes;
-        pack_panel<BF16, TRANSPOSED>(block, bm, bn,
-                                     reinterpret_cast<uint32_t*>(panels.get() + p * s.panel_bytes));
+        pack_panels<BF16, TRANSPOSED>(s, bm, bn, p, p + 1, panels.get() + p * s.panel_bytes);
     });
     s.panels = panels.get();
-    multiply_lines<BF16>(s);
+    for_each(s.lines * tiles, [&](int64_t i) { multiply_tile<BF16>(s, i / tiles, i % tiles); });
 }
 
 Tensor lines(bool transposed, const Tensor& x, const Tensor& values, const Tensor& ptr,

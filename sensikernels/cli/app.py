@@ -191,6 +191,9 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Few cases, few rounds.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the rows and their provenance.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="GLUE's folders, for real batches (step only).")
+    ] = None,
 ) -> None:
     """Time one part of the library against its baselines, interleaved."""
     from importlib import import_module
@@ -198,13 +201,16 @@ def bench(
     from sensikernels.bench import rows
     from sensikernels.cli.show import progress_lines, show_rows
 
+    if data_dir is not None and suite is not Suite.step:
+        raise UsageError(f"data-dir: expected none for suite {suite.value}, got {data_dir}")
+    extra = {} if data_dir is None else {"data_dir": data_dir}
     name = f"sensikernels.bench.{suite.value}"
     try:
         module = import_module(name)
     except ModuleNotFoundError as error:
         raise SensiError(f"bench {suite.value}: {error}: run it from a source checkout") from error
     with progress_lines() as progress:
-        result = module.run(device=device, quick=quick, progress=progress)
+        result = module.run(device=device, quick=quick, progress=progress, **extra)
     show_rows(result)
     if json is not None:
         rows.write(json, result, device)
