@@ -16,6 +16,7 @@ enum DType : int64_t { kFloat, kBFloat16, kHalf };
 enum Hyper { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kHypers };
 
 constexpr int64_t kSpan = 4096;  // entries per rank offset of packed bits
+constexpr int kCohorts = 256;    // of a parameter, at most
 constexpr double kTiny = 1e-300;
 
 // One row of the table; `FIELDS` in native.py has the same order. A parameter is [rows, columns].

@@ -19,6 +19,7 @@ _LIB = torch.library.Library("sensikernels", "FRAGMENT")
 _LIB.define("gather_columns(Tensor x, Tensor index) -> Tensor")
 _LIB.define("scatter_columns(Tensor x, Tensor index, int width, Tensor? fill) -> Tensor")
 
+
 @cache
 def launcher(name: str) -> Any:
     """A launcher of the compiled extension."""

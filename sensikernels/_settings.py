@@ -13,7 +13,7 @@ _BACKEND: Final = os.environ.get("SENSIKERNELS_BACKEND", "auto")
 
 
 def backend() -> str:
-    """``SENSIKERNELS_BACKEND``: what ``backend="auto"`` stands for (default ``auto``); read once."""
+    """``SENSIKERNELS_BACKEND``: what ``backend="auto"`` stands for (default ``auto``)."""
     if _BACKEND not in BACKENDS:
         require_one_of(_BACKEND, "SENSIKERNELS_BACKEND", BACKENDS)
     return _BACKEND

@@ -17,11 +17,6 @@ from torch import Tensor
 from sensikernels._checks import require
 
 
-def _derived() -> Any:
-    """A field that follows from the others: computed once, for it is read in every call."""
-    return field(init=False, repr=False)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedLayout:
     """Kept rows x kept columns of a weight ``[out_features, in_features]``: a smaller matrix.
@@ -37,19 +32,20 @@ class PackedLayout:
     compact_input: bool = False
     compact_output: bool = False
 
-    values_shape: tuple[int, ...] = _derived()
+    # Derived, and fields rather than properties: every call of a layer reads them.
+    values_shape: tuple[int, ...] = field(init=False, repr=False)
     """``(kept_out, kept_in)``."""
-    in_width: int = _derived()
+    in_width: int = field(init=False, repr=False)
     """Features the layer reads."""
-    out_width: int = _derived()
+    out_width: int = field(init=False, repr=False)
     """Features the layer writes."""
-    gather_columns: Tensor | None = _derived()
+    gather_columns: Tensor | None = field(init=False, repr=False)
     """Columns of the input to read; None: it is used as it comes."""
-    scatter_rows: Tensor | None = _derived()
+    scatter_rows: Tensor | None = field(init=False, repr=False)
     """Columns of the output to write; None: it is written as it comes."""
-    direct: bool = _derived()
+    direct: bool = field(init=False, repr=False)
     """Nothing to gather or scatter: the layer is a plain linear on ``values``."""
-    kept_entries: int = _derived()
+    kept_entries: int = field(init=False, repr=False)
     """Weight entries kept."""
 
     def __post_init__(self) -> None:
@@ -100,15 +96,15 @@ class BlockLayout:
     compact_input: bool = False
     compact_output: bool = False
 
-    n_blocks: int = _derived()
+    n_blocks: int = field(init=False, repr=False)
     """Kept blocks."""
-    grid_shape: tuple[int, int] = _derived()
+    grid_shape: tuple[int, int] = field(init=False, repr=False)
     """``(R, C)``: block rows and block columns the layer sees."""
-    values_shape: tuple[int, ...] = _derived()
+    values_shape: tuple[int, ...] = field(init=False, repr=False)
     """``(n_blocks, bm, bn)``."""
-    in_width: int = _derived()
+    in_width: int = field(init=False, repr=False)
     """Features the layer reads."""
-    out_width: int = _derived()
+    out_width: int = field(init=False, repr=False)
     """Features the layer writes."""
 
     def __post_init__(self) -> None:

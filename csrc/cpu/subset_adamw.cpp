@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/subset_adamw_bits.h"
 #include "cpu/subset_adamw_simd.h"
 #include "cpu/subset_adamw_visit.h"
 
@@ -49,87 +50,95 @@ char* at(void* base, int64_t dtype, int64_t entry) {
     return static_cast<char*>(base) + entry * width(dtype);
 }
 
-// Float gradient of a piece: in place, or staged in `buffer`.
-const float* load_grad(const Item& item, int64_t origin, const int32_t* index, int64_t n,
-                       float* buffer) {
-    const char* from = at(item.grad, item.grad_dtype, origin);
-    alignas(64) uint16_t narrow16[kBlock];
-    const float* grad = buffer;
-    if (item.grad_dtype == kFloat) {
-        grad = reinterpret_cast<const float*>(from);
-        if (index) {
-            gather32(reinterpret_cast<const uint32_t*>(from), index,
-                     reinterpret_cast<uint32_t*>(buffer), n);
-            grad = buffer;
-        }
-    } else if (index) {
-        gather16(reinterpret_cast<const uint16_t*>(from), index, narrow16, n);
-        widen(narrow16, item.grad_dtype, buffer, n);
+template <class T>
+void take(const T* from, const Pick& pick, T* to, int64_t n) {
+    if (pick.bits) return compress(from, pick.bits, pick.span, to);
+    if constexpr (sizeof(T) == 4) {
+        gather32(from, pick.index, to, n);
     } else {
-        widen(from, item.grad_dtype, buffer, n);
+        gather16(from, pick.index, to, n);
     }
+}
+
+template <class T>
+void put(const T* from, const Pick& pick, T* to, int64_t n) {
+    if (pick.bits) return expand(from, pick.bits, pick.span, to);
+    for (int64_t i = 0; i < n; ++i) to[pick.index[i]] = from[i];
+}
+
+// Entries of a piece as float: in place, or staged in `buffer`.
+const float* load(const void* base, int64_t dtype, int64_t origin, const Pick& pick, int64_t n,
+                  float* buffer) {
+    const char* from = at(base, dtype, origin);
+    if (dtype == kFloat) {
+        if (!pick) return reinterpret_cast<const float*>(from);
+        take(reinterpret_cast<const uint32_t*>(from), pick, reinterpret_cast<uint32_t*>(buffer), n);
+        return buffer;
+    }
+    alignas(64) uint16_t narrow16[kStaged];
+    if (pick) take(reinterpret_cast<const uint16_t*>(from), pick, narrow16, n);
+    widen(pick ? reinterpret_cast<const char*>(narrow16) : from, dtype, buffer, n);
+    return buffer;
+}
+
+const float* load_grad(const Item& item, int64_t origin, const Pick& pick, int64_t n,
+                       float* buffer) {
+    const float* grad = load(item.grad, item.grad_dtype, origin, pick, n, buffer);
     if (item.kind != kMasked) return grad;
     mask_entries(static_cast<const uint8_t*>(item.index), origin, grad, buffer, n);
     return buffer;
 }
 
-float* load_weight(const Item& item, int64_t origin, int64_t state, const int32_t* index, int64_t n,
+float* load_weight(const Item& item, int64_t origin, int64_t state, const Pick& pick, int64_t n,
                    float* buffer) {
     if (item.master) return item.master + state;
-    char* from = at(item.param, item.param_dtype, origin);
-    if (item.param_dtype == kFloat) {
-        if (!index) return reinterpret_cast<float*>(from);
-        gather32(reinterpret_cast<const uint32_t*>(from), index,
-                 reinterpret_cast<uint32_t*>(buffer), n);
-        return buffer;
-    }
-    alignas(64) uint16_t narrow16[kBlock];
-    if (index) gather16(reinterpret_cast<const uint16_t*>(from), index, narrow16, n);
-    widen(index ? reinterpret_cast<const char*>(narrow16) : from, item.param_dtype, buffer, n);
+    if (item.param_dtype == kFloat && !pick) return static_cast<float*>(item.param) + origin;
+    load(item.param, item.param_dtype, origin, pick, n, buffer);
     return buffer;
 }
 
-void store_weight(const Item& item, int64_t origin, const int32_t* index, int64_t n,
+void store_weight(const Item& item, int64_t origin, const Pick& pick, int64_t n,
                   const float* weight) {
     char* to = at(item.param, item.param_dtype, origin);
     if (item.param_dtype == kFloat) {
-        if (index)
-            for (int64_t i = 0; i < n; ++i) reinterpret_cast<float*>(to)[index[i]] = weight[i];
+        if (pick)
+            put(reinterpret_cast<const uint32_t*>(weight), pick, reinterpret_cast<uint32_t*>(to),
+                n);
         return;
     }
-    if (!index) return narrow(weight, item.param_dtype, to, n);
-    alignas(64) uint16_t narrow16[kBlock];
+    if (!pick) return narrow(weight, item.param_dtype, to, n);
+    alignas(64) uint16_t narrow16[kStaged];
     narrow(weight, item.param_dtype, narrow16, n);
-    for (int64_t i = 0; i < n; ++i) reinterpret_cast<uint16_t*>(to)[index[i]] = narrow16[i];
+    put(narrow16, pick, reinterpret_cast<uint16_t*>(to), n);
 }
 
 double squares(const Item& item, const Chunk& chunk) {
     double total = 0;
-    alignas(64) float buffer[kBlock];
+    alignas(64) float buffer[kStaged];
     visit(
         item, chunk.first, chunk.end,
-        [&](int64_t, int64_t grad, int64_t, const int32_t* index, int64_t n) {
-            total += sum_of_squares(load_grad(item, grad, index, n, buffer), n);
+        [&](int64_t, int64_t grad, int64_t, const Pick& pick, int64_t n) {
+            total += sum_of_squares(load_grad(item, grad, pick, n, buffer), n);
         },
         [](int64_t) {});
     return total;
 }
 
 void update(const Item& item, const Rates& rates, const Chunk& chunk) {
-    alignas(64) float weights[kBlock], grads[kBlock], lanes[32] = {};
+    alignas(64) float weights[kStaged], grads[kStaged], lanes[32] = {};
     const float* factors = rates.cohort_factors.data();
     const bool entrywise = item.columns == 1 && item.kind != kTouched;
-    const auto piece = [&](int64_t param, int64_t grad, int64_t state, const int32_t* index,
+    const auto piece = [&](int64_t param, int64_t grad, int64_t state, const Pick& pick,
                            int64_t n) {
-        float* w = load_weight(item, param, state, index, n, weights);
-        const float* g = load_grad(item, grad, index, n, grads);
+        float* w = load_weight(item, param, state, pick, n, weights);
+        const float* g = load_grad(item, grad, pick, n, grads);
         float *m = item.exp_avg + state, *v = item.exp_avg_sq + state;
         float decay = rates.decay;
         if (item.sums()) {
             if (!entrywise) {
                 sum_lanes(w, g, n, lanes);
             } else {
-                sum_entries(w, g, index, n, item.sum_abs ? item.sum_abs + param : nullptr,
+                sum_entries(w, g, pick.index, n, item.sum_abs ? item.sum_abs + param : nullptr,
                             item.sum_squared ? item.sum_squared + param : nullptr, rates.unscale);
             }
         }
@@ -150,7 +159,7 @@ void update(const Item& item, const Rates& rates, const Chunk& chunk) {
             adamw(w, g, m, v, n, rates.scale, decay, rates.one_minus_beta1, rates.beta2,
                   rates.one_minus_beta2, rates.step_size, rates.inverse_root, rates.eps);
         }
-        store_weight(item, param, index, n, w);
+        store_weight(item, param, pick, n, w);
     };
     const auto row_done = [&](int64_t row) {
         if (item.kind == kTouched)
@@ -196,7 +205,7 @@ Rates make_rates(const Item& item, const double* hyper, double clip, double unsc
 }
 
 void step(const Tensor& table, const Tensor& chunk_table, const Tensor& hyper, Tensor partials,
-          Tensor norm, double max_grad_norm, const std::optional<Tensor>& grad_scale,
+          Tensor norm, int64_t, double max_grad_norm, const std::optional<Tensor>& grad_scale,
           const std::optional<Tensor>& found_inf) {
     check_dtype(table, "table", ScalarType::Long);
     check_dim(table, "table", 2);
@@ -307,7 +316,8 @@ std::tuple<Tensor, Tensor> coalesce(const Tensor& rows, const Tensor& values) {
 STABLE_TORCH_LIBRARY_FRAGMENT(sensikernels_native, m) {
     m.def(
         "subset_adamw_step(Tensor table, Tensor chunks, Tensor hyper, Tensor(a!) partials, "
-        "Tensor(b!) norm, float max_grad_norm, Tensor? grad_scale, Tensor? found_inf) -> ()");
+        "Tensor(b!) norm, int dtypes, float max_grad_norm, Tensor? grad_scale, Tensor? found_inf) "
+        "-> ()");
     m.def("subset_adamw_coalesce(Tensor rows, Tensor values) -> (Tensor, Tensor)");
 }
 

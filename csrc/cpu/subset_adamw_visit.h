@@ -4,16 +4,28 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
+#include "cpu/subset_adamw_bits.h"
 #include "subset_adamw.h"
 
 namespace sk::subset_adamw {
 
-constexpr int64_t kBlock = 1024;  // entries staged in L1 where they cannot be used in place
+constexpr int64_t kBlock = 1024;          // entries of a piece, which fits in L1: spans of bits too
+constexpr int64_t kGatherBelow = 16;      // of so many columns one is kept: bits cost more
+constexpr int64_t kStaged = kBlock + 16;  // `compress` goes beyond the last entry
 
-// Visits kept entries in pieces of at most kBlock. `piece(param, grad, state, index, bits, n)` gets
-// the offsets of a run, or of the origin of `index` (n relative int32) where that is not null;
-// `row_done(row)` follows the last piece of a row where rows are summed.
+// The entries of a piece: a run, or what `index` or the `bits` of `span` entries name.
+struct Pick {
+    const int32_t* index = nullptr;  // relative to the origin
+    const uint8_t* bits = nullptr;
+    int64_t span = 0;
+
+    explicit operator bool() const { return index || bits; }
+};
+
+// Visits kept entries in pieces of at most kBlock: `piece(param, grad, state, pick, n)` gets
+// offsets of their origin. `row_done(row)` follows the last piece of a row where rows are summed.
 template <class Piece, class RowDone>
 void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&& row_done) {
     const auto* index = static_cast<const int32_t*>(item.index);
@@ -21,8 +33,20 @@ void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&
     const bool sums = item.sums() && wide > 1;
     const auto run = [&](int64_t param, int64_t grad, int64_t state, int64_t n) {
         for (int64_t i = 0; i < n; i += kBlock)
-            piece(param + i, grad + i, state + i, nullptr, std::min(kBlock, n - i));
+            piece(param + i, grad + i, state + i, Pick{}, std::min(kBlock, n - i));
     };
+    // The kept entries among n, by the bits of all of them; the first has the bit 0 of its byte.
+    const auto flagged = [&](int64_t origin, int64_t state, const uint8_t* bits, int64_t n) {
+        for (int64_t i = 0; i < n; i += kBlock) {
+            const Pick pick{nullptr, bits + i / 8, std::min(kBlock, n - i)};
+            const int64_t found = count_bits(pick.bits, pick.span);
+            if (found) piece(origin + i, origin + i, state, pick, found);
+            state += found;
+        }
+        return state;
+    };
+    // Entrywise sums need the index.
+    const bool by_bits = has_compress() && !(item.sums() && wide == 1);
     switch (item.kind) {
         case kAll:
             if (!sums) return run(first, first, first, end - first);
@@ -50,14 +74,33 @@ void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&
                 row_done(row);
             }
             return;
-        case kColumns:
-            for (int64_t r = first; r < end; ++r) {
-                for (int64_t i = 0; i < item.units; i += kBlock)
-                    piece(r * wide, r * wide, r * item.units + i, index + i,
-                          std::min(kBlock, item.units - i));
+        case kColumns: {
+            // As many rows at a time as fill a piece.
+            const int64_t units = item.units;
+            const bool flags = by_bits && units * kGatherBelow >= wide;
+            const int64_t fit = std::min(kBlock / (flags ? wide : units), INT32_MAX / wide);
+            const int64_t rows = sums ? 1 : std::clamp<int64_t>(fit, 1, end - first);
+            std::vector<uint8_t> bits(flags ? (rows * wide + 7) / 8 : 0);
+            std::vector<int32_t> list;
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t i = 0; i < units; ++i) {
+                    const int64_t entry = r * wide + index[i];
+                    if (flags) {
+                        bits[entry / 8] |= static_cast<uint8_t>(1 << entry % 8);
+                    } else {
+                        list.push_back(static_cast<int32_t>(entry));
+                    }
+                }
+            for (int64_t r = first; r < end; r += rows) {
+                const int64_t now = std::min(rows, end - r), n = now * units;
+                if (flags) flagged(r * wide, r * units, bits.data(), now * wide);
+                for (int64_t i = 0; i < n && !flags; i += kBlock)
+                    piece(r * wide, r * wide, r * units + i, Pick{list.data() + i},
+                          std::min(kBlock, n - i));
                 row_done(r);
             }
             return;
+        }
         case kBlocks: {
             const int64_t across = wide / item.block_columns, high = item.block_rows;
             if (!sums) {
@@ -107,12 +150,18 @@ void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&
         }
     }
     int32_t list[kBlock];
+    const bool whole = by_bits && item.kind == kElements && unit % 8 == 0;
+    if (whole && !sums) {
+        flagged(first * unit, rank, bits + first * unit / 8, stop - first * unit);
+        return;
+    }
     for (int64_t begin = first * unit; begin < stop; begin += unit) {
         const int64_t limit = std::min(begin + unit, stop);
-        for (int64_t e = begin; e < limit; e += kBlock) {
+        if (whole) rank = flagged(begin, rank, bits + begin / 8, limit - begin);
+        for (int64_t e = begin; e < limit && !whole; e += kBlock) {
             const int64_t n = std::min(kBlock, limit - e);
             if (item.kind == kMasked) {
-                piece(e, e, e, nullptr, n);
+                piece(e, e, e, Pick{}, n);
                 continue;
             }
             int64_t found = 0;
@@ -132,7 +181,7 @@ void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&
                     found += kept(e + i++);
                 }
             }
-            if (found) piece(e, e, rank, list, found);
+            if (found) piece(e, e, rank, Pick{list}, found);
             rank += found;
         }
         if (sums) row_done(begin / wide);

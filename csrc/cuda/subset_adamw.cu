@@ -16,8 +16,8 @@ int resident_blocks(int device) {
 }
 
 void step(const Tensor& table, const Tensor& chunks, const Tensor& hyper, Tensor partials,
-          Tensor norm, double max_grad_norm, const std::optional<Tensor>& grad_scale,
-          const std::optional<Tensor>& found_inf) {
+          Tensor norm, int64_t dtypes, double max_grad_norm,
+          const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
     check_dtype(table, "table", ScalarType::Long);
     check_dim(table, "table", 2);
     check_size(table, "table", 1, sizeof(Item) / 8);
@@ -38,14 +38,18 @@ void step(const Tensor& table, const Tensor& chunks, const Tensor& hyper, Tensor
         return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
     };
     const torch::stable::accelerator::DeviceGuard guard(table.get_device_index());
-    launch_step(static_cast<const Item*>(table.const_data_ptr()), parameters,
-                static_cast<const Chunk*>(chunks.const_data_ptr()), chunks.size(0),
-                static_cast<const double*>(hyper.const_data_ptr()),
+    const Launch on{static_cast<const Item*>(table.const_data_ptr()),
+                    parameters,
+                    static_cast<const Chunk*>(chunks.const_data_ptr()),
+                    chunks.size(0),
+                    dtypes,
+                    static_cast<Rates*>(rates.mutable_data_ptr()),
+                    resident_blocks(table.get_device_index()),
+                    current_stream(table)};
+    launch_step(on, static_cast<const double*>(hyper.const_data_ptr()),
                 static_cast<double*>(partials.mutable_data_ptr()),
                 static_cast<float*>(norm.mutable_data_ptr()), static_cast<float>(max_grad_norm),
-                scalar(grad_scale), scalar(found_inf),
-                static_cast<Rates*>(rates.mutable_data_ptr()),
-                resident_blocks(table.get_device_index()), current_stream(table));
+                scalar(grad_scale), scalar(found_inf));
     check_launch("subset_adamw_step");
 }
 

@@ -7,59 +7,45 @@
 
 namespace sk::subset_adamw {
 
+template <class T>
+constexpr int64_t kTypeOf = kFloat;
+template <>
+constexpr int64_t kTypeOf<__nv_bfloat16> = kBFloat16;
+template <>
+constexpr int64_t kTypeOf<__half> = kHalf;
+
 // A step's numbers for one parameter, written by `prepare`.
 struct Rates {
     double clock[3], ticked[3];  // before and after this step
     float scale, unscale;        // of the gradient: for the update, and for the sums
     float decay, rate1, beta2, rate2, eps;
-    float step_size, inverse_root;
-    float lr, log_beta1, log_beta2, age;  // for cohorts
+    float step_size, inverse_root;           // by bias correction
+    float sizes[kCohorts], roots[kCohorts];  // the same, by cohort
     int skip;
 };
 
-// Σg² of a lane's entries. The type is looked at per run, so that `visit` is compiled once.
+// Σg² of a lane's entries.
+template <class G>
 struct Squares {
-    const Item& item;
+    const G* grad_at;
     int lane;
     double total = 0;
 
-    __device__ __forceinline__ void square(float value) {
-        total += static_cast<double>(value) * value;
+    __device__ __forceinline__ void square(G value) {
+        total += static_cast<double>(widen(value)) * widen(value);
     }
-    template <class G>
-    __device__ __forceinline__ void run_of(int64_t grad, int64_t n) {
-        const G* from = static_cast<const G*>(item.grad) + grad;
+    __device__ __forceinline__ void run(int64_t, int64_t grad, int64_t, int64_t n) {
+        const G* from = grad_at + grad;
         const int64_t done = aligned(from) ? n / 4 * 4 : 0;
         for (int64_t i = lane * 4; i < done; i += 4 * kWarp) {
             const Four<G> four = *reinterpret_cast<const Four<G>*>(from + i);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) square(widen(four.at[j]));
+            for (int j = 0; j < 4; ++j) square(four.at[j]);
         }
-        for (int64_t i = done + lane; i < n; i += kWarp) square(widen(from[i]));
+        for (int64_t i = done + lane; i < n; i += kWarp) square(from[i]);
     }
-    __device__ __forceinline__ void add(int64_t grad) {
-        if (item.grad_dtype == kFloat) {
-            square(static_cast<const float*>(item.grad)[grad]);
-        } else if (item.grad_dtype == kBFloat16) {
-            square(widen(static_cast<const __nv_bfloat16*>(item.grad)[grad]));
-        } else {
-            square(widen(static_cast<const __half*>(item.grad)[grad]));
-        }
-    }
-    __device__ void run(int64_t, int64_t grad, int64_t, int64_t n) {
-        if (item.grad_dtype == kFloat) {
-            run_of<float>(grad, n);
-        } else if (item.grad_dtype == kBFloat16) {
-            run_of<__nv_bfloat16>(grad, n);
-        } else {
-            run_of<__half>(grad, n);
-        }
-    }
-    __device__ void gathered(int64_t param, int64_t, const int32_t* index, int64_t n) {
-        for (int64_t i = lane; i < n; i += kWarp) add(param + index[i]);
-    }
-    __device__ void entry(int64_t param, int64_t, bool live, bool kept) {
-        if (live && kept) add(param);
+    __device__ __forceinline__ void one(int64_t, int64_t grad, int64_t, bool kept) {
+        if (kept) square(grad_at[grad]);
     }
     __device__ void begin_row(int64_t) {}
     __device__ void end_row(int64_t) {}
@@ -117,12 +103,9 @@ struct Update {
     __device__ float apply(float weight, float raw, float& first, float& second, int64_t param,
                            int64_t state) {
         if (sums) add(weight, raw, param);
-        float size = step_size, inverse = inverse_root;
-        if (cohort_at) {
-            const float age = rates.age - item.cohort_start[cohort_at[state]];
-            size = rates.lr / -expm1f(age * rates.log_beta1);
-            inverse = 1.0f / sqrtf(-expm1f(age * rates.log_beta2));
-        }
+        const int cohort = cohort_at ? cohort_at[state] : 0;
+        const float size = cohort_at ? rates.sizes[cohort] : step_size;
+        const float inverse = cohort_at ? rates.roots[cohort] : inverse_root;
         const float grad = raw * scale;
         first *= missed1;
         first += (grad - first) * rate1;
@@ -130,7 +113,7 @@ struct Update {
         return weight * decay - size * (first / (sqrtf(second) * inverse + eps));
     }
 
-    __device__ void one(int64_t param, int64_t grad, int64_t state, bool kept) {
+    __device__ __forceinline__ void one(int64_t param, int64_t grad, int64_t state, bool kept) {
         const float raw = kept ? widen(grad_at[grad]) : 0.0f;
         float first = first_at[state], second = second_at[state];
         const float old = master_at ? master_at[state] : widen(param_at[param]);
@@ -141,16 +124,15 @@ struct Update {
         param_at[param] = P(now);
     }
 
-    template <bool kMaster>
     __device__ __forceinline__ void four(int64_t param, int64_t grad, int64_t state) {
         auto* weight = reinterpret_cast<Four<P>*>(param_at + param);
         auto* first = reinterpret_cast<Four<float>*>(first_at + state);
         auto* second = reinterpret_cast<Four<float>*>(second_at + state);
-        auto* master = reinterpret_cast<Four<float>*>(master_at + (kMaster ? state : 0));
+        auto* master = reinterpret_cast<Four<float>*>(master_at ? master_at + state : nullptr);
         const auto raw = *reinterpret_cast<const Four<G>*>(grad_at + grad);
         Four<float> m = *first, v = *second, w;
         Four<P> shadow;
-        if (kMaster) {
+        if (master) {
             w = *master;
         } else {
             shadow = *weight;
@@ -164,7 +146,7 @@ struct Update {
         }
         *first = m;
         *second = v;
-        if (kMaster) *master = w;
+        if (master) *master = w;
         *weight = shadow;
     }
 
@@ -173,23 +155,8 @@ struct Update {
                             aligned(first_at + state) && aligned(second_at + state) &&
                             (!master_at || aligned(master_at + state));
         const int64_t done = vector ? n / 4 * 4 : 0;
-        if (master_at) {
-            for (int64_t i = lane * 4; i < done; i += 4 * kWarp)
-                four<true>(param + i, grad + i, state + i);
-        } else {
-            for (int64_t i = lane * 4; i < done; i += 4 * kWarp)
-                four<false>(param + i, grad + i, state + i);
-        }
+        for (int64_t i = lane * 4; i < done; i += 4 * kWarp) four(param + i, grad + i, state + i);
         for (int64_t i = done + lane; i < n; i += kWarp) one(param + i, grad + i, state + i, true);
-    }
-
-    __device__ void gathered(int64_t param, int64_t state, const int32_t* index, int64_t n) {
-        for (int64_t i = lane; i < n; i += kWarp)
-            one(param + index[i], param + index[i], state + i, true);
-    }
-
-    __device__ void entry(int64_t param, int64_t state, bool live, bool kept) {
-        if (live) one(param, param, state, kept);
     }
 
     __device__ void begin_row(int64_t row) {
@@ -211,13 +178,8 @@ struct Update {
     }
 };
 
-template <class P, class G>
-__device__ __forceinline__ void chunk_update(const Item& item, const Rates& rates,
-                                             const Chunk& chunk, int lane) {
-    Update<P, G> update(item, rates, lane);
-    visit(item, chunk.first, chunk.end, lane, update);
-}
-
+// A kernel for each dtype takes the chunks that are its own.
+template <class G>
 __global__ void __launch_bounds__(kThreads, 2)
     sum_squares(const Item* items, const Chunk* chunks, int64_t count, double* partials) {
     const int lane = threadIdx.x % kWarp;
@@ -226,66 +188,15 @@ __global__ void __launch_bounds__(kThreads, 2)
          c += warps) {
         const Chunk chunk = chunks[c];
         const Item& item = items[chunk.item];
-        Squares squares{item, lane};
+        if (item.grad_dtype != kTypeOf<G>) continue;
+        Squares<G> squares{static_cast<const G*>(item.grad), lane};
         visit(item, chunk.first, chunk.end, lane, squares);
         const double total = warp_sum(squares.total);
         if (lane == 0) partials[c] = total;
     }
 }
 
-// One block: the norm in a fixed order, every parameter's rates, step counts and clocks.
-__global__ void __launch_bounds__(kThreads)
-    prepare(const Item* items, int64_t parameters, const double* hyper, const double* partials,
-            int64_t count, float max_grad_norm, const float* grad_scale, const float* found_inf,
-            float* norm_out, Rates* rates) {
-    SK_SHARED(double, warps, [kThreads / kWarp]);
-    const double unscale = 1.0 / (grad_scale ? *grad_scale : 1.0f);
-    double total = 0;
-    if (max_grad_norm > 0)
-        for (int64_t c = threadIdx.x; c < count; c += kThreads) total += partials[c];
-    total = warp_sum(total);
-    if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = total;
-    __syncthreads();
-    total = 0;
-    for (int w = 0; w < kThreads / kWarp; ++w) total += warps[w];
-    const float norm = static_cast<float>(sqrt(total) * fabs(unscale));
-    if (threadIdx.x == 0) *norm_out = norm;
-    const float share = max_grad_norm / (norm + 1e-6f);
-    const float clip = max_grad_norm > 0 && !(share > 1) ? share : 1.0f;
-    const bool skip = found_inf && *found_inf != 0;
-    for (int64_t i = threadIdx.x; i < parameters; i += kThreads) {
-        const Item& item = items[i];
-        const double* row = hyper + item.group * kHypers;
-        const double lr = row[kLr], beta1 = row[kBeta1], beta2 = row[kBeta2];
-        const double decay = 1 - lr * row[kWeightDecay], age = *item.step + 1.0;
-        const double logs[3] = {log(fmax(decay, kTiny)), log(fmax(beta1, kTiny)),
-                                log(fmax(beta2, kTiny))};
-        Rates& out = rates[i];
-        out.skip = skip;
-        out.scale = static_cast<float>(clip * unscale);
-        out.unscale = static_cast<float>(unscale);
-        out.decay = static_cast<float>(decay);
-        out.rate1 = static_cast<float>(1 - beta1);
-        out.beta2 = static_cast<float>(beta2);
-        out.rate2 = static_cast<float>(1 - beta2);
-        out.eps = static_cast<float>(row[kEps]);
-        out.step_size = static_cast<float>(lr / (1 - pow(beta1, age)));
-        out.inverse_root = static_cast<float>(1 / sqrt(1 - pow(beta2, age)));
-        out.lr = static_cast<float>(lr);
-        out.log_beta1 = static_cast<float>(logs[1]);
-        out.log_beta2 = static_cast<float>(logs[2]);
-        out.age = static_cast<float>(age);
-        if (item.kind == kTouched) {
-            for (int k = 0; k < 3; ++k) {
-                out.clock[k] = item.clock[k];
-                out.ticked[k] = item.clock[k] + logs[k];
-                if (!skip) item.clock[k] = out.ticked[k];
-            }
-        }
-        if (!skip) *item.step = static_cast<float>(age);
-    }
-}
-
+template <class P, class G>
 __global__ void __launch_bounds__(kThreads, 2)
     update(const Item* items, const Rates* rates, const Chunk* chunks, int64_t count) {
     const int lane = threadIdx.x % kWarp;
@@ -294,23 +205,68 @@ __global__ void __launch_bounds__(kThreads, 2)
          c += warps) {
         const Chunk chunk = chunks[c];
         const Item& item = items[chunk.item];
-        const Rates& rate = rates[chunk.item];
-        if (rate.skip) return;
-        const bool wide = item.grad_dtype == kFloat;
-        if (item.param_dtype == kFloat) {
-            chunk_update<float, float>(item, rate, chunk, lane);
-        } else if (item.param_dtype == kBFloat16) {
-            if (wide) {
-                chunk_update<__nv_bfloat16, float>(item, rate, chunk, lane);
-            } else {
-                chunk_update<__nv_bfloat16, __nv_bfloat16>(item, rate, chunk, lane);
-            }
-        } else if (wide) {
-            chunk_update<__half, float>(item, rate, chunk, lane);
-        } else {
-            chunk_update<__half, __half>(item, rate, chunk, lane);
+        if (item.param_dtype != kTypeOf<P> || item.grad_dtype != kTypeOf<G>) continue;
+        if (rates[chunk.item].skip) return;
+        Update<P, G> update(item, rates[chunk.item], lane);
+        visit(item, chunk.first, chunk.end, lane, update);
+    }
+}
+
+// A block per parameter: the norm in a fixed order, rates, step count and clocks.
+__global__ void __launch_bounds__(kThreads)
+    prepare(const Item* items, int64_t parameters, const double* hyper, const double* partials,
+            int64_t count, float max_grad_norm, const float* grad_scale, const float* found_inf,
+            float* norm_out, Rates* rates) {
+    SK_SHARED(double, warps, [kThreads / kWarp]);
+    const int thread = threadIdx.x;
+    const double unscale = 1.0 / (grad_scale ? *grad_scale : 1.0f);
+    double total = 0;
+    if (max_grad_norm > 0)
+        for (int64_t c = thread; c < count; c += kThreads) total += partials[c];
+    total = warp_sum(total);
+    if (thread % kWarp == 0) warps[thread / kWarp] = total;
+    __syncthreads();
+    total = 0;
+    for (int w = 0; w < kThreads / kWarp; ++w) total += warps[w];
+    const float norm = static_cast<float>(sqrt(total) * fabs(unscale));
+    if (blockIdx.x == 0 && thread == 0) *norm_out = norm;
+    if (blockIdx.x >= parameters) return;
+    const Item& item = items[blockIdx.x];
+    Rates& out = rates[blockIdx.x];
+    const double* row = hyper + item.group * kHypers;
+    const double lr = row[kLr], beta1 = row[kBeta1], beta2 = row[kBeta2];
+    const double age = *item.step + 1.0;
+    __syncthreads();  // thread 0 is about to change the step count
+    if (item.cohort && thread < item.cohorts) {
+        const double since = age - item.cohort_start[thread];
+        out.sizes[thread] = static_cast<float>(lr / (1 - pow(beta1, since)));
+        out.roots[thread] = static_cast<float>(1 / sqrt(1 - pow(beta2, since)));
+    }
+    if (thread != 0) return;
+    const float share = max_grad_norm / (norm + 1e-6f);
+    const float clip = max_grad_norm > 0 && !(share > 1) ? share : 1.0f;
+    const bool skip = found_inf && *found_inf != 0;
+    const double decay = 1 - lr * row[kWeightDecay];
+    out.skip = skip;
+    out.scale = static_cast<float>(clip * unscale);
+    out.unscale = static_cast<float>(unscale);
+    out.decay = static_cast<float>(decay);
+    out.rate1 = static_cast<float>(1 - beta1);
+    out.beta2 = static_cast<float>(beta2);
+    out.rate2 = static_cast<float>(1 - beta2);
+    out.eps = static_cast<float>(row[kEps]);
+    out.step_size = static_cast<float>(lr / (1 - pow(beta1, age)));
+    out.inverse_root = static_cast<float>(1 / sqrt(1 - pow(beta2, age)));
+    if (item.kind == kTouched) {
+        const double factors[3] = {decay, beta1, beta2};
+#pragma unroll
+        for (int k = 0; k < 3; ++k) {
+            out.clock[k] = item.clock[k];
+            out.ticked[k] = item.clock[k] + log(fmax(factors[k], kTiny));
+            if (!skip) item.clock[k] = out.ticked[k];
         }
     }
+    if (!skip) *item.step = static_cast<float>(age);
 }
 
 // Sorted `rows` with the entries' `order` and the `place` of each row among the distinct ones: the
@@ -340,17 +296,46 @@ inline int blocks_for(int64_t warps, int most) {
     return static_cast<int>(blocks < 1 ? 1 : blocks < most ? blocks : most);
 }
 
-// All pointers on the device. `most` blocks are resident at once; `rates` has one per parameter.
-inline void launch_step(const Item* items, int64_t parameters, const Chunk* chunks, int64_t count,
-                        const double* hyper, double* partials, float* norm, float max_grad_norm,
-                        const float* grad_scale, const float* found_inf, Rates* rates, int most,
-                        cudaStream_t stream) {
-    const int blocks = blocks_for(count, most);
-    if (max_grad_norm > 0)
-        SK_LAUNCH(sum_squares, blocks, kThreads, 0, stream, items, chunks, count, partials);
-    SK_LAUNCH(prepare, 1, kThreads, 0, stream, items, parameters, hyper, partials, count,
-              max_grad_norm, grad_scale, found_inf, norm, rates);
-    if (count) SK_LAUNCH(update, blocks, kThreads, 0, stream, items, rates, chunks, count);
+// What a step works on; all pointers on the device.
+struct Launch {
+    const Item* items;
+    int64_t parameters;
+    const Chunk* chunks;
+    int64_t count;   // of chunks
+    int64_t dtypes;  // bit 3 p + g where an item has param_dtype p and grad_dtype g
+    Rates* rates;    // one per parameter
+    int most;        // blocks that are resident at once
+    cudaStream_t stream;
+
+    template <class G>
+    void norm(double* partials) const {
+        if (dtypes >> kTypeOf<G> & 0111)
+            SK_LAUNCH(sum_squares<G>, blocks_for(count, most), kThreads, 0, stream, items, chunks,
+                      count, partials);
+    }
+    template <class P, class G>
+    void update_entries() const {
+        if (dtypes >> (3 * kTypeOf<P> + kTypeOf<G>)&1)
+            SK_LAUNCH((update<P, G>), blocks_for(count, most), kThreads, 0, stream, items, rates,
+                      chunks, count);
+    }
+};
+
+inline void launch_step(const Launch& on, const double* hyper, double* partials, float* norm,
+                        float max_grad_norm, const float* grad_scale, const float* found_inf) {
+    if (max_grad_norm > 0) {
+        on.norm<float>(partials);
+        on.norm<__nv_bfloat16>(partials);
+        on.norm<__half>(partials);
+    }
+    SK_LAUNCH(prepare, static_cast<unsigned>(on.parameters > 1 ? on.parameters : 1), kThreads, 0,
+              on.stream, on.items, on.parameters, hyper, partials, on.count, max_grad_norm,
+              grad_scale, found_inf, norm, on.rates);
+    on.update_entries<float, float>();
+    on.update_entries<__nv_bfloat16, float>();
+    on.update_entries<__nv_bfloat16, __nv_bfloat16>();
+    on.update_entries<__half, float>();
+    on.update_entries<__half, __half>();
 }
 
 }  // namespace sk::subset_adamw

@@ -216,6 +216,29 @@ def bench(
         rows.write(json, result, device)
 
 
+@app.command("tune", epilog="""[bold]Example[/bold]
+
+sensikernels tune --device cuda""")
+def measure_dispatch(
+    device: Device = "auto",
+    output: Annotated[Path | None, typer.Option(help="Default: where the runs look.")] = None,
+) -> None:
+    """Measure on this device from which density on dense is faster; takes a few minutes."""
+    import torch
+
+    from sensikernels.cli.show import progress_lines
+    from sensikernels.nn.tune import tune
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device: expected auto, cpu or cuda, got {device}")
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise UsageError("device: expected one this machine has, got cuda")
+    with progress_lines() as progress:
+        written = tune("cuda" if found and device != "cpu" else "cpu", output, progress=progress)
+    typer.echo(f"wrote {written}")
+
+
 def _settings(kind: Any, given: dict[str, Any]) -> Any:
     """The command's arguments as ``Settings``."""
     from sensikernels.masks import Budget

@@ -28,7 +28,7 @@ def tune(
     device: torch.device | str = "cpu",
     path: Path | None = None,
     *,
-    tokens: Sequence[int] = TOKENS,
+    tokens: Sequence[int] | None = None,
     progress: Callable[[str], object] = lambda _: None,
 ) -> Path:
     """Measure every kind of layer, forward and backward, and write the table; returns its path.
@@ -41,7 +41,7 @@ def tune(
     dtypes = (torch.float32, torch.bfloat16)
     points = [("packed", 0), *product(("block-sparse", "selective"), BLOCKS)]
     table = []
-    for (name, block), dtype, n in product(points, dtypes, tokens):
+    for (name, block), dtype, n in product(points, dtypes, tokens or TOKENS):
         progress(f"{name} {block or ''} {str(dtype).removeprefix('torch.')} {n} tokens")
         limit = _break_even(name, block, dtype, n, torch.device(device))
         table.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -66,6 +68,33 @@ def test_selective_linear(kind: str, activation: str):
     truths = run("reference", torch.float32), run("reference", torch.float64)
     for mine, same, exact in zip(run("triton", torch.float32), *truths, strict=True):
         assert_close_to_reference(mine, same, exact)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("op", ["masked_linear", "selective_linear"])
+def test_on_a_gpu_a_packed_layer_takes_gelu_and_bias_in_one_pass(
+    monkeypatch: pytest.MonkeyPatch, op: str, kind: str
+):
+    """What a CUDA tensor runs, with the answer to "is it one" turned round."""
+    autograd = import_module(f"sensikernels.ops.{op}.autograd")
+    asked: list[torch.Tensor] = []
+    layout = _layout(kind)
+    weight = torch.randn(layout.shape)
+    values, frozen = pack(weight, layout), () if op == "masked_linear" else (weight,)
+    leaves = [t.requires_grad_() for t in (torch.randn(6, 128), values.clone(), torch.randn(96))]
+    dy = torch.randn(6, 96)
+    linear = getattr(import_module(f"sensikernels.ops.{op}.api"), op)
+
+    def grads() -> tuple[torch.Tensor, ...]:
+        x, mine, bias = leaves
+        y = linear(x, *frozen, mine, layout, bias, activation="gelu", backend="native")
+        return torch.autograd.grad(y, leaves, dy)
+
+    expected = grads()
+    monkeypatch.setattr(autograd, "fused_activation", lambda t: asked.append(t) or True)
+    for got, same in zip(grads(), expected, strict=True):
+        torch.testing.assert_close(got, same, atol=1e-5, rtol=1e-5)
+    assert len(asked) == 1
 
 
 def test_single_elements_have_no_kernel():

@@ -71,9 +71,7 @@ def grad_input(
     return _blocks.grad_input(dy, values, _require_blocks(layout))
 
 
-def grad_values(
-    dy: Tensor, x: Tensor, layout: PackedLayout | BlockLayout, backend: str
-) -> Tensor:
+def grad_values(dy: Tensor, x: Tensor, layout: PackedLayout | BlockLayout, backend: str) -> Tensor:
     """``dy^T @ x`` at the kept entries."""
     if backend == "triton":
         from sensikernels.ops.masked_linear.triton import masked_linear_grad_values

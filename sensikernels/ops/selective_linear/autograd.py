@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sensikernels._columns import gather, matrix
+from sensikernels._columns import fused_activation, gather, matrix, unwatched
 from sensikernels.layouts import ElementLayout, Layout, pack, to_arguments
-from sensikernels.ops.selective_linear import ops as _registered  # noqa: F401
+from sensikernels.ops.selective_linear import ops
+
+_OPS = torch.ops.sensikernels
 
 
 class SelectiveLinear(torch.autograd.Function):
@@ -48,17 +50,29 @@ class SelectiveLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         read, weight, pre = ctx.saved_tensors
+        x_needed, _, values_needed, bias_needed = ctx.needs_input_grad[:4]
         dy = matrix(grad)
-        if pre is not None:
-            dy = torch.ops.aten.gelu_backward(dy, pre)
         dx = dvalues = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = (dy @ weight).view(*ctx.leading, weight.shape[1])
-        if ctx.needs_input_grad[2]:
-            dvalues = _grad_values(dy, read, ctx.layout, ctx.backend)
-        if ctx.needs_input_grad[3]:
+        if pre is not None:
+            dy, dbias = _through_gelu(dy, pre, ctx.backend, bias_needed)
+        elif bias_needed:
             dbias = dy.sum(0)
-        return dx, None, dvalues, dbias, None, None, None
+        if x_needed:
+            dx = (dy @ weight).view(*ctx.leading, weight.shape[1])
+        if values_needed:
+            dvalues = _grad_values(dy, read, ctx.layout, ctx.backend)
+        return dx, None, dvalues, dbias if bias_needed else None, None, None, None
+
+
+def _through_gelu(
+    dy: Tensor, pre: Tensor, backend: str, bias_needed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``(dpre, its sum over tokens)``; on a GPU in one pass."""
+    if backend == "triton" or fused_activation(dy):
+        dpre, dbias = _OPS.selective_grad_activation(dy, pre, "triton")
+        return dpre, dbias
+    dpre = torch.ops.aten.gelu_backward(dy, pre)
+    return dpre, dpre.sum(0) if bias_needed else None
 
 
 def _grad_values(dy: Tensor, read: Tensor, layout: Layout, backend: str) -> Tensor:
@@ -67,4 +81,6 @@ def _grad_values(dy: Tensor, read: Tensor, layout: Layout, backend: str) -> Tens
     dy = gather(dy, layout.rows)
     if backend == "torch":
         return pack(dy.T @ read, layout, compact=True)
-    return torch.ops.sensikernels.selective_grad_values(dy, read, *to_arguments(layout), backend)
+    if unwatched(dy):
+        return ops.grad_values(dy, read, layout, backend)
+    return _OPS.selective_grad_values(dy, read, *to_arguments(layout), backend)

@@ -61,6 +61,7 @@ class Plan:
         self._items: Sequence[Item] | None = None
         self._table = np.zeros((0, len(FIELDS)), dtype=np.int64)
         self._chunks = torch.zeros((0, 3), dtype=torch.int64)
+        self._dtypes = 0  # bit 3 p + g where an item has param_dtype p and grad_dtype g
         self._held: list[Tensor] = []
         self._partials = torch.zeros(0, dtype=torch.float64)
         self._on_device: tuple[Tensor, Tensor] | None = None
@@ -82,6 +83,7 @@ class Plan:
             hyper,
             self._partials,
             norm,
+            self._dtypes,
             0.0 if max_grad_norm is None else max_grad_norm,
             None if grad_scale is None else grad_scale.float(),
             None if found_inf is None else found_inf.float(),
@@ -96,6 +98,9 @@ class Plan:
             self._held = []
             rows = [self._row(item) for item in items]
             self._table = np.array(rows, dtype=np.int64).reshape(len(rows), len(FIELDS))
+            place = FIELDS.index("param_dtype")
+            pairs = 3 * self._table[:, place] + self._table[:, place + 1]
+            self._dtypes = int(np.bitwise_or.reduce(1 << pairs))
             self._items = items
         pointers = np.array(
             [(item.param.data_ptr(), grad.data_ptr())

@@ -181,8 +181,15 @@ void run(int64_t kind, int64_t rows, int64_t columns, bool master, bool sums, bo
     std::vector<double> partials(chunks.size(), NAN);
     std::vector<Rates> rates(1);
     float norm = NAN;
-    launch_step(&item, 1, chunks.data(), static_cast<int64_t>(chunks.size()), hyper,
-                partials.data(), &norm, max_norm, &scale, &bad, rates.data(), 2, nullptr);
+    const Launch on{&item,
+                    1,
+                    chunks.data(),
+                    static_cast<int64_t>(chunks.size()),
+                    1ll << (3 * item.param_dtype + item.grad_dtype),
+                    rates.data(),
+                    2,
+                    nullptr};
+    launch_step(on, hyper, partials.data(), &norm, max_norm, &scale, &bad);
 
     double squares = 0;
     std::vector<bool> moved(before.param.size());
@@ -241,14 +248,15 @@ void run(int64_t kind, int64_t rows, int64_t columns, bool master, bool sums, bo
     if (infinite) CHECK(one.first == before.first && one.clock == before.clock, "skipped\n");
 }
 
+// Every `stride`-th variant; 0 and 3 differ in whatever a dtype could matter to.
 template <class P, class G>
-void run_all(bool master) {
+void run_all(bool master, int stride) {
     const int64_t shapes[][2] = {{6, 40}, {300, 1}, {34, 133}};
     for (const auto& shape : shapes)
         for (int64_t kind = kAll; kind <= kTouched; ++kind)
-            for (int variant = 0; variant < 6; ++variant)
+            for (int variant = 0; variant < 6; variant += stride)
                 run<P, G>(kind, shape[0], shape[1], master, variant % 2, variant / 2 == 1,
-                          variant % 3, variant == 4 ? 0.0f : 0.7f, variant == 5);
+                          variant / 2, variant == 4 ? 0.0f : 0.7f, variant == 5);
 }
 
 template <class G>
@@ -274,13 +282,13 @@ void coalesce() {
 
 int main() {
     sk_shim::for_each_order([] {
-        run_all<float, float>(false);
+        run_all<float, float>(false, sk_shim::order == sk_shim::Order::ascending ? 1 : 3);
         coalesce<float>();
     });
-    run_all<__nv_bfloat16, __nv_bfloat16>(true);
-    run_all<__nv_bfloat16, float>(false);
-    run_all<__half, __half>(true);
-    run_all<__half, float>(true);
+    run_all<__nv_bfloat16, __nv_bfloat16>(true, 3);
+    run_all<__nv_bfloat16, float>(false, 3);
+    run_all<__half, __half>(true, 3);
+    run_all<__half, float>(true, 3);
     coalesce<__nv_bfloat16>();
     coalesce<__half>();
     std::puts("ok");
