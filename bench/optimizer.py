@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from sensikernels._bits import pack_bits
 from sensikernels.bench.rows import Row, row
 from sensikernels.bench.timing import interleave
 from sensikernels.ops.subset_adamw import SubsetAdamW
-from sensikernels.ops.subset_adamw.kept import matrix_shape, pack_bits
+from sensikernels.ops.subset_adamw.kept import matrix_shape
 
 SUITE = "optimizer"
 LR = 1e-5

@@ -60,8 +60,8 @@ __device__ __forceinline__ float load_one(int64_t base, int64_t type, int64_t at
 }
 
 // Eight elements by 16-byte loads where they are aligned and all there; zeros past the end.
-__device__ __forceinline__ void load_unit(
-    int64_t base, int64_t type, int64_t at, int64_t n, float (&x)[kUnit]) {
+__device__ __forceinline__ void load_unit(int64_t base, int64_t type, int64_t at, int64_t n,
+                                          float (&x)[kUnit]) {
     const int64_t address = base + at * (type == kFloat ? 4 : 2);
     if (n < kUnit || address % 16) {
 #pragma unroll
@@ -160,8 +160,8 @@ struct Team {
 #pragma unroll
             for (int s = 0; s < kStatistics; ++s)
                 for (int i = 1; i < kWarps; ++i)
-                    sums.at[s] = s == kMaxG ? larger(sums.at[s], shared[s][i])
-                                            : sums.at[s] + shared[s][i];
+                    sums.at[s] =
+                        s == kMaxG ? larger(sums.at[s], shared[s][i]) : sums.at[s] + shared[s][i];
             sums.store(work, partial);
         }
         __syncthreads();
@@ -255,18 +255,24 @@ __device__ inline void gather(const Work& work, const Chunk& c, Team<true> team)
     team.finish(sums, work, c.partial0);
 }
 
-__global__ void __launch_bounds__(kThreads, 2) reduce_chunks(Work work) {
+static __global__ void __launch_bounds__(kThreads, 2) reduce_chunks(Work work) {
     SK_SHARED(float, shared, [kStatistics][kWarps]);
     const Team<false> warp{shared};
     const Team<true> block{shared};
     for (int64_t i = blockIdx.x; i < work.n_chunks; i += gridDim.x) {
         const Chunk c = work.chunks[i];
-        if (c.kind == kGather) gather(work, c, block);
-        else if (c.kind == kRowSums && c.rows >= kWarps) row_sums(work, c, warp);
-        else if (c.kind == kRowSums) row_sums(work, c, block);
-        else if (c.block == 1) single_columns(work, c);
-        else if (c.cols >= kWarps * c.block) column_blocks(work, c, warp);
-        else column_blocks(work, c, block);
+        if (c.kind == kGather)
+            gather(work, c, block);
+        else if (c.kind == kRowSums && c.rows >= kWarps)
+            row_sums(work, c, warp);
+        else if (c.kind == kRowSums)
+            row_sums(work, c, block);
+        else if (c.block == 1)
+            single_columns(work, c);
+        else if (c.cols >= kWarps * c.block)
+            column_blocks(work, c, warp);
+        else
+            column_blocks(work, c, block);
     }
 }
 
@@ -282,8 +288,10 @@ __global__ void __launch_bounds__(kThreads) finish_groups(Finish f) {
     float most = 0.0f;
     for (int64_t i = valid ? f.starts[j] + lane : 0; valid && i < f.starts[j + 1]; i += lanes) {
         const float p = partials[f.order ? f.order[i] : i];
-        if (largest) most = larger(most, p);
-        else total += p;
+        if (largest)
+            most = larger(most, p);
+        else
+            total += p;
     }
     for (int width = lanes / 2; width; width /= 2) {
         total += __shfl_xor_sync(~0u, total, width);
@@ -307,8 +315,10 @@ inline void launch(const Work& work, const Finish& f, int resident, cudaStream_t
     const bool many = f.n_partials > 4 * f.n_groups;
     const int64_t threads = f.n_groups * (many ? kWarp : 1);
     const dim3 grid((unsigned)((threads + kThreads - 1) / kThreads), (unsigned)slots);
-    if (many) SK_LAUNCH((finish_groups<kWarp>), grid, dim3(kThreads), 0, stream, f);
-    else SK_LAUNCH((finish_groups<1>), grid, dim3(kThreads), 0, stream, f);
+    if (many)
+        SK_LAUNCH((finish_groups<kWarp>), grid, dim3(kThreads), 0, stream, f);
+    else
+        SK_LAUNCH((finish_groups<1>), grid, dim3(kThreads), 0, stream, f);
 }
 
 }  // namespace sk::group_reduce

@@ -10,9 +10,12 @@ namespace {
 
 int16_t type_code(const Tensor& t) {
     switch (t.scalar_type()) {
-        case ScalarType::Float: return group_reduce::kFloat;
-        case ScalarType::BFloat16: return group_reduce::kBFloat16;
-        case ScalarType::Half: return group_reduce::kHalf;
+        case ScalarType::Float:
+            return group_reduce::kFloat;
+        case ScalarType::BFloat16:
+            return group_reduce::kBFloat16;
+        case ScalarType::Half:
+            return group_reduce::kHalf;
         default:
             STD_TORCH_CHECK(false, "tensors: expected float32, bfloat16 or float16, got ",
                             toString(t.scalar_type()));

@@ -45,10 +45,10 @@ struct Sources {
 };
 
 struct State {
-    int64_t need;         // entries still to be found among those that share the prefix
-    uint64_t entry;       // reversed entry number of the last one kept
-    uint32_t key;         // its key
-    int32_t none;         // k is 0
+    int64_t need;    // entries still to be found among those that share the prefix
+    uint64_t entry;  // reversed entry number of the last one kept
+    uint32_t key;    // its key
+    int32_t none;    // k is 0
 };
 
 struct Candidate {
@@ -66,7 +66,7 @@ struct Buffers {
     unsigned long long* counts;  // [sources]
     float* thresholds;           // [selections]
     int selections;
-    int source0;                 // of this batch among all
+    int source0;  // of this batch among all
 };
 
 __device__ __forceinline__ uint32_t key_of(float score) {
@@ -85,8 +85,8 @@ __device__ __forceinline__ uint64_t reversed(int64_t entry) {
 }
 
 // Keys of up to eight entries of a source.
-__device__ __forceinline__ int load_keys(
-    const Source& s, int score, int64_t at, uint32_t (&keys)[kUnit]) {
+__device__ __forceinline__ int load_keys(const Source& s, int score, int64_t at,
+                                         uint32_t (&keys)[kUnit]) {
     const int64_t n = s.numel - at;
     if (n <= 0) return 0;
     float v[kUnit], g[kUnit];
@@ -94,9 +94,10 @@ __device__ __forceinline__ int load_keys(
     if (score >= kAbsWG) group_reduce::load_unit(s.grad, s.grad_type, at, n, g);
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
-        const float x = score == kValue ? v[i]
+        const float x = score == kValue      ? v[i]
                         : score == kAbsValue ? fabsf(v[i])
-                        : score == kAbsWG ? fabsf(v[i] * g[i]) : g[i] * g[i];
+                        : score == kAbsWG    ? fabsf(v[i] * g[i])
+                                             : g[i] * g[i];
         keys[i] = key_of(x);
     }
     return n < kUnit ? (int)n : kUnit;
@@ -106,8 +107,10 @@ __device__ __forceinline__ int source_of(const Sources& sources, int64_t piece) 
     int low = 0, high = sources.count - 1;
     while (low < high) {
         const int middle = (low + high + 1) / 2;
-        if (sources.at[middle].piece0 <= piece) low = middle;
-        else high = middle - 1;
+        if (sources.at[middle].piece0 <= piece)
+            low = middle;
+        else
+            high = middle - 1;
     }
     return low;
 }
@@ -159,8 +162,10 @@ __global__ void __launch_bounds__(kThreads) count_keys(Sources sources, Buffers 
     each_unit(
         sources,
         [&](int selection) {
-            if (current >= 0) flush(bins, b.histograms + (int64_t)current * kBins);
-            else __syncthreads();
+            if (current >= 0)
+                flush(bins, b.histograms + (int64_t)current * kBins);
+            else
+                __syncthreads();
             current = selection;
         },
         [&](int index, int64_t at) {
@@ -192,8 +197,10 @@ __global__ void __launch_bounds__(kThreads) narrow(Buffers b, int d) {
             int bin = kRun * run + kRun - 1;
             for (; bin > kRun * run && first[bin] < need; --bin) need -= first[bin];
             state.need = (int64_t)need;
-            if (d < 3) state.key |= (uint32_t)bin << digit_of(d).shift;
-            else state.entry |= (uint64_t)bin << digit_of(d).shift;
+            if (d < 3)
+                state.key |= (uint32_t)bin << digit_of(d).shift;
+            else
+                state.entry |= (uint64_t)bin << digit_of(d).shift;
             if (d == 2) b.thresholds[blockIdx.x] = score_of(state.key);
         } else {
             b.thresholds[blockIdx.x] = __uint_as_float(0x7f800000u);
@@ -268,7 +275,8 @@ __global__ void __launch_bounds__(kThreads) write_bits(Sources sources, Buffers 
 
 // Calls body(source of this batch, entry within it, key) for the entries of the boundary bins.
 template <class Body>
-__device__ __forceinline__ void each_candidate(const Sources& sources, const Buffers& b, Body body) {
+__device__ __forceinline__ void each_candidate(const Sources& sources, const Buffers& b,
+                                               Body body) {
     const int64_t listed = (int64_t)*b.listed;
     if (listed <= b.capacity) {
         const int64_t step = (int64_t)gridDim.x * kThreads;
@@ -331,7 +339,9 @@ __global__ void __launch_bounds__(kThreads) keep_candidates(Sources sources, Buf
 // `batches` of at most kSources sources each; a selection may span batches.
 inline void launch(const Sources* batches, int n_batches, Buffers b, int resident,
                    cudaStream_t stream) {
-    const auto grid = [&](int64_t work) { return dim3((unsigned)(work < resident ? work : resident)); };
+    const auto grid = [&](int64_t work) {
+        return dim3((unsigned)(work < resident ? work : resident));
+    };
     const auto each_batch = [&](const auto& run) {
         b.source0 = 0;
         for (int i = 0; i < n_batches; b.source0 += batches[i].count, ++i) run(batches[i]);

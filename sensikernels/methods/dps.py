@@ -8,13 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sensikernels._bits import unpack_bits
 from sensikernels._checks import require
 from sensikernels.errors import UsageError
 from sensikernels.hf import encoder_layers
 from sensikernels.hf.targets import PARTS
 from sensikernels.masks import Mask, Plan
 from sensikernels.methods.base import Method, Run
-from sensikernels.ops.select_kept import select_elements, unpack
+from sensikernels.ops.select_kept import select_elements
 from sensikernels.ops.subset_adamw import SubsetAdamW
 
 _SCALE = 1000.0  # the published code divides g² by it; it only rescales
@@ -90,7 +91,8 @@ class DPS(Method):
         if self.as_published:
             for name, weight in weights.items():
                 if weight.grad is not None:
-                    weight.grad.mul_(unpack(self._kept[name], weight.shape))
+                    kept = unpack_bits(self._kept[name], weight.numel())
+                    weight.grad.mul_(kept.view(weight.shape))
 
     def state(self) -> dict[str, Tensor]:
         """The sums and masks of the stage under way."""

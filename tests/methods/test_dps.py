@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sensikernels._bits import unpack_bits
 from sensikernels.errors import UsageError
 from sensikernels.methods import DPS, Run
 from sensikernels.methods.dps import kept_count, matrices, stage_length, stage_of
-from sensikernels.ops.select_kept import unpack
 from sensikernels.ops.subset_adamw import SubsetAdamW
 from tests.hf.conftest import make_batch, make_model
 
@@ -43,6 +43,10 @@ def drive(method: DPS, run: Run, steps: int) -> list[dict[str, torch.Tensor]]:
     return seen
 
 
+def kept_of(method: DPS, name: str, like: torch.Tensor) -> torch.Tensor:
+    return unpack_bits(method.state()[f"kept.{name}"], like.numel()).view(like.shape)
+
+
 def make_run(kind: type[torch.optim.Optimizer]) -> Run:
     model = make_model()
     return Run(
@@ -65,7 +69,7 @@ def test_clean_freezes_to_the_bit() -> None:
     seen = drive(method, run, 8)  # stage 1: steps 0-3, stage 2: steps 4-7
     assert run.plan is not None
     for name, start in seen[4].items():
-        kept = unpack(method.state()[f"kept.{name}"], start.shape)
+        kept = kept_of(method, name, start)
         assert int(kept.sum()) == kept_count(start.numel(), 0.3)
         assert torch.equal(kept, run.plan.update_masks[name.removesuffix(".weight")].grid)
         assert torch.equal(seen[8][name][~kept], start[~kept])
@@ -96,7 +100,7 @@ def test_scores_are_the_stages_squared_gradients() -> None:
         run.optimizer.step()
         run.optimizer.zero_grad()
     order = total.flatten().argsort(descending=True, stable=True)
-    kept = unpack(method.state()[f"kept.{name}"], total.shape).flatten()
+    kept = kept_of(method, name, total).flatten()
     assert bool(kept[order[:32]].all())
     assert not bool(kept[order[32:]].any())
 
@@ -105,7 +109,7 @@ def test_as_published_drifts() -> None:
     run, method = make_run(torch.optim.AdamW), DPS(update_ratio=0.1, as_published=True)
     seen = drive(method, run, 6)
     name = "bert.pooler.dense.weight"
-    kept = unpack(method.state()[f"kept.{name}"], seen[4][name].shape)
+    kept = kept_of(method, name, seen[4][name])
     assert not torch.equal(seen[5][name][~kept], seen[4][name][~kept])
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sensikernels import _settings
+from sensikernels._bits import pack_bits, unpack_bits
 from sensikernels._checks import require, require_one_of
 from sensikernels.errors import UsageError
 from sensikernels.ops.select_kept import ops
@@ -49,7 +50,8 @@ class KeptElements:
 
     def grid(self, tensor: int) -> Tensor:
         """bool in the tensor's shape."""
-        return unpack(self.packed(tensor), self.shapes[tensor])
+        shape = self.shapes[tensor]
+        return unpack_bits(self.packed(tensor), numel(shape)).view(shape)
 
 
 def numel(shape: Sequence[int]) -> int:
@@ -58,20 +60,6 @@ def numel(shape: Sequence[int]) -> int:
     for size in shape:
         total *= size
     return total
-
-
-def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """bool of ``shape`` from uint8 bits, little-endian in each byte."""
-    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    bits = (packed.unsqueeze(1) >> shifts & 1).bool()
-    return bits.reshape(-1)[: numel(shape)].view(tuple(shape))
-
-
-def pack(bits: Tensor) -> Tensor:
-    """uint8 ``[ceil(n / 8)]`` of flat bool ``[n]``."""
-    padded = torch.nn.functional.pad(bits.view(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
-    weights = (1 << torch.arange(8, device=bits.device)).to(torch.uint8)
-    return (padded * weights).sum(1, dtype=torch.uint8)
 
 
 def keep_reference(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -208,6 +196,6 @@ def _reference(
         bits = list(all_bits.split([s.numel() for s in scores]))
     arena = torch.zeros(end, dtype=torch.uint8, device=device)
     for b, start in zip(bits, offsets, strict=True):
-        arena[start : start + -(-b.numel() // 8)] = pack(b)
+        arena[start : start + -(-b.numel() // 8)] = pack_bits(b)
     counts = torch.stack([b.sum() for b in bits]) if bits else arena.new_zeros(0, dtype=torch.int64)
     return arena, threshold, counts

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from sensikernels._bits import unpack_bits
 from sensikernels._checks import require, require_one_of
 
 KINDS: Final = ("all", "rows", "columns", "blocks", "elements")
@@ -21,20 +22,6 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     if not shape:
         return 1, 1
     return shape[0], math.prod(shape[1:])
-
-
-def unpack_bits(bits: Tensor, count: int) -> Tensor:
-    """Packed little-endian bits, uint8 [ceil(count / 8)], as bool [count]."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits[:, None] >> shifts) & 1).flatten()[:count].bool()
-
-
-def pack_bits(flags: Tensor) -> Tensor:
-    """bool [count] as packed little-endian bits, uint8 [ceil(count / 8)]."""
-    padded = flags.new_zeros(-(-flags.numel() // 8) * 8)
-    padded[: flags.numel()] = flags
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=flags.device)
-    return (padded.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sensikernels import _native
+from sensikernels._bits import pack_bits
 from sensikernels.ops.subset_adamw.item import Item
-from sensikernels.ops.subset_adamw.kept import SPAN, matrix_shape, pack_bits
+from sensikernels.ops.subset_adamw.kept import SPAN, matrix_shape
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KIND = {"all": 0, "rows": 1, "columns": 2, "blocks": 3, "elements": 4}

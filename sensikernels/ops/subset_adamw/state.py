@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sensikernels._bits import pack_bits
 from sensikernels._checks import require
 from sensikernels.ops.subset_adamw.item import Clock
-from sensikernels.ops.subset_adamw.kept import KeptLayout, make_layout, matrix_shape, pack_bits
+from sensikernels.ops.subset_adamw.kept import KeptLayout, make_layout, matrix_shape
 
 PER_ENTRY = ("exp_avg", "exp_avg_sq", "master", "cohort")
 _MAX_COHORTS = 256

@@ -35,7 +35,8 @@ int main() {
     const unsigned mask = (unsigned)head[6];
     const int64_t groups = head[2], partials = head[5], resident = head[7];
     const size_t slots = __builtin_popcount(mask);
-    // Each tensor in memory of its own, exactly as large as it is: the sanitizer sees a step past it.
+    // Each tensor in memory of its own, exactly as large as it is: the sanitizer sees a step past
+    // it.
     std::vector<std::unique_ptr<char[]>> storage;
     for (int64_t i = 0; i < 2 * head[0]; ++i) {
         const auto bytes = take<char>(sizes[i]);

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sensikernels import _native
+from sensikernels._bits import pack_bits, unpack_bits
 from sensikernels.errors import UsageError
-from sensikernels.ops.select_kept import explain, select_elements, unpack
-from sensikernels.ops.select_kept.elements import NEEDS_GRAD, SCORES, pack
+from sensikernels.ops.select_kept import explain, select_elements
+from sensikernels.ops.select_kept.elements import NEEDS_GRAD, SCORES
 from tests.ops.select_kept.cases import entries
 
 native = pytest.mark.skipif(not _native.available(), reason="no compiled extension")
@@ -64,8 +65,8 @@ def test_reference_by_hand():
 @given(st.integers(0, 70))
 def test_packing_round_trip(n: int):
     bits = torch.rand(n) < 0.5
-    packed = pack(bits)
-    assert torch.equal(unpack(packed, (n,)), bits)
+    packed = pack_bits(bits)
+    assert torch.equal(unpack_bits(packed, n), bits)
     assert all(bool(packed[i // 8] >> i % 8 & 1) == bool(bits[i]) for i in range(n))
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sensikernels import _native
-from sensikernels.ops.subset_adamw.kept import matrix_shape, pack_bits
+from sensikernels._bits import pack_bits
+from sensikernels.ops.subset_adamw.kept import matrix_shape
 
 BACKENDS = ("reference", "native") if _native.available() else ("reference",)
 KINDS = ("all", "rows", "columns", "blocks", "elements")
