@@ -62,6 +62,16 @@ def device_name(device: str = "cpu") -> str:
     return "".join(c if c.isalnum() else "-" for c in raw.lower())
 
 
+def cpu_model() -> str:
+    """The processor's name, as Linux gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor())
+
+
 def provenance(device: str = "cpu") -> dict[str, Any]:
     """Versions, device and commit behind a set of rows."""
     from importlib.metadata import PackageNotFoundError, version
@@ -86,6 +96,7 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
     packages = ("sensikernels", "torch", "triton", "transformers", "numpy")
     return {
         "device": device_name(device),
+        "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {package: installed(package) for package in packages},

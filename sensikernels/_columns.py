@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sensikernels import _native
+from sensikernels._compile import constant_when_traced
 
 _LIB = torch.library.Library("sensikernels", "FRAGMENT")
 _LIB.define("gather_columns(Tensor x, Tensor index) -> Tensor")
@@ -37,10 +38,15 @@ def unwatched(x: Tensor) -> bool:
 
 def fused_activation(dy: Tensor) -> bool:
     """Whether gelu's derivative and the bias gradient are taken in one pass: on a GPU."""
-    return dy.is_cuda and dy.dtype in _NATIVE_DTYPES and _HAS_TRITON
+    return dy.is_cuda and dy.dtype in _NATIVE_DTYPES and _has_triton()
 
 
-_HAS_TRITON = find_spec("triton") is not None
+@constant_when_traced
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -19,6 +19,7 @@ import torch
 
 from sensikernels import _blocks
 from sensikernels._checks import require
+from sensikernels._compile import constant_when_traced
 from sensikernels.errors import DataError
 
 USER_TABLES = Path.home() / ".cache" / "sensikernels" / "dispatch"
@@ -95,7 +96,7 @@ def break_even(x: torch.Tensor, kind: str, block: int) -> tuple[float, str]:
     return _break_even(x.device, kind, x.dtype, block, tokens_log2(x))
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _traced(device: str, kind: str, dtype: torch.dtype, block: int) -> tuple[float, str]:
     """A graph must not depend on the token count: that of a training batch stands for all."""
     return _break_even(torch.device(device), kind, dtype, block, 12)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sensikernels import _settings
 from sensikernels._checks import require, require_one_of
+from sensikernels._compile import constant_when_traced
 from sensikernels.errors import UsageError
 from sensikernels.ops.dropout import native
 from sensikernels.ops.dropout.autograd import Dropout
@@ -58,7 +59,7 @@ def choose(x: Tensor, backend: str = "auto") -> tuple[str, str]:
     return _choose(x.device.type, x.dtype, backend)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _choose(device: str, dtype: torch.dtype, backend: str) -> tuple[str, str]:
     asked = _settings.backend() if backend == "auto" else backend
     refusals = {
