@@ -201,3 +201,26 @@ def test_wrong_plans_change_nothing() -> None:
     restore(model)
     with pytest.raises(UsageError, match="expected a plan applied, got none"):
         restore(model)
+
+
+@pytest.mark.parametrize(("width", "heads", "neurons"), [(768, 12, 3072), (384, 12, 1536),
+                                                         (1024, 16, 4096)])  # fmt: skip
+def test_real_widths_with_the_default_multiples(width: int, heads: int, neurons: int) -> None:
+    """One layer of BERT-base, MiniLM and BERT-large, at the budget's defaults."""
+    model = make_model(
+        hidden_size=width, num_attention_heads=heads, intermediate_size=neurons,
+        num_hidden_layers=1,
+    ).eval()  # fmt: skip
+    batch = make_batch()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    made = plan(sensitivity(model, [batch]), Budget(flops=0.5))
+    assert 0.495 <= made.flops_ratio <= 0.5
+    assert made.kept_counts()["layer.0.neurons"] % 16 == 0
+    apply(model, made, form="masked")
+    masked = outputs(model, batch)[1]
+    restore(model)
+    apply(model, made)
+    torch.testing.assert_close(outputs(model, batch)[1], masked, rtol=1e-4, atol=1e-5)
+    assert torch.equal(outputs(compact(model), batch)[1], outputs(model, batch)[1])
+    restore(model)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
