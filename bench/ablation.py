@@ -4,8 +4,8 @@ MiniLM, 32 sentences a batch, the same ranked plan at half the FLOPs. Every stag
 of its own (oneDNN reads its cache size once), interleaved there with stock HuggingFace dense
 training on the same batches. Stages add up, each with what came before:
 
-1. ``trim``: linears cut by hand, everything else HuggingFace's, lengths as they come
-2. ``lengths``: padded lengths rounded up to multiples of 8
+1. ``trim``: linears cut by hand, everything else HuggingFace's, sentences in random order
+2. ``lengths``: sentences of like length together, padded to multiples of 8
 3. ``primitives``: room for 16,384 compiled shapes instead of 1,024
 4. ``optimizer``: ``SubsetAdamW`` with row-sparse word gradients
 5. ``dropout``: counter dropout, and attention by two products and a softmax
@@ -42,7 +42,8 @@ def measure(stage: str, data_dir: Path | None, dtype: torch.dtype, rounds: int) 
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("medium")
     level = STAGES.index(stage)
-    batches = sentences(data_dir, rounds, pad_to_multiple=8 if level >= 1 else 1)
+    grouped = {"pad_to_multiple": 8, "bucket": 32} if level else {"pad_to_multiple": 1, "bucket": 1}
+    batches = sentences(data_dir, rounds, **grouped)
     base = minilm().train()
     trimmed = trim(copy.deepcopy(base), batches).to(dtype)
     if level >= 4:

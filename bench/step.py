@@ -188,14 +188,18 @@ def _minilm() -> Path:
     return embedded_model_path()
 
 
-def sentences(data_dir: Path | None, count: int, pad_to_multiple: int = 8) -> list[Batch]:
+def sentences(
+    data_dir: Path | None, count: int, *, pad_to_multiple: int = 8, bucket: int = 32
+) -> list[Batch]:
     """``count`` batches of 32 tokenised sentences: SST-2's, or the demo task's without a folder."""
     from sensikernels.glue import Batches, encode, load
 
     task = "demo" if data_dir is None else "sst2"
     examples = load(task, data_dir=data_dir, split="train", max_samples=32 * count)
     encoded = encode(examples, load_tokenizer(_minilm()))
-    batches = Batches(encoded, batch_size=32, pad_to_multiple=pad_to_multiple)
+    batches = Batches(
+        encoded, batch_size=32, pad_to_multiple=pad_to_multiple, bucket=bucket
+    )
     return [dict(batch) for batch in batches]
 
 
