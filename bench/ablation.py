@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sensikernels.bench.rows import provenance, row, to_dicts
+from sensikernels.bench.rows import row, to_dicts, write_dicts
 from sensikernels.bench.step import Step, hugging_face, minilm, sentences
 from sensikernels.bench.timing import interleave
 from sensikernels.hf import apply, compact, sensitivity, use_counter_dropout
@@ -117,10 +117,7 @@ def main() -> int:
         print(f"{stage:<11} {last['candidate_ms']:7.1f} ms, dense {last['baseline_ms']:7.1f} ms, "
               f"x{last['ratio']:.2f}", flush=True)  # fmt: skip
     if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(rows, indent=1) + "\n")
-        facts = given.json.with_suffix(".provenance.json")
-        facts.write_text(json.dumps(provenance(), indent=1, sort_keys=True) + "\n")
+        write_dicts(given.json, rows)
     return 0
 
 

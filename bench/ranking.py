@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sensikernels.bench.rows import provenance
+from sensikernels.bench.rows import provenance, write_json
 from sensikernels.masks import Budget
 from sensikernels.training import Settings, finetune
 
@@ -89,7 +89,7 @@ def main() -> int:
         if document["settings"]:
             paths = ("data_dir", "output")
             document["settings"] = {k: v for k, v in made["settings"].items() if k not in paths}
-        given.json.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+        write_json(given.json, document)
     return 0
 
 

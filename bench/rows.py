@@ -117,12 +117,18 @@ def to_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def write(path: Path, rows: Sequence[Row], device: str = "cpu") -> None:
     """Write the list of rows to ``path`` and their provenance beside it, each by renaming."""
-    documents: dict[Path, object] = {
-        path: to_dicts(rows),
-        path.with_suffix(".provenance.json"): provenance(device),
-    }
-    for target, content in documents.items():
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-        temporary.replace(target)
+    write_dicts(path, to_dicts(rows), device)
+
+
+def write_dicts(path: Path, rows: Sequence[dict[str, Any]], device: str = "cpu") -> None:
+    """``write`` for rows that are plain already."""
+    write_json(path, rows)
+    write_json(path.with_suffix(".provenance.json"), provenance(device))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)
