@@ -15,7 +15,7 @@ PACKAGE = ROOT / "sensikernels"
 LEVELS = {
     **dict.fromkeys(["errors", "types", "layouts", "dispatch"], 0),
     **dict.fromkeys(["_checks", "_settings", "_native", "_progress"], 0),
-    **dict.fromkeys(["_bits", "_blocks", "_columns", "_compile"], 0),
+    **dict.fromkeys(["_bits", "_blocks", "_columns", "_compile", "_philox", "_timing"], 0),
     "ops": 1,
     "masks": 2,
     **dict.fromkeys(["criteria", "nn"], 3),

@@ -50,6 +50,10 @@ Flops = Annotated[float | None, typer.Option(help="Keep this share of the traini
     rich_help_panel=_BUDGET)]  # fmt: skip
 Params = Annotated[float | None, typer.Option(help="Keep this share of the encoder's parameters.",
     rich_help_panel=_BUDGET)]  # fmt: skip
+StepTime = Annotated[float | None, typer.Option(help="Keep this share of the dense step's time on "
+    "this device.", rich_help_panel=_BUDGET)]  # fmt: skip
+Costs = Annotated[Path | None, typer.Option(help="What widths cost, for --step-time, by "
+    "`sensikernels tune --costs`; else measured anew.", rich_help_panel=_BUDGET)]  # fmt: skip
 Units = Annotated[str | None, typer.Option(help="Keep these counts: heads=36,neurons=4608 (in the "
     "whole model; in each layer with --scope per_layer).", rich_help_panel=_BUDGET)]  # fmt: skip
 Scope = Annotated[str, typer.Option(help="global: layers compete; per_layer: each meets it.",
@@ -108,6 +112,8 @@ def finetune(
     method: MethodName = "sensi-bert",
     flops: Flops = None,
     params: Params = None,
+    step_time: StepTime = None,
+    costs: Costs = None,
     units: Units = None,
     scope: Scope = "global",
     plan: PlanFile = None,
@@ -152,6 +158,8 @@ def make_plan(
     max_train_samples: MaxTrain = None,
     flops: Flops = None,
     params: Params = None,
+    step_time: StepTime = None,
+    costs: Costs = None,
     units: Units = None,
     scope: Scope = "global",
     method_option: Options = None,
@@ -218,14 +226,30 @@ def bench(
 
 @app.command("tune", epilog="""[bold]Example[/bold]
 
-sensikernels tune --device cuda""")
+sensikernels tune --device cuda
+
+sensikernels tune --costs costs.json --task sst2 --data-dir glue --dtype bf16
+
+sensikernels finetune --task sst2 --data-dir glue --dtype bf16 --step-time 0.5 --costs costs.json
+--output runs/timed""")
 def measure_dispatch(
     device: Device = "auto",
     output: Annotated[Path | None, typer.Option(help="Default: where the runs look.")] = None,
+    costs: Annotated[Path | None, typer.Option(help="Write instead what each width of a model "
+        "costs, for --step-time.")] = None,  # fmt: skip
+    task: Task = "demo",
+    data_dir: DataDir = None,
+    model: Model = "minilm",
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 128,
+    dtype: Dtype = "fp32",
 ) -> None:
     """Measure on this device from which density on dense is faster; takes a few minutes."""
     import torch
 
+    if costs is not None:
+        _measure_costs(costs, dict(locals()))
+        return
     from sensikernels.cli.show import progress_lines
     from sensikernels.nn.tune import tune
 
@@ -239,6 +263,18 @@ def measure_dispatch(
     typer.echo(f"wrote {written}")
 
 
+def _measure_costs(path: Path, given: dict[str, Any]) -> None:
+    """``tune --costs``: a table for runs of these settings."""
+    from sensikernels.cli.show import progress_lines
+    from sensikernels.training import Settings, step_costs
+
+    names = ("task", "data_dir", "model", "batch_size", "max_length", "dtype", "device")
+    asked = Settings(method="dense", output=Path(), **{name: given[name] for name in names})
+    with progress_lines() as progress:
+        step_costs(asked, progress).save(path)
+    typer.echo(f"wrote {path}")
+
+
 def _settings(kind: Any, given: dict[str, Any]) -> Any:
     """The command's arguments as ``Settings``."""
     from sensikernels.masks import Budget
@@ -247,7 +283,7 @@ def _settings(kind: Any, given: dict[str, Any]) -> Any:
     fields = {name for name in kind.__dataclass_fields__ if name in given}
     plain = {name: given[name] for name in fields}
     counts = None if given["units"] is None else parse_counts(given["units"])
-    shares = {"flops": given["flops"], "params": given["params"], "units": counts}
+    shares = {name: given[name] for name in ("flops", "params", "step_time")} | {"units": counts}
     asked = any(value is not None for value in shares.values())
     budget = Budget(**shares, scope=given["scope"]) if asked else None
     options = parse_options(given["method"], given["method_option"] or ())

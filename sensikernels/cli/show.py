@@ -115,9 +115,11 @@ def _number(value: float | None, scale: float, form: str) -> str:
 def _budget_line(report: dict[str, Any]) -> str:
     budget, flops = report["budget"], report["flops_per_token"]
     asked = "none" if budget["measure"] is None else f"{budget['measure']} {budget['requested']}"
+    time = budget["step_time_ratio_measured"]
+    timed = "" if time is None else f"; step time x{time:.3f} of the dense one"
     return (
-        f"budget: asked {asked}; FLOPs planned x{budget['flops_ratio_planned']:.4f}, measured "
-        f"x{budget['flops_ratio_measured']:.4f} ({flops['measured'] / 1e6:.2f} of "
+        f"budget: asked {asked}{timed}; FLOPs planned x{budget['flops_ratio_planned']:.4f}, "
+        f"measured x{budget['flops_ratio_measured']:.4f} ({flops['measured'] / 1e6:.2f} of "
         f"{flops['dense'] / 1e6:.2f} MFLOPs per token); parameters x{budget['params_ratio']:.4f}"
     )
 

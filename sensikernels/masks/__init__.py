@@ -2,8 +2,9 @@
 
 from sensikernels.masks.budget import Budget
 from sensikernels.masks.flops import tokens_of, training_flops
+from sensikernels.masks.latency import StepCosts
 from sensikernels.masks.mask import Mask
-from sensikernels.masks.planning import plan
+from sensikernels.masks.planning import plan, uniform
 from sensikernels.masks.plans import Measured, Plan
 from sensikernels.masks.scores import Scores
 from sensikernels.masks.structure import Coupling, Member, Structure
@@ -16,8 +17,10 @@ __all__ = [
     "Member",
     "Plan",
     "Scores",
+    "StepCosts",
     "Structure",
     "plan",
     "tokens_of",
     "training_flops",
+    "uniform",
 ]

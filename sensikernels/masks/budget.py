@@ -9,14 +9,17 @@ from typing import Any
 from sensikernels._checks import require, require_one_of
 
 SCOPES = ("global", "per_layer")
+SHARES = ("flops", "params", "step_time")
+MEASURES = (*SHARES, "units")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Exactly one of three: a share of FLOPs, a share of parameters, or counts of kept units.
+    """Exactly one of four: a share of FLOPs, parameters or step time, or counts of kept units.
 
     ``flops``: share (0, 1] of the dense training step's FLOPs per token.
     ``params``: share (0, 1] of the structure's parameters (embeddings not counted).
+    ``step_time``: share (0, 1] of the dense training step's time on the device at hand.
     ``units``: kept units by kind, e.g. ``{"heads": 36, "neurons": 4608}``: in the whole model
     with scope ``global``, in each layer with scope ``per_layer``.
 
@@ -26,13 +29,15 @@ class Budget:
 
     flops: float | None = None
     params: float | None = None
+    step_time: float | None = None
     units: Mapping[str, int] | None = None
     scope: str = "global"
 
     def __post_init__(self) -> None:
-        given = [k for k in ("flops", "params", "units") if getattr(self, k) is not None]
-        require(len(given) == 1, "budget", "exactly one of flops, params, units", given or "none")
-        for name in ("flops", "params"):
+        given = [k for k in MEASURES if getattr(self, k) is not None]
+        expected = "exactly one of " + ", ".join(MEASURES)
+        require(len(given) == 1, "budget", expected, given or "none")
+        for name in SHARES:
             share = getattr(self, name)
             ok = share is None or (isinstance(share, (int, float)) and 0 < share <= 1)
             require(ok, f"budget {name}", "a share above 0 and at most 1", share)
@@ -40,20 +45,21 @@ class Budget:
             ok = isinstance(count, int) and count >= 0
             require(ok, f"budget units[{kind!r}]", "a count of at least 0", count)
         require_one_of(self.scope, "budget scope", SCOPES)
+        whole = self.step_time is None or self.scope == "global"
+        require(whole, "budget scope", "global for step_time", self.scope)
 
     @property
     def requested(self) -> float | dict[str, int]:
         """The number that was asked for."""
         if self.units is not None:
             return dict(self.units)
-        share = self.flops if self.flops is not None else self.params
-        assert share is not None
+        share: float = getattr(self, self.measure)
         return share
 
     @property
     def measure(self) -> str:
-        """``flops``, ``params`` or ``units``."""
-        return next(k for k in ("flops", "params", "units") if getattr(self, k) is not None)
+        """``flops``, ``params``, ``step_time`` or ``units``."""
+        return next(k for k in MEASURES if getattr(self, k) is not None)
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary; ``Budget(**…)`` reads it back."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from sensikernels._checks import require
 from sensikernels.errors import UsageError
 from sensikernels.masks.budget import Budget
+from sensikernels.masks.latency import StepCosts, fastest_widths
 from sensikernels.masks.mask import Mask
 from sensikernels.masks.plans import Plan
 from sensikernels.masks.scores import Scores
@@ -46,8 +47,10 @@ def plan(
     method: str = "sensi-bert",
     sequence_length: float | None = None,
     tokens_per_sequence: float | None = None,
+    attended: float = 1.0,
     multiples: Mapping[str, int] | None = None,
     minimums: Mapping[str, int] | None = None,
+    costs: StepCosts | None = None,
 ) -> Plan:
     """Keep the units with the largest summed score that the budget allows.
 
@@ -55,20 +58,25 @@ def plan(
     every number of heads the rest of the budget is filled with the best neurons (methods.md
     §1.3 B; Kwon et al. 2022, arXiv 2204.09656). ``sequence_length`` (Σ B·S² / Σ B·S of the batches
     to train on) defaults to the scores', ``tokens_per_sequence`` (Σ B·S / Σ B) to the same.
+    ``attended``: share of those tokens that are no padding, for a packed model.
+    A ``step_time`` budget needs ``costs``, measured on the device to train on.
 
     Raises:
         UsageError: the budget is below the smallest feasible one, which is named; an unknown
-            kind of unit; a count that is not a multiple.
+            kind of unit; a count that is not a multiple; a step-time budget without costs.
     """
     length = scores.sequence_length if sequence_length is None else sequence_length
     require(length > 0, "sequence_length", "a positive number of tokens", length)
     multiples = {**MULTIPLES, **(multiples or {})}
     minimums = {**MINIMUMS, **(minimums or {})}
-    structure = scores.structure.at(tokens_per_sequence)
+    structure = scores.structure.at(tokens_per_sequence, attended)
     unknown = sorted({*multiples, *minimums} - set(MULTIPLES))
     require(not unknown, "multiples", f"kinds among {sorted(MULTIPLES)}", unknown)
     kept: dict[str, Tensor] = {}
     for group in _scopes(structure, budget.scope):
+        if budget.step_time is not None:
+            kept |= _by_time(group, scores, budget, costs, multiples, minimums)
+            continue
         pool = _pool(group, scores, budget.measure, length)
         if budget.units is not None:
             kept |= _by_counts(pool, budget.units)
@@ -77,6 +85,16 @@ def plan(
             kept |= _by_cost(pool, room, budget, multiples, minimums, structure, length)
     bits = {c.name: _unfold(c, scores.values[c.name], kept[c.name]) for c in structure.couplings}
     return _assemble(structure, bits, budget, method, length, scores)
+
+
+def uniform(structure: Structure, counts: Mapping[str, int]) -> Plan:
+    """The plan that keeps the first ``counts[coupling.name]`` units (default: all)."""
+    values = {c.name: -torch.arange(float(c.units)) for c in structure.couplings}
+    scores = Scores(structure=structure, values=values, criterion="position", statistic="none")
+    bits = {
+        c.name: torch.arange(c.units) < counts.get(c.name, c.units) for c in structure.couplings
+    }
+    return _assemble(structure, bits, None, "uniform", scores.sequence_length, scores)
 
 
 def _scopes(structure: Structure, scope: str) -> list[tuple[Coupling, ...]]:
@@ -177,6 +195,26 @@ def _by_cost(
     return _split(pool, selected.bits)
 
 
+def _by_time(
+    group: tuple[Coupling, ...],
+    scores: Scores,
+    budget: Budget,
+    costs: StepCosts | None,
+    multiples: Mapping[str, int],
+    minimums: Mapping[str, int],
+) -> dict[str, Tensor]:
+    if costs is None:
+        raise UsageError("costs: expected measured step costs for a step_time budget, got none")
+    assert budget.step_time is not None
+    ranked = {c.name: scores.values[c.name].detach().double().cpu() for c in group}
+    best_first = [v.sort(descending=True).values.numpy() for v in ranked.values()]
+    counts = fastest_widths(group, best_first, costs, budget.step_time, multiples, minimums)
+    return {
+        name: select_kept(values, k=count).bits
+        for (name, values), count in zip(ranked.items(), counts, strict=True)
+    }
+
+
 def _least_cost(pool: _Pool, minimums: Mapping[str, int], multiples: Mapping[str, int]) -> float:
     total = 0.0
     for segment, coupling in enumerate(pool.couplings):
@@ -206,7 +244,7 @@ def _split(pool: _Pool, bits: Tensor) -> dict[str, Tensor]:
 def _assemble(
     structure: Structure,
     bits: Mapping[str, Tensor],
-    budget: Budget,
+    budget: Budget | None,
     method: str,
     length: float,
     scores: Scores,

@@ -25,6 +25,8 @@ class Coupling:
 
     ``linear_flops``: forward FLOPs per token and unit; ``attention_flops``: forward FLOPs per
     token, unit and key position; ``params``: parameters per unit, biases of rows included.
+    ``sequence_flops``: those of linears that run once per sequence, ``key_flops``: attention's per
+    unit and key where each sequence asks one query, as a packed model's last layer may.
     ``heads``: for per-dimension attention kinds, how many heads share the units evenly.
     """
 
@@ -34,14 +36,30 @@ class Coupling:
     units: int
     unit_size: int
     members: tuple[Member, ...]
-    linear_flops: int
+    linear_flops: float
     attention_flops: int
     params: int
     heads: int = 1
+    sequence_flops: float = 0
+    key_flops: float = 0
+
+    def linear(self, sequence_length: float) -> float:
+        """Forward FLOPs per token and unit in products with weights."""
+        return self.linear_flops + self.sequence_flops / sequence_length
 
     def flops(self, sequence_length: float) -> float:
         """Training FLOPs per token and unit at this sequence length."""
-        return TRAIN_FACTOR * (self.linear_flops + self.attention_flops * sequence_length)
+        attention = self.key_flops + self.attention_flops * sequence_length
+        return TRAIN_FACTOR * (self.linear(sequence_length) + attention)
+
+    def at(self, tokens_per_sequence: float, attended: float) -> Coupling:
+        """The same unit with what runs once per sequence counted per token."""
+        return replace(
+            self,
+            linear_flops=self.linear_flops + self.sequence_flops / tokens_per_sequence,
+            sequence_flops=0,
+            key_flops=self.key_flops * attended,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +75,20 @@ class Structure:
     fixed_sequence_flops: float
     fixed_params: int
 
-    def at(self, tokens_per_sequence: float | None) -> Structure:
-        """The same structure for batches whose sequences have so many padded tokens on average.
+    def at(self, tokens_per_sequence: float | None, attended: float = 1.0) -> Structure:
+        """The same structure for batches whose sequences have so many computed tokens on average.
 
         Attention follows Σ B·S² / Σ B·S, what runs once per sequence follows Σ B·S / Σ B: with
         both given, FLOPs of a whole run are exact. None: the two are taken to be equal.
+        ``attended``: share of the computed tokens that are keys (packed batches round up).
         """
         if tokens_per_sequence is None:
             return self
         per_token = self.fixed_token_flops + self.fixed_sequence_flops / tokens_per_sequence
-        return replace(self, fixed_token_flops=per_token, fixed_sequence_flops=0)
+        couplings = tuple(c.at(tokens_per_sequence, attended) for c in self.couplings)
+        return replace(
+            self, couplings=couplings, fixed_token_flops=per_token, fixed_sequence_flops=0
+        )
 
     def fixed_flops(self, sequence_length: float) -> float:
         """Training FLOPs per token that no mask can remove."""
@@ -81,7 +103,8 @@ class Structure:
 
     def forward_and_input_flops(self, sequence_length: float) -> float:
         """Training FLOPs per token when no encoder weight has a gradient."""
-        linear = sum(c.linear_flops * c.units for c in self.couplings) + self.fixed_token_flops
+        weights = sum(c.linear(sequence_length) * c.units for c in self.couplings)
+        linear = weights + self.fixed_token_flops
         return self.flops(sequence_length) - linear
 
     def params(self, kept: Mapping[str, int] | None = None) -> int:

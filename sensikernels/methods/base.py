@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from sensikernels.errors import UsageError
 from sensikernels.masks.budget import Budget
+from sensikernels.masks.latency import StepCosts
 from sensikernels.masks.plans import Plan
 from sensikernels.masks.scores import Scores
 
@@ -23,7 +24,10 @@ class Run:
 
     ``step`` counts finished optimizer steps; ``batches()`` yields training batches for ranking,
     the same ones at every call; ``sequence_length`` is their padded mean weighted by tokens
-    (Σ B·S² / Σ B·S), ``tokens_per_sequence`` the plain one (Σ B·S / Σ B; None: the same).
+    (Σ B·S² / Σ B·S), ``tokens_per_sequence`` the plain one (Σ B·S / Σ B; None: the same), and
+    ``attended`` the share of their tokens that a packed model attends to (the rest rounds up).
+    ``make_optimizer`` gives a copy of the model an optimizer like the run's, to time steps for a
+    ``step_time`` budget; ``costs`` were measured earlier (None: measured when needed).
     """
 
     model: nn.Module
@@ -32,7 +36,10 @@ class Run:
     batches: Callable[[], Batches]
     sequence_length: float
     tokens_per_sequence: float | None = None
+    attended: float = 1.0
     budget: Budget | None = None
+    make_optimizer: Callable[[nn.Module], Optimizer] | None = None
+    costs: StepCosts | None = None
     seed: int = 0
     step: int = 0
     plan: Plan | None = None

@@ -57,7 +57,7 @@ class BitFit(Method):
 
     def begin(self, run: Run) -> None:
         """Freeze before the first step, so that no weight gradient is ever computed."""
-        parts = structure(run.model).at(run.tokens_per_sequence)
+        parts = structure(run.model).at(run.tokens_per_sequence, run.attended)
         length = run.sequence_length
         trainable = select((n for n, _ in run.model.named_parameters()), self.subsets)
         run.plan = Plan(

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sensikernels._checks import require, require_one_of
 from sensikernels.hf import apply, sensitivity
-from sensikernels.masks import Plan, Scores, plan
+from sensikernels.masks import Budget, Plan, Scores, plan
 from sensikernels.methods.base import Method, Run
+from sensikernels.methods.latency import by_the_clock
 
 RANKINGS = ("ranked", "uniform", "random", "reversed")
 
@@ -73,16 +74,24 @@ class SensiBert(Method):
         budget = self.budget_of(run)
         if self.ranking == "uniform":
             budget = replace(budget, scope="per_layer")
-        return plan(
-            scores,
-            budget,
-            method=self.name,
-            sequence_length=run.sequence_length,
-            tokens_per_sequence=run.tokens_per_sequence,
-            multiples=self.multiples,
-        )
+
+        def allocate(asked: Budget) -> Plan:
+            return plan(
+                scores,
+                asked,
+                method=self.name,
+                sequence_length=run.sequence_length,
+                tokens_per_sequence=run.tokens_per_sequence,
+            attended=run.attended,
+                multiples=self.multiples,
+                costs=run.costs,
+            )
+
+        return allocate(budget) if budget.step_time is None else by_the_clock(run, allocate, budget)
 
     def _trim(self, run: Run, chosen: Plan) -> None:
         apply(run.model, chosen, optimizer=run.optimizer)
         run.plan = chosen
-        run.events.append(f"step {run.step}: trimmed to FLOPs x{chosen.flops_ratio:.4f}")
+        met = chosen.origin.get("step_time")
+        timed = "" if met is None else f", step time x{met['met']:.3f}"
+        run.events.append(f"step {run.step}: trimmed to FLOPs x{chosen.flops_ratio:.4f}{timed}")

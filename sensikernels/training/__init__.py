@@ -10,8 +10,13 @@ if TYPE_CHECKING:
     from sensikernels.training.config import Settings as Settings
     from sensikernels.training.loop import finetune as finetune
     from sensikernels.training.loop import rank as rank
+    from sensikernels.training.loop import step_costs as step_costs
 
-_HOMES = {"SensiCallback": "callback", "Settings": "config", "finetune": "loop", "rank": "loop"}
+_HOMES = {
+    "SensiCallback": "callback",
+    "Settings": "config",
+    **dict.fromkeys(["finetune", "rank", "step_costs"], "loop"),
+}
 
 __all__ = sorted(_HOMES)
 

@@ -35,6 +35,7 @@ class Settings:
     ``counter`` (parallel, none stored) or ``torch``'s own; the baseline's are torch's.
     ``checkpoint_every`` counts steps; 0 means never. ``ranking_rows`` of the training data rank
     the units; with ``plan``, a saved plan, nothing is ranked and its budget is the run's.
+    ``costs``: a table of ``sensikernels tune`` for a ``step_time`` budget, else measured anew.
     """
 
     task: str
@@ -44,6 +45,7 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: Budget | None = None
     plan: Path | None = None
+    costs: Path | None = None
     data_dir: Path | None = None
     epochs: int = 1
     max_train_samples: int | None = None
@@ -92,13 +94,16 @@ class Settings:
 
     def _check_budget(self) -> None:
         needs = METHODS[self.method].needs_budget
+        timed = self.budget is not None and self.budget.measure == "step_time"
+        require(timed or self.costs is None, "costs", "none without a step_time budget", self.costs)
         if self.plan is not None:
             require(needs, "plan", f"none for method {self.method}", self.plan)
             require(self.budget is None, "budget", "none beside a plan", self.budget)
             return
         if needs and self.budget is None:
             raise UsageError(
-                f"budget: expected --flops, --params, --units or --plan for method {self.method}, "
+                "budget: expected --flops, --params, --step-time, --units or --plan for method "
+                f"{self.method}, "
                 "got none"
             )
         if self.budget is not None and not needs:
@@ -126,7 +131,7 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """Every setting, plain."""
         plain = {k: v for k, v in vars(self).items() if k not in ("budget", "options")}
-        paths = ("output", "data_dir", "plan")
+        paths = ("output", "data_dir", "plan", "costs")
         plain |= {k: None if plain[k] is None else str(plain[k]) for k in paths}
         plain["options"] = {k: _plain(v) for k, v in self.options.items()}
         plain["budget"] = None if self.budget is None else self.budget.to_json()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sensikernels.errors import CheckpointError, SensiError
 from sensikernels.glue import compute
 from sensikernels.hf import applied, compact, load_model, restore_dropout
+from sensikernels.methods.latency import time_ratio
 from sensikernels.training.config import DTYPES, Settings
 from sensikernels.training.flops import flops_per_token
 from sensikernels.training.memory import peak_mib
@@ -24,7 +26,7 @@ from sensikernels.training.output import (
     writing,
 )
 from sensikernels.training.report import Measurements, build
-from sensikernels.training.runner import predict
+from sensikernels.training.runner import method_runner, predict
 
 if TYPE_CHECKING:
     from sensikernels.training.loop import Session
@@ -84,7 +86,21 @@ def _measure(session: Session) -> Measurements:
         flops=flops_per_token(runner.model, data),
         peak=peak_mib(runner.model, runner.run.optimizer, batch),
         dense_peak=None if dense is None else peak_mib(dense.model, dense.run.optimizer, batch),
+        step_time=_step_time(session),
     )
+
+
+def _step_time(session: Session) -> float | None:
+    """The trained model's step over the untrimmed one's, timed in turn; None unless budgeted."""
+    from sensikernels.training.loop import fresh_model
+
+    settings, run = session.settings, session.runner.run
+    if run.plan is None or run.plan.budget is None or run.plan.budget.step_time is None:
+        return None
+    assert run.make_optimizer is not None
+    dense = method_runner(settings, session.data, fresh_model(settings, session.data), 1).model
+    planned = copy.deepcopy(run.model)
+    return time_ratio(dense, planned, run.batches(), run.make_optimizer)
 
 
 def _save_model(session: Session, output: Path) -> dict[str, Any]:

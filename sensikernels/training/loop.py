@@ -14,7 +14,9 @@ from torch import nn
 from sensikernels import _settings
 from sensikernels._checks import require
 from sensikernels.hf import apply, load_model, quiet, restore, structure
-from sensikernels.masks import Plan, Scores, plan
+from sensikernels.masks import Plan, Scores, StepCosts, plan
+from sensikernels.masks.latency import check_kinds
+from sensikernels.methods.latency import dtype_of, measure_costs
 from sensikernels.training import checkpoint
 from sensikernels.training.config import DTYPES, Settings
 from sensikernels.training.data import Data, model_path
@@ -233,6 +235,14 @@ def check_budget(settings: Settings, model: nn.Module, data: Data) -> None:
         criterion="none",
         statistic="none",
     )
+    timed = settings.budget.step_time is not None
+    if timed:
+        check_kinds(parts.couplings)
+    if timed and settings.costs is None:
+        return
+    costs = None if settings.costs is None else StepCosts.load(settings.costs)
+    if costs is not None:
+        costs.check(parts, data.device.type, dtype_of(model))
     multiples = settings.options.get("multiples")
     geometry = data.geometry
     plan(
@@ -241,7 +251,20 @@ def check_budget(settings: Settings, model: nn.Module, data: Data) -> None:
         sequence_length=geometry.mean_length,
         tokens_per_sequence=geometry.tokens / geometry.rows,
         multiples=multiples,
+        costs=costs,
     )
+
+
+def step_costs(settings: Settings, progress: Callable[[str], object]) -> StepCosts:
+    """Measure what widths cost on this device, for the run that ``settings`` describe."""
+    with quiet():
+        session = prepare(settings)
+    runner = session.runner
+    assert runner.run.make_optimizer is not None
+    with runner.own_random():
+        return measure_costs(
+            runner.model, runner.run.batches(), runner.run.make_optimizer, progress=progress
+        )
 
 
 def rank(settings: Settings) -> tuple[Scores, Plan, Runner]:

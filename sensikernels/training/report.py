@@ -21,12 +21,16 @@ PACKAGES = ("sensikernels", "torch", "transformers", "accelerate", "triton", "nu
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """FLOPs per token and peak MiB of a step, measured after the last one."""
+    """FLOPs per token and peak MiB of a step, measured after the last one.
+
+    ``step_time``: the planned step over the dense one, timed where that was the budget.
+    """
 
     dense_flops: float
     flops: float
     peak: float
     dense_peak: float | None
+    step_time: float | None = None
 
 
 def build(session: Session, measured: Measurements, reload: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +101,7 @@ def _budget(session: Session, measured: Measurements) -> dict[str, Any]:
         "flops_ratio_planned": 1.0 if plan is None else plan.flops_ratio,
         "flops_ratio_measured": measured.flops / measured.dense_flops,
         "params_ratio": 1.0 if plan is None else plan.params_ratio,
+        "step_time_ratio_measured": measured.step_time,
     }
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from sensikernels.errors import SensiError
 from sensikernels.hf import use_counter_dropout
-from sensikernels.masks import Budget
+from sensikernels.masks import Budget, StepCosts
 from sensikernels.methods import Dense, Method, Run
 from sensikernels.ops.subset_adamw import SubsetAdamW
 from sensikernels.training.config import Settings
@@ -171,10 +171,14 @@ def method_runner(settings: Settings, data: Data, model: nn.Module, max_steps: i
     if settings.dropout == "counter":
         use_counter_dropout(model)
     rate = settings.learning_rate()
-    optimizer = SubsetAdamW(
-        groups(model, settings.weight_decay), lr=rate, max_grad_norm=settings.max_grad_norm
-    )
-    run = _run(settings, data, model, optimizer, max_steps, settings.budget)
+
+    def make_optimizer(trained: nn.Module) -> SubsetAdamW:
+        clip = settings.max_grad_norm
+        return SubsetAdamW(groups(trained, settings.weight_decay), lr=rate, max_grad_norm=clip)
+
+    run = _run(settings, data, model, make_optimizer(model), max_steps, settings.budget)
+    run.make_optimizer = make_optimizer
+    run.costs = None if settings.costs is None else StepCosts.load(settings.costs)
     return Runner(
         name=method.name, run=run, method=method, learning_rate=rate, max_grad_norm=None,
         seed=settings.seed,

@@ -1,0 +1,109 @@
+"""Plans by the clock, with a clock that counts FLOPs: every figure is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from sensikernels.errors import UsageError
+from sensikernels.hf import applied
+from sensikernels.masks import Budget, training_flops
+from sensikernels.methods import Run, SensiBert, latency
+from sensikernels.ops.subset_adamw import SubsetAdamW
+from tests.hf.conftest import make_batch, make_model
+
+LAYERS = 4
+
+
+def make_optimizer(model: nn.Module) -> SubsetAdamW:
+    return SubsetAdamW(model.parameters(), lr=0.0)
+
+
+def make_run(share: float, **named: object) -> Run:
+    model = make_model(
+        num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=256, dropout=0.1
+    )
+    return Run(
+        model=model,
+        optimizer=SubsetAdamW(model.parameters(), lr=1e-3),
+        max_steps=10,
+        batches=lambda: [make_batch(seed=i) for i in range(3)],
+        sequence_length=9,
+        budget=Budget(step_time=share),
+        **({"make_optimizer": make_optimizer} | named),  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Milliseconds are MFLOPs, plus ``fixed`` for each step of a whole model."""
+    extra = {"fixed": 0.0}
+
+    def stepper(model: nn.Module, make: object, device: object) -> Callable[[object], float]:
+        whole = len(model.bert.encoder.layer) == LAYERS  # type: ignore[union-attr, arg-type]
+        return lambda batch: training_flops(model, batch) / 1e6 + extra["fixed"] * whole  # type: ignore[arg-type]
+
+    monkeypatch.setattr(latency, "_stepper", stepper)
+    return extra
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.35])
+def test_a_true_table_meets_the_budget_at_once(clock: dict[str, float], share: float) -> None:
+    run = make_run(share)
+    SensiBert(warmup=0).begin_step(run)
+    assert run.plan is not None
+    assert applied(run.model) is not None
+    facts = run.plan.origin["step_time"]
+    assert facts["plans"] == 1
+    assert facts["asked"] == share
+    assert share * 0.98 <= facts["met"] <= share
+    assert facts["met"] == pytest.approx(run.plan.flops_ratio, rel=0.02)
+    assert run.plan.budget == Budget(step_time=share)
+    assert f"step time x{facts['met']:.3f}" in run.events[-1]
+
+
+def test_what_the_table_does_not_know_is_corrected(clock: dict[str, float]) -> None:
+    dense = training_flops(make_run(0.5).model, make_batch()) / 1e6
+    run = make_run(0.7)
+    run.costs = latency.measure_costs(run.model, run.batches(), make_optimizer)
+    clock["fixed"] = 0.3 * dense  # the table was measured without it
+    SensiBert(warmup=0).begin_step(run)
+    assert run.plan is not None
+    facts = run.plan.origin["step_time"]
+    assert 1 < facts["plans"] <= 4
+    assert facts["met"] == pytest.approx(0.7, rel=latency.TOLERANCE)
+
+
+def test_the_table_knows_position_kind_and_width(clock: dict[str, float]) -> None:
+    model = make_run(0.5).model
+    costs = latency.measure_costs(model, [make_batch()], make_optimizer)
+    assert costs.layers == LAYERS
+    assert costs.units == {"heads": 4, "neurons": 256}
+    inner = costs.saved["inner"]["neurons"]
+    assert set(inner) == {16, 32, 64, 96, 128, 160, 192, 224, 256}
+    assert [inner[w] for w in sorted(inner)] == sorted(inner.values(), reverse=True)
+    assert inner[128] == pytest.approx(inner[64] * 2 / 3)
+    assert set(costs.saved["last"]["heads"]) == {1, 2, 4}
+
+
+def test_timing_leaves_the_run_alone() -> None:
+    run = make_run(0.9)
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    costs = latency.measure_costs(run.model, run.batches(), make_optimizer, seconds=0.0)
+    run.costs = costs
+    assert costs.dense_ms > 0
+    planned = latency.by_the_clock(run, lambda budget: latency.uniform(
+        latency.structure(run.model), {"layer.0.neurons": 16}), Budget(step_time=0.9))  # fmt: skip
+    assert planned.budget == Budget(step_time=0.9)
+    assert planned.origin["step_time"]["met"] > 0
+    assert applied(run.model) is None
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_no_optimizer_to_time_with() -> None:
+    with pytest.raises(UsageError, match="make_optimizer"):
+        SensiBert(warmup=0).begin_step(make_run(0.5, make_optimizer=None))

@@ -1,0 +1,53 @@
+"""A run under a step-time budget: asked, met, reported; with a table and without."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sensikernels.errors import UsageError
+from sensikernels.masks import Budget, Plan, StepCosts
+from sensikernels.training import finetune, step_costs
+
+
+def test_asked_and_met_are_reported(settings, tmp_path):
+    table = step_costs(settings(method="dense", budget=None), lambda line: None)
+    # On a model this small noise is larger than what a width saves.
+    saved = {"heads": {1: 10.0, 4: 0.0}, "neurons": {16: 20.0, 128: 0.0}}
+    known = {"dense_ms": 100.0, "saved": {"inner": saved, "last": saved}}
+    StepCosts(**{**table.to_json(), **known}).save(tmp_path / "costs.json")
+    asked = Budget(step_time=0.9)
+    common = {"budget": asked, "max_train_samples": 64, "output": tmp_path / "run"}
+    report = finetune(settings(**common, costs=tmp_path / "costs.json"))
+    budget = report["budget"]
+    assert (budget["measure"], budget["requested"]) == ("step_time", 0.9)
+    assert budget["step_time_ratio_measured"] > 0
+    plan = Plan.load(tmp_path / "run" / "plan.json")
+    assert plan.budget == asked
+    assert plan.origin["step_time"]["asked"] == 0.9
+    assert plan.origin["step_time"]["met"] > 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["budget"] == budget
+
+
+def test_without_a_table_the_run_measures_one(settings):
+    report = finetune(settings(budget=Budget(step_time=1.0), max_train_samples=64))
+    assert report["budget"]["step_time_ratio_measured"] > 0
+    assert report["seconds"]["planned"]["rank"] > 0
+
+
+def test_other_budgets_are_not_timed(settings):
+    report = finetune(settings(max_train_samples=64))
+    assert report["budget"]["step_time_ratio_measured"] is None
+
+
+def test_a_table_of_another_model_is_refused_before_training(settings, tmp_path):
+    table = step_costs(settings(method="dense", budget=None), lambda line: None)
+    path = tmp_path / "costs.json"
+    StepCosts(**{**table.to_json(), "dtype": "bfloat16"}).save(path)
+    with pytest.raises(UsageError, match="costs: expected a table for"):
+        finetune(settings(budget=Budget(step_time=0.5), costs=path))
+    with pytest.raises(UsageError, match="costs: expected none without a step_time budget"):
+        settings(costs=path)
+    with pytest.raises(UsageError, match="granularity"):
+        finetune(settings(budget=Budget(step_time=0.5), options={"granularity": "dimensions"}))
