@@ -4,66 +4,16 @@
 // tile t is 16 t + lane, and its word w, half h is element 128 t + 64 h + 16 w + lane.
 #include "checks.h"
 #include "cpu/parallel.h"
-
-#include <cstring>
+#include "cpu/philox.h"
 
 namespace {
 
 using namespace sk;
 
-constexpr int kLanes = 16, kTile = 128;
+constexpr int kLanes = kPhiloxLanes, kTile = 128;
 constexpr int64_t kTilesPerTask = 128;
 
 #define SK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-
-inline float widen(float x) {
-    return x;
-}
-
-inline float widen(uint16_t x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-
-inline void narrow(float x, float* y) {
-    *y = x;
-}
-
-inline void narrow(float x, uint16_t* y) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    *y = static_cast<uint16_t>(nan ? bits >> 16 | 0x40 : rounded);
-}
-
-// out[w][lane]: the four words of sixteen counters from `first`.
-inline __attribute__((always_inline)) void philox(uint64_t seed, uint64_t first,
-                                                  uint32_t out[4][kLanes]) {
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int i = 0; i < kLanes; ++i) {
-        const uint64_t counter = first + i;
-        out[0][i] = static_cast<uint32_t>(counter);
-        out[1][i] = static_cast<uint32_t>(counter >> 32);
-        out[2][i] = out[3][i] = 0;
-    }
-    for (int round = 0; round < 10; ++round) {
-        for (int i = 0; i < kLanes; ++i) {
-            const uint64_t a = static_cast<uint64_t>(out[0][i]) * 0xD2511F53u;
-            const uint64_t b = static_cast<uint64_t>(out[2][i]) * 0xCD9E8D57u;
-            const uint32_t w0 = static_cast<uint32_t>(b >> 32) ^ out[1][i] ^ k0;
-            const uint32_t w2 = static_cast<uint32_t>(a >> 32) ^ out[3][i] ^ k1;
-            out[0][i] = w0;
-            out[1][i] = static_cast<uint32_t>(b);
-            out[2][i] = w2;
-            out[3][i] = static_cast<uint32_t>(a);
-        }
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-}
 
 template <class T>
 inline __attribute__((always_inline)) void drop_tiles(const T* x, T* y, int64_t n, uint64_t seed,

@@ -1,0 +1,50 @@
+"""``bias_gelu``: the public function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sensikernels._checks import require
+from sensikernels.ops.bias_gelu import reference
+from sensikernels.ops.bias_gelu.autograd import BiasGelu
+from sensikernels.ops.common.choice import choose, described
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """GELU of ``x + bias``, exact: ``z Φ(z)``, never the tanh form (Hendrycks & Gimpel, 2016).
+
+    The sum is taken in float32 and not rounded. Saved for backward: ``x``, nothing else of its
+    size. The bias gradient is summed in the pass that takes the derivative, in float32 and in an
+    order that does not depend on the number of threads.
+
+    Args:
+        x: ``[..., width]``, a floating dtype; under autocast it keeps its dtype.
+        bias: ``[width]``, any floating dtype; None adds nothing.
+        backend: "auto", "reference", "native" or "triton".
+
+    Returns:
+        As ``x``; once differentiable (the reference to any order).
+
+    Raises:
+        UsageError: shapes, dtypes or devices do not fit, or a backend that cannot serve.
+    """
+    if not x.is_floating_point() or x.dim() == 0:
+        require(False, "x", "floating [..., width]", described(x))
+    if bias is not None:
+        fits = bias.shape == x.shape[-1:] and bias.is_floating_point()
+        if not fits or bias.device != x.device:
+            want = f"floating {list(x.shape[-1:])} on {x.device}"
+            require(False, "bias", want, described(bias))
+    chosen, _ = choose(x, backend)
+    if chosen == "reference":
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.bias_gelu(x, bias)
+    out: Tensor = BiasGelu.apply(x, bias, chosen)  # type: ignore[no-untyped-call]
+    return out
+
+
+def explain(x: Tensor, backend: str = "auto") -> str:
+    """One line: which backend serves ``x``, and why."""
+    name, why = choose(x, backend)
+    return f"bias_gelu: {name} ({why})"

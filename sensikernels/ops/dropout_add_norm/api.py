@@ -1,0 +1,86 @@
+"""``dropout_add_norm``: the public function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sensikernels._checks import require
+from sensikernels._philox import DRAWS
+from sensikernels.ops.common.choice import choose, described
+from sensikernels.ops.dropout_add_norm import reference
+from sensikernels.ops.dropout_add_norm.autograd import DropoutAddNorm
+
+
+def dropout_add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    dropout: float = 0.0,
+    eps: float = 1e-12,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``LayerNorm(residual + dropout(x)) · weight + bias``: the post-norm of BERT in one pass.
+
+    The mask is that of ``ops.dropout`` (counter based, keep probability rounded to 2⁻¹⁶) and is
+    drawn again in backward. Sums and statistics are float32. Saved: the sum in x's dtype, mean and
+    1 / standard deviation of each row, the seed. The gradients of weight and bias are summed in an
+    order that does not depend on the number of threads.
+
+    Args:
+        x, residual: ``[..., hidden]`` of one floating dtype, which autocast does not change.
+        weight, bias: ``[hidden]``, any floating dtype.
+        dropout: probability in [0, 1] of dropping an element of ``x``; 0 outside training.
+        eps: added to the variance.
+        seed: int64 ``[]`` on x's device; drawn from torch's generator of that device if absent.
+        backend: "auto", "reference", "native" or "triton".
+
+    Returns:
+        As ``x``; once differentiable (the reference to any order).
+
+    Raises:
+        UsageError: shapes, dtypes, devices or numbers do not fit, or a backend that cannot serve.
+    """
+    _check(x, residual, weight, bias, dropout, eps)
+    threshold = round((1.0 - dropout) * DRAWS)
+    if threshold == DRAWS:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(1 << 62, (), device=x.device)
+    else:
+        ok = seed.dtype == torch.int64 and seed.dim() == 0 and seed.device == x.device
+        require(ok, "seed", f"int64 [] on {x.device}", described(seed))
+    chosen, _ = choose(x, backend)
+    arguments = (x, residual, weight, bias, seed, threshold, eps)
+    if chosen == "reference":
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.dropout_add_norm(*arguments)
+    out: Tensor = DropoutAddNorm.apply(*arguments, chosen)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _check(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, dropout: float, eps: float
+) -> None:
+    # A message is built only where it is needed: it costs more than a small call.
+    if not x.is_floating_point() or x.dim() == 0:
+        require(False, "x", "floating [..., hidden]", described(x))
+    same = residual.shape == x.shape and residual.dtype == x.dtype
+    if not same or residual.device != x.device:
+        require(False, "residual", described(x), described(residual))
+    for name, value in (("weight", weight), ("bias", bias)):
+        fits = value.shape == x.shape[-1:] and value.is_floating_point()
+        if not fits or value.device != x.device:
+            want = f"floating {list(x.shape[-1:])} on {x.device}"
+            require(False, name, want, described(value))
+    require(0.0 <= dropout <= 1.0, "dropout", "a probability in [0, 1]", dropout)
+    require(eps >= 0.0, "eps", "a number >= 0", eps)
+
+
+def explain(x: Tensor, backend: str = "auto") -> str:
+    """One line: which backend serves ``x``, and why."""
+    name, why = choose(x, backend)
+    return f"dropout_add_norm: {name} ({why})"

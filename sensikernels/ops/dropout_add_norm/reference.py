@@ -1,0 +1,75 @@
+"""The definition, differentiated by autograd."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sensikernels._philox import DRAWS, dropped
+
+
+def dropout_add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    threshold: int,
+    eps: float,
+) -> Tensor:
+    """``LayerNorm(residual + dropout(x)) · weight + bias``, in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    z = _sum(x.to(wide), residual.to(wide), seed, threshold)
+    return F.layer_norm(z, z.shape[-1:], weight.to(wide), bias.to(wide), eps).to(x.dtype)
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    threshold: int,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, sum, moments)`` of matrices: ``sum`` in x's dtype (empty unless ``save``).
+
+    ``moments`` is ``[rows, 2]``, mean and 1 / standard deviation, float32 (float64 for float64).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    z = _sum(x.to(wide), residual.to(wide), seed, threshold)
+    mean = z.mean(1, keepdim=True)
+    rstd = (z.var(1, unbiased=False, keepdim=True) + eps).rsqrt()
+    y = (z - mean) * rstd * weight + bias
+    return y.to(x.dtype), z.to(x.dtype) if save else x.new_empty(0), torch.cat([mean, rstd], 1)
+
+
+def backward(
+    dy: Tensor,
+    total: Tensor,
+    moments: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    threshold: int,
+    affine_needed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dx, dresidual, daffine)``: dx is empty without dropout (it is dresidual).
+
+    ``daffine`` is ``[2, width]``, of weight and bias, in the dtype of moments; empty if not needed.
+    """
+    mean, rstd = moments.split(1, 1)
+    wide, normal = dy.to(moments.dtype), (total.to(moments.dtype) - mean) * rstd
+    g = wide * weight
+    dz = rstd * (g - g.mean(1, keepdim=True) - normal * (g * normal).mean(1, keepdim=True))
+    dx = dz.new_empty(0) if seed is None else dropped(dz, seed, threshold)
+    daffine = torch.stack([(wide * normal).sum(0), wide.sum(0)]) if affine_needed else None
+    none = moments.new_empty(0)
+    return dx.to(dy.dtype), dz.to(dy.dtype), none if daffine is None else daffine
+
+
+def _sum(x: Tensor, residual: Tensor, seed: Tensor | None, threshold: int) -> Tensor:
+    if seed is None or threshold == DRAWS:
+        return residual + x
+    return residual + dropped(x, seed, threshold)

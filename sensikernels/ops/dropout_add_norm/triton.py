@@ -1,0 +1,196 @@
+"""Kernels for a GPU: a program holds a row in registers and draws its mask there."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sensikernels.ops.common.triton_gelu import sum_partials
+from sensikernels.ops.common.triton_launch import on_its_device
+from sensikernels.ops.common.triton_norm import (
+    draw_row,
+    normalize,
+    normalize_backward,
+    programs,
+    row_options,
+    scale_of,
+)
+
+
+@triton.jit
+def dropout_add_norm_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    seed,
+    y,
+    total,
+    moments,
+    hidden,
+    threshold,
+    scale,
+    eps,
+    DROPS: tl.constexpr,
+    SAVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """A row of y, and of what backward reads."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    inside = n < hidden
+    at = row * hidden + n
+    z = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if DROPS:
+        draws = draw_row(tl.load(seed), row, hidden, BLOCK, ALIGNED)
+        z = tl.where(draws < threshold, z * scale, 0.0)
+    z += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    z = tl.where(inside, z, 0.0)
+    if SAVE:
+        tl.store(total + at, z.to(total.dtype.element_ty), mask=inside)
+    normal, mean, rstd = normalize(z, inside, hidden, eps)
+    tl.store(moments + 2 * row, mean)
+    tl.store(moments + 2 * row + 1, rstd)
+    w = tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + at, (normal * w + b).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_each"])
+def dropout_add_norm_backward_kernel(
+    dy,
+    total,
+    moments,
+    weight,
+    seed,
+    dx,
+    dresidual,
+    partial,
+    rows,
+    rows_each,
+    hidden,
+    threshold,
+    scale,
+    DROPS: tl.constexpr,
+    AFFINE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """A chunk of rows of dresidual and dx, and their sums for weight and bias."""
+    chunk = tl.program_id(0)
+    first = chunk.to(tl.int64) * rows_each
+    n = tl.arange(0, BLOCK)
+    inside = n < hidden
+    w = tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    dbias = tl.zeros([BLOCK], tl.float32)
+    for row in range(first, tl.minimum(first + rows_each, rows)):
+        at = row * hidden + n
+        grad = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(moments + 2 * row + 1)
+        normal = tl.where(inside, (z - tl.load(moments + 2 * row)) * rstd, 0.0)
+        if AFFINE:
+            dweight += grad * normal
+            dbias += grad
+        dz = normalize_backward(grad, normal, rstd, w, hidden)
+        tl.store(dresidual + at, dz.to(dresidual.dtype.element_ty), mask=inside)
+        if DROPS:
+            draws = draw_row(tl.load(seed), row, hidden, BLOCK, ALIGNED)
+            dz = tl.where(draws < threshold, dz * scale, 0.0)
+            tl.store(dx + at, dz.to(dx.dtype.element_ty), mask=inside)
+    if AFFINE:
+        sums = partial + chunk.to(tl.int64) * 2 * hidden + n
+        tl.store(sums, dweight, mask=inside)
+        tl.store(sums + hidden, dbias, mask=inside)
+
+
+@on_its_device
+def forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    threshold: int,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference, for contiguous matrices."""
+    rows, hidden = x.shape
+    y, total = x.new_empty(x.shape), x.new_empty(x.shape if save else 0)
+    moments = x.new_empty((rows, 2), dtype=torch.float32)
+    if x.numel():
+        dropout_add_norm_kernel[(rows,)](
+            x, residual, weight, bias, moments if seed is None else seed, y, total, moments, hidden,
+            threshold, scale_of(threshold), eps,
+            DROPS=seed is not None, SAVE=save, **row_options(hidden),
+        )  # fmt: skip
+    return y, total, moments
+
+
+@on_its_device
+def backward(
+    dy: Tensor,
+    total: Tensor,
+    moments: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    threshold: int,
+    affine_needed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference; the chunks' float32 sums are added in a fixed order."""
+    rows, hidden = dy.shape
+    dresidual, dx = dy.new_empty(dy.shape), dy.new_empty(0 if seed is None else dy.shape)
+    daffine = moments.new_empty((2, hidden) if affine_needed else 0)
+    if not dy.numel():
+        return dx, dresidual, daffine.zero_()
+    each = triton.cdiv(rows, programs(dy))
+    chunks = triton.cdiv(rows, each)
+    partial = moments.new_empty((chunks, 2, hidden) if affine_needed else 1)
+    dropout_add_norm_backward_kernel[(chunks,)](
+        dy, total, moments, weight, moments if seed is None else seed, dx, dresidual, partial,
+        rows, each, hidden, threshold, scale_of(threshold),
+        DROPS=seed is not None, AFFINE=affine_needed, **row_options(hidden),
+    )  # fmt: skip
+    return dx, dresidual, sum_partials(partial, daffine) if affine_needed else daffine
+
+
+def _cases():
+    for dtype in ("bf16", "fp32"):
+        for hidden in (384, 768, 1024):
+            options = row_options(hidden)
+            shared = {
+                "num_warps": options.pop("num_warps"),
+                "num_stages": options.pop("num_stages"),
+                "gemm": False,
+            }
+            scalars = {"hidden": "i32", "threshold": "i32", "scale": "fp32"}
+            data = {"weight": "*fp32", "seed": "*i64", "moments": "*fp32"}
+            rows = dict.fromkeys(["x", "residual", "y", "total"], f"*{dtype}")
+            yield {
+                "name": f"dropout_add_norm/{dtype}/{hidden}",
+                "kernel": dropout_add_norm_kernel,
+                "signature": {**data, **rows, "bias": "*fp32", **scalars, "eps": "fp32"},
+                "divisible": [*data, *rows, "bias", "hidden"],
+                "constexprs": {"DROPS": True, "SAVE": True, **options},
+                **shared,
+            }
+            rows = dict.fromkeys(["dy", "total", "dx", "dresidual"], f"*{dtype}")
+            yield {
+                "name": f"dropout_add_norm_backward/{dtype}/{hidden}",
+                "kernel": dropout_add_norm_backward_kernel,
+                "signature": {
+                    **data, **rows, "partial": "*fp32", **scalars, "rows": "i32",
+                    "rows_each": "i32",
+                },
+                "divisible": [*data, *rows, "partial", "hidden"],
+                "constexprs": {"DROPS": True, "AFFINE": True, **options},
+                **shared,
+            }  # fmt: skip
+
+
+AOT_CASES = list(_cases())

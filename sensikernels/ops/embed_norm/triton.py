@@ -1,0 +1,271 @@
+"""Kernels for a GPU: a program holds a token in registers and gathers it again in backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sensikernels.ops.common.triton_gelu import sum_partials
+from sensikernels.ops.common.triton_launch import Config, on_its_device, processors
+from sensikernels.ops.common.triton_norm import (
+    draw_row,
+    normalize,
+    normalize_backward,
+    programs,
+    row_options,
+    scale_of,
+)
+from sensikernels.ops.embed_norm import reference
+
+SMALL = 8  # rows of a table whose gradient is summed in a fixed order
+ADD_ROWS = Config(tile={"BLOCK_T": 32, "BLOCK_N": 64}, warps=4, stages=1)
+
+
+@triton.jit
+def _gather(id0, id1, id2, table0, table1, table2, token, hidden, n, inside):
+    """The sum of a token's three rows, float32; zero outside."""
+    word = table0 + tl.load(id0 + token) * hidden + n
+    position = table1 + tl.load(id1 + token) * hidden + n
+    kind = table2 + tl.load(id2 + token) * hidden + n
+    z = tl.load(word, mask=inside, other=0.0).to(tl.float32)
+    z += tl.load(position, mask=inside, other=0.0).to(tl.float32)
+    return z + tl.load(kind, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def embed_norm_kernel(
+    id0,
+    id1,
+    id2,
+    table0,
+    table1,
+    table2,
+    weight,
+    bias,
+    seed,
+    y,
+    moments,
+    hidden,
+    threshold,
+    scale,
+    eps,
+    DROPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """One token of y, and its mean and 1 / standard deviation."""
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    inside = n < hidden
+    z = _gather(id0, id1, id2, table0, table1, table2, token, hidden, n, inside)
+    normal, mean, rstd = normalize(z, inside, hidden, eps)
+    tl.store(moments + 2 * token, mean)
+    tl.store(moments + 2 * token + 1, rstd)
+    w = tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
+    out = normal * w + tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    if DROPS:
+        draws = draw_row(tl.load(seed), token, hidden, BLOCK, ALIGNED)
+        out = tl.where(draws < threshold, out * scale, 0.0)
+    tl.store(y + token * hidden + n, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "tokens_each"])
+def embed_norm_backward_kernel(
+    dy,
+    id0,
+    id1,
+    id2,
+    table0,
+    table1,
+    table2,
+    moments,
+    weight,
+    seed,
+    dsum,
+    partial,
+    tokens,
+    tokens_each,
+    hidden,
+    threshold,
+    scale,
+    DROPS: tl.constexpr,
+    AFFINE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """A chunk of tokens of dsum, and their sums for weight and bias."""
+    chunk = tl.program_id(0)
+    first = chunk.to(tl.int64) * tokens_each
+    n = tl.arange(0, BLOCK)
+    inside = n < hidden
+    w = tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    dbias = tl.zeros([BLOCK], tl.float32)
+    for token in range(first, tl.minimum(first + tokens_each, tokens)):
+        at = token * hidden + n
+        grad = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        if DROPS:
+            draws = draw_row(tl.load(seed), token, hidden, BLOCK, ALIGNED)
+            grad = tl.where(draws < threshold, grad * scale, 0.0)
+        z = _gather(id0, id1, id2, table0, table1, table2, token, hidden, n, inside)
+        rstd = tl.load(moments + 2 * token + 1)
+        normal = tl.where(inside, (z - tl.load(moments + 2 * token)) * rstd, 0.0)
+        if AFFINE:
+            dweight += grad * normal
+            dbias += grad
+        dz = normalize_backward(grad, normal, rstd, w, hidden)
+        tl.store(dsum + at, dz.to(dsum.dtype.element_ty), mask=inside)
+    if AFFINE:
+        sums = partial + chunk.to(tl.int64) * 2 * hidden + n
+        tl.store(sums, dweight, mask=inside)
+        tl.store(sums + hidden, dbias, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "tokens_each"])
+def add_rows_kernel(
+    rows,
+    index,
+    partial,
+    tokens,
+    tokens_each,
+    hidden,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``partial[chunk, r]`` = the rows of a chunk whose index is r, a strip of columns."""
+    r = tl.program_id(1)
+    chunk = tl.program_id(2)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < hidden
+    first = chunk.to(tl.int64) * tokens_each
+    last = tl.minimum(first + tokens_each, tokens)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for t0 in range(first, last, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        mine = (t < last) & (tl.load(index + t, mask=t < last, other=-1) == r)
+        at = rows + t[:, None] * hidden + n[None, :]
+        value = tl.load(at, mask=mine[:, None] & inside[None, :], other=0.0)
+        total += tl.sum(value.to(tl.float32), axis=0)
+    to = partial + (chunk.to(tl.int64) * tl.num_programs(1) + r) * hidden
+    tl.store(to + n, total, mask=inside)
+
+
+@on_its_device
+def forward(
+    ids: list[Tensor],
+    tables: list[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    threshold: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """As the reference, for flat contiguous ids."""
+    tokens, hidden = ids[0].numel(), tables[0].shape[1]
+    y = tables[0].new_empty((tokens, hidden))
+    moments = y.new_empty((tokens, 2), dtype=torch.float32)
+    if y.numel():
+        embed_norm_kernel[(tokens,)](
+            *ids, *tables, weight, bias, moments if seed is None else seed, y, moments, hidden,
+            threshold, scale_of(threshold), eps, DROPS=seed is not None, **row_options(hidden),
+        )  # fmt: skip
+    return y, moments
+
+
+@on_its_device
+def backward(
+    dy: Tensor,
+    ids: list[Tensor],
+    tables: list[Tensor],
+    moments: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    threshold: int,
+    affine_needed: bool,
+) -> tuple[Tensor, Tensor]:
+    """As the reference; the chunks' float32 sums are added in a fixed order."""
+    tokens, hidden = dy.shape
+    dsum = dy.new_empty(dy.shape)
+    daffine = moments.new_empty((2, hidden) if affine_needed else 0)
+    if not dy.numel():
+        return dsum, daffine.zero_()
+    each = triton.cdiv(tokens, programs(dy))
+    chunks = triton.cdiv(tokens, each)
+    partial = moments.new_empty((chunks, 2, hidden) if affine_needed else 1)
+    embed_norm_backward_kernel[(chunks,)](
+        dy, *ids, *tables, moments, weight, moments if seed is None else seed, dsum, partial,
+        tokens, each, hidden, threshold, scale_of(threshold),
+        DROPS=seed is not None, AFFINE=affine_needed, **row_options(hidden),
+    )  # fmt: skip
+    return dsum, sum_partials(partial, daffine) if affine_needed else daffine
+
+
+@on_its_device
+def add_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """As the reference; up to ``SMALL`` rows in a fixed order, more by torch's atomics."""
+    if count > SMALL or not rows.numel():
+        return reference.add_rows(rows, index, count)
+    tokens, hidden = rows.shape
+    block_t, block_n = ADD_ROWS.tile.values()
+    strips, most = triton.cdiv(hidden, block_n), triton.cdiv(tokens, block_t)
+    chunks = min(most, triton.cdiv(4 * processors(rows), strips * count))
+    each = triton.cdiv(most, chunks) * block_t
+    chunks = triton.cdiv(tokens, each)
+    partial = rows.new_empty((chunks, count, hidden), dtype=torch.float32)
+    add_rows_kernel[(strips, count, chunks)](
+        rows, index, partial, tokens, each, hidden, **ADD_ROWS.options
+    )
+    return sum_partials(partial, rows.new_empty((count, hidden)))
+
+
+def _cases():
+    ids = dict.fromkeys(["id0", "id1", "id2"], "*i64")
+    scalars = {"hidden": "i32", "threshold": "i32", "scale": "fp32"}
+    for dtype in ("bf16", "fp32"):
+        yield {
+            "name": f"add_rows/{dtype}/{ADD_ROWS.name}",
+            "kernel": add_rows_kernel,
+            "signature": {
+                "rows": f"*{dtype}", "index": "*i64", "partial": "*fp32", "tokens": "i32",
+                "tokens_each": "i32", "hidden": "i32",
+            },
+            "divisible": ["rows", "index", "partial", "hidden"],
+            "constexprs": {**ADD_ROWS.tile},
+            "num_warps": ADD_ROWS.warps,
+            "num_stages": ADD_ROWS.stages,
+            "gemm": False,
+        }  # fmt: skip
+        for hidden in (384, 768, 1024):
+            options = row_options(hidden)
+            shared = {
+                "num_warps": options.pop("num_warps"),
+                "num_stages": options.pop("num_stages"),
+                "gemm": False,
+            }
+            data = {**ids, "weight": "*fp32", "seed": "*i64", "moments": "*fp32"}
+            rows = dict.fromkeys(["table0", "table1", "table2", "y"], f"*{dtype}")
+            yield {
+                "name": f"embed_norm/{dtype}/{hidden}",
+                "kernel": embed_norm_kernel,
+                "signature": {**data, **rows, "bias": "*fp32", **scalars, "eps": "fp32"},
+                "divisible": [*data, *rows, "bias", "hidden"],
+                "constexprs": {"DROPS": True, **options},
+                **shared,
+            }
+            rows = dict.fromkeys(["table0", "table1", "table2", "dy", "dsum"], f"*{dtype}")
+            yield {
+                "name": f"embed_norm_backward/{dtype}/{hidden}",
+                "kernel": embed_norm_backward_kernel,
+                "signature": {
+                    **data, **rows, "partial": "*fp32", **scalars, "tokens": "i32",
+                    "tokens_each": "i32",
+                },
+                "divisible": [*data, *rows, "partial", "hidden"],
+                "constexprs": {"DROPS": True, "AFFINE": True, **options},
+                **shared,
+            }  # fmt: skip
+
+
+AOT_CASES = list(_cases())
