@@ -10,7 +10,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cu
 
 .NOTPARALLEL:
 .PHONY: help demo test test-cpu test-interpret test-gpu native ext check format aot spills sanitize \
-  compare clean
+  compare suite-dry clean
 help:
 	@sed -n 's/^## //p' Makefile
 
@@ -87,6 +87,10 @@ sanitize: .venv/ready-test
 ## compare   the newest benchmark results against the committed ones
 compare: .venv/ready-test
 	$(PY) -m sensikernels.bench.compare
+
+## suite-dry the GPU suite on this CPU, end to end, in under three minutes
+suite-dry: native
+	PYTHON=$(PY) bash bench/gpu_suite.sh --device cpu --quick --output runs/suite-dry
 
 ## clean     remove what was built; .venv stays
 clean:

@@ -16,7 +16,7 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 KEY = (
     "suite", "case", "candidate", "baseline", "pattern", "density", "block", "tokens",
-    "in_features", "out_features", "dtype", "direction",
+    "in_features", "out_features", "dtype", "direction", "l2",
 )  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def by_key(text: str) -> dict[tuple[Any, ...], dict[str, Any]]:
     rows = json.loads(text)
     if not isinstance(rows, list) or not rows or "ratio" not in rows[0]:
         return {}
-    return {tuple(row[name] for name in KEY): row for row in rows}
+    return {tuple(row.get(name, "") for name in KEY): row for row in rows}
 
 
 def committed(path: Path, base: str) -> str | None:

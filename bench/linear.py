@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from sensikernels.bench.roofline import achieved, roof
 from sensikernels.bench.rows import Row, row
-from sensikernels.bench.timing import interleave
+from sensikernels.bench.timing import interleave, time_is_up
 from sensikernels.layouts import Layout, PackedLayout, layout_of, pack, unpack
-from sensikernels.ops.masked_linear import explain, masked_linear
+from sensikernels.masks.mask import Mask
+from sensikernels.nn import MaskedLinear
+from sensikernels.ops.masked_linear import masked_linear
 from sensikernels.ops.selective_linear import selective_linear
 
 SHAPES = {
@@ -24,6 +28,7 @@ SHAPES = {
     "minilm": ((384, 384), (384, 1536), (1536, 384)),
 }
 TOKENS = (1, 128, 1280, 4096, 16384)
+CPU_TOKENS = (1, 128, 1280, 4096)
 DENSITIES = (1.0, 0.75, 0.5, 0.25, 0.1)
 BASELINES = (
     "dense", "masked-dense", "hand-packed", "torch-bsr", "compiled-masked", "semi-structured",
@@ -47,8 +52,8 @@ class Case:
     candidates: tuple[str, ...] = ("packed", "auto")
     baselines: tuple[str, ...] = BASELINES
 
-    def layout(self, device: str) -> Layout:
-        """Compact where a planned model is: narrow outputs of rows, narrow inputs of columns."""
+    def mask(self) -> Mask:
+        """The kept tiles: a random choice that depends on nothing but the case."""
         shape = (self.out_features, self.in_features)
         block = {
             "rows": (1, shape[1]),
@@ -64,10 +69,19 @@ class Case:
         kept = max(step, round(tiles * self.density / step) * step)
         grid = torch.zeros(tiles, dtype=torch.bool)
         grid[order[:kept]] = True
-        compact = self.pattern != "blocks" and self.direction != "grad_weight"
+        return Mask(grid=grid.view(size), block_shape=block, shape=shape)
+
+    @property
+    def compact(self) -> bool:
+        """Narrow as in a planned model: outputs of rows, inputs of columns."""
+        return self.pattern != "blocks" and self.direction != "grad_weight"
+
+    def layout(self, device: str) -> Layout:
+        """The mask as the operators take it."""
+        mask = self.mask()
         return layout_of(
-            grid.view(size).to(device), block, shape,
-            compact_input=compact, compact_output=compact,
+            mask.grid.to(device), mask.block_shape, mask.shape,
+            compact_input=self.compact, compact_output=self.compact,
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
@@ -87,20 +101,44 @@ class Case:
         }
 
 
-def run(*, device: str, quick: bool, progress: Callable[[str], object]) -> list[Row]:
+def run(
+    *,
+    device: str,
+    quick: bool,
+    progress: Callable[[str], object],
+    rounds: int | None = None,
+    seconds: float | None = None,
+    tokens: Sequence[int] | None = None,
+    done: Sequence[Row] = (),
+) -> list[Row]:
     """Every case's candidates against its baselines, interleaved; fp32 at ``medium`` precision.
 
-    ``progress`` is told each case as it comes. ``quick`` covers each bar of the suite and ends
-    within a minute.
+    ``progress`` is told each case, and why a baseline is missing. ``quick`` covers each bar in
+    under a minute. The full table takes hours on a CPU: ``seconds`` ends it early, ``tokens``
+    narrows it (a CPU leaves out 16384), and cases of ``done`` rows are not measured again.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
-    start, rows = time.perf_counter(), []
+    start, rows = time.perf_counter(), list(done)
+    most = QUICK_SECONDS if quick else seconds
+    known = {(one.case, one.dtype, one.direction) for one in done}
+    cases = quick_cases() if quick else all_cases(device)
+    wanted = tokens or (CPU_TOKENS if device == "cpu" and not quick else None)
+    cases = [case for case in cases if wanted is None or case.tokens in wanted]
     try:
-        for case in quick_cases() if quick else all_cases(device):
-            progress(f"linear: {case.facts()['case']} {case.pattern} {case.density}")
-            left = QUICK_SECONDS - (time.perf_counter() - start) if quick else None
-            rows += measure(case, device, rounds=5 if quick else 15, left=left)
+        for i, case in enumerate(cases):
+            left = None if most is None else most - (time.perf_counter() - start)
+            facts = case.facts()
+            if (facts["case"], facts["dtype"], facts["direction"]) in known:
+                continue
+            if time_is_up() or (left is not None and left < 0 and not quick):
+                progress(f"linear: stopped before case {i + 1} of {len(cases)}")
+                break
+            progress(f"linear {i + 1}/{len(cases)}: {facts['case']} {facts['dtype']}")
+            rows += measure(
+                case, device, rounds=rounds or (5 if quick else 15),
+                left=left if quick else None, progress=progress,
+            )  # fmt: skip
     finally:
         torch.set_float32_matmul_precision(before)
     return rows
@@ -129,8 +167,10 @@ def quick_cases() -> list[Case]:
         ]  # fmt: skip
         cases += [
             Case(pattern="blocks", density=density, candidates=("auto",), baselines=("dense",),
-                 **common)
+                 direction=direction, **{**common, "tokens": tokens})
             for density in (1.0, 0.75, 0.5)
+            for tokens, direction in ((16, "forward"), (16, "forward+backward"),
+                                      (128, "forward+backward"), (1024, "forward+backward"))
         ]  # fmt: skip
     bsr: dict[str, Any] = dict(common, tokens=128, dtype=torch.float32)
     cases.append(
@@ -165,28 +205,60 @@ def all_cases(device: str) -> list[Case]:
     return cases
 
 
-def measure(case: Case, device: str, *, rounds: int, left: float | None) -> list[Row]:
-    """Gate, then time; a baseline that does not exist for the case is left out."""
+def measure(
+    case: Case,
+    device: str,
+    *,
+    rounds: int,
+    left: float | None,
+    progress: Callable[[str], object] = lambda _: None,
+) -> list[Row]:
+    """Gate, then time; a baseline that does not exist for the case is left out, with its reason."""
     contestants = _contestants(case, device)
+    for baseline in case.baselines:
+        if baseline not in contestants:
+            progress(f"  without {baseline}: {why_without(baseline, case, device)}")
     share = None if left is None else max(0.3, min(2.5, left / 12))
+    if case.tokens <= 128:  # short calls: more of them, in no more time
+        rounds, share = 8 * rounds, min(share or 1.0, 0.5)
     times = interleave(
         contestants, rounds=rounds, warmup=1 if left is not None else 2, device=device,
         budget_s=share,
     )  # fmt: skip
-    flops = 2 * case.tokens * case.layout(device).kept_entries
-    flops *= 3 if case.direction == "forward+backward" else 1
+    peak, work = roof(device, case.dtype), _work(case)
     return [
         row(
             candidate_time=times[candidate],
             baseline_time=times[baseline],
             candidate=candidate,
             baseline=baseline,
-            extra={"gflops": flops / times[candidate].median_ms / 1e6},
+            extra=achieved(work, times[candidate], *peak),
             **case.facts(),
         )
         for candidate, baseline in itertools.product(case.candidates, case.baselines)
         if candidate in times and baseline in times
     ]
+
+
+def _work(case: Case) -> tuple[float, float]:
+    """FLOPs, and bytes of x, kept weights and y, each moved once per product."""
+    density, products = case.mask().density, 3 if case.direction == "forward+backward" else 1
+    kept = density * case.in_features * case.out_features
+    rows = density if case.pattern in ("rows", "heads") else 1.0
+    columns = density if case.pattern == "columns" else 1.0
+    moved = case.tokens * (columns * case.in_features + rows * case.out_features) + kept
+    return 2 * case.tokens * kept * products, moved * case.dtype.itemsize * products
+
+
+def why_without(baseline: str, case: Case, device: str) -> str:
+    """Why a baseline does not exist for a case."""
+    if baseline == "torch-bsr":
+        return "torch's BSR linear has no backward, no bfloat16 on a CPU, and needs blocks"
+    if baseline == "semi-structured":
+        return "2:4 needs CUDA, density 0.5, half precision and forward alone"
+    if baseline == "hand-packed":
+        return f"{case.pattern} cannot be packed by hand"
+    return f"not built for {device}"
 
 
 def _contestants(case: Case, device: str) -> dict[str, Callable[[], object]]:
@@ -228,14 +300,24 @@ def _grad_weight(
 def _linears(
     case: Case, layout: Layout, x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor
 ) -> dict[str, Callable[[], object]]:
-    rows = columns = None
-    if isinstance(layout, PackedLayout):
-        rows, columns = layout.rows, layout.columns
+    packed = isinstance(layout, PackedLayout)
+    rows, columns = (layout.rows, layout.columns) if packed else (None, None)
     read = x if columns is None else x[:, columns.long()]
     narrow_bias = bias if rows is None else bias[rows.long()]
     narrow_dy = dy if rows is None else dy[:, rows.long()]
     values, mask = pack(weight, layout), unpack(torch.ones_like(pack(weight, layout)), layout)
     backward = case.direction == "forward+backward"
+
+    def module() -> Callable[[], object]:
+        """What a user meets: without gradients it may keep a dense weight."""
+        if backward:
+            return mine("auto")
+        whole = nn.Linear(case.in_features, case.out_features, device="meta")
+        whole.weight, whole.bias = nn.Parameter(weight), nn.Parameter(bias)
+        layer = MaskedLinear.from_linear(
+            whole, case.mask(), compact_input=case.compact, compact_output=case.compact
+        )
+        return torch.no_grad()(lambda: layer.forward(read))
 
     def mine(backend: str) -> Callable[[], object]:
         def linear(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
@@ -246,14 +328,17 @@ def _linears(
     def masked(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(x, weight * mask, bias)
 
-    named = "native" if x.device.type == "cpu" else "triton"
+    def compiled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return _compiled()(x, weight, mask, bias)
+
+    named = "native" if x.is_cpu else "triton"
     makers: dict[str, Callable[[], Callable[[], object]]] = {
-        "auto": lambda: mine("auto"),
+        "auto": module,
         "packed": lambda: mine("auto"),
         "block-sparse": lambda: mine(named),
         "dense": lambda: _step(F.linear, x, weight, bias, dy, backward),
         "masked-dense": lambda: _step(masked, x, weight, bias, dy, backward),
-        "compiled-masked": lambda: _step(torch.compile(masked), x, weight, bias, dy, backward),
+        "compiled-masked": lambda: _step(compiled, x, weight, bias, dy, backward),
     }
     if isinstance(layout, PackedLayout):
         makers["hand-packed"] = lambda: _step(
@@ -262,7 +347,7 @@ def _linears(
     elif not backward and case.dtype == torch.float32:
         sparse = (weight * mask).to_sparse_bsr((case.block, case.block))
         makers["torch-bsr"] = lambda: lambda: F.linear(x, sparse, bias)
-    if x.is_cuda and case.density == 0.5 and not backward:
+    if x.is_cuda and case.dtype.itemsize == 2 and case.density == 0.5 and not backward:
         makers["semi-structured"] = lambda: _semi_structured(x, weight, bias)
     expected = F.linear(x, weight * mask, bias)
     with torch.no_grad():
@@ -271,8 +356,17 @@ def _linears(
             expected if rows is None else expected[:, rows.long()],
             case,
         )
-    wanted = case.candidates + case.baselines
-    return {name: make() for name, make in makers.items() if name in wanted}
+    return {name: makers[name]() for name in case.candidates + case.baselines if name in makers}
+
+
+@cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """One graph for all shapes: a new one for each would soon be refused, and run eagerly."""
+
+    def masked(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, weight * mask, bias)
+
+    return torch.compile(masked, dynamic=True)
 
 
 def _step(
@@ -291,11 +385,9 @@ def _step(
 
 
 def _semi_structured(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], object]:
-    from torch.sparse import to_sparse_semi_structured
-
-    pairs = weight.view(-1, 4).abs().topk(2, dim=1).indices
-    kept = torch.zeros_like(weight.view(-1, 4)).scatter_(1, pairs, 1.0)
-    sparse = to_sparse_semi_structured(weight * kept.view_as(weight))
+    groups = weight.view(-1, 4)
+    kept = torch.zeros_like(groups).scatter_(1, groups.abs().topk(2, dim=1).indices, 1.0)
+    sparse = torch.sparse.to_sparse_semi_structured(weight * kept.view_as(weight))
     return torch.no_grad()(lambda: F.linear(x, sparse, bias))
 
 
@@ -306,9 +398,3 @@ def _gate(got: Tensor, expected: Tensor, case: Case) -> None:
     bound = 0.02 if case.dtype == torch.bfloat16 else 1e-4
     if got.numel() and not error <= bound * size:
         raise AssertionError(f"{case}: relative RMS error {float(error / size):.2e} > {bound}")
-
-
-def explanation(case: Case, device: str) -> str:
-    """What ``auto`` runs for a case, and why."""
-    choice = explain(case.layout(device), tokens=case.tokens, dtype=case.dtype, device=device)
-    return f"{choice.form} by {choice.backend}: {choice.reason}"

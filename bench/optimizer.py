@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sensikernels._bits import pack_bits
+from sensikernels.bench.reductions import reader
 from sensikernels.bench.rows import Row, row
 from sensikernels.bench.timing import interleave
 from sensikernels.ops.subset_adamw import SubsetAdamW
@@ -144,6 +145,17 @@ def contestants(
     }
 
 
+def bytes_moved(params: Sequence[Tensor], pattern: str, density: float) -> float:
+    """What a step cannot avoid: lines of weight (read, written) and gradient, and kept state."""
+    entries = sum(p.numel() for p in params)
+    width = params[0].element_size()
+    # Of a line of 64 bytes with entries chosen one by one, one is enough to fetch it.
+    scattered = pattern in ("columns", "elements")
+    lines = 1 - (1 - density) ** (64 // width) if scattered else density
+    state = 16 if width == 4 else 24  # moments, and master weights of narrow parameters
+    return entries * (3 * width * lines + state * density)
+
+
 def rivals_of(name: str) -> tuple[str, ...]:
     """Whom a contestant of ours is held against."""
     if name == "subset-clip":
@@ -162,11 +174,14 @@ def run(*, device: str, quick: bool, progress: Callable[[str], object]) -> list[
         params = parameters(shapes, dtype, device)
         entries = sum(p.numel() for p in params)
         progress(f"optimizer: {len(params)} tensors, {entries / 1e6:.0f} M entries, {dtype}")
-        patterns = ("rows",) if quick else ("rows", "columns", "blocks", "elements")
+        patterns = ("rows", "elements") if quick else ("rows", "columns", "blocks", "elements")
         ours, baselines = contestants(params, patterns)
         steps = {name: step for name, (step, _, _) in ours.items()}
-        seconds = 15.0 if quick else 60.0
-        times = interleave({**steps, **baselines}, device=device, budget_s=seconds)
+        seconds = 15.0 if quick else 40.0
+        read = reader([p.detach() for p in params], device)
+        rounds = {**steps, **baselines, "read": read}
+        times = interleave(rounds, device=device, budget_s=seconds)
+        rate = sum(p.numel() * p.element_size() for p in params) / times["read"].median_ms
         found += [
             row(
                 candidate_time=times[name],
@@ -179,7 +194,14 @@ def run(*, device: str, quick: bool, progress: Callable[[str], object]) -> list[
                 density=density,
                 dtype=str(dtype).removeprefix("torch."),
                 direction="step",
-                extra={"tensors": len(params), "entries": entries},
+                extra={
+                    "tensors": len(params),
+                    "entries": entries,
+                    "read_gigabytes_per_s": rate / 1e6,
+                    "share_of_read_rate": bytes_moved(params, pattern, density)
+                    / times[name].median_ms
+                    / rate,
+                },
             )
             for name, (_, pattern, density) in ours.items()
             for rival in rivals_of(name)

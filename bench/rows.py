@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -12,7 +13,11 @@ from typing import Any
 
 import torch
 
+from sensikernels import __version__
 from sensikernels.bench.timing import Timing, median_ratio
+
+COMMIT = "SENSIKERNELS_COMMIT"
+"""Where there is no git: the commit, with ``-dirty`` behind it if the tree had changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +45,42 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+class _Journal:
+    """The file that gets each row as soon as it is measured; None: none."""
+
+    path: Path | None = None
+
+
+def keep_journal(path: Path | None) -> None:
+    """Append every row of this process to ``path``, a JSON object a line, so a kill loses none."""
+    _Journal.path = path
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+
+
 def row(*, candidate_time: Timing, baseline_time: Timing, **facts: Any) -> Row:
     """A row from two interleaved timings."""
-    return Row(
+    extra = facts.pop("extra", {})
+    if candidate_time.clock == "device":
+        extra = {**extra, "clock": candidate_time.clock, "l2": candidate_time.l2}
+    made = Row(
         candidate_ms=candidate_time.median_ms,
         baseline_ms=baseline_time.median_ms,
         ratio=median_ratio(baseline_time, candidate_time),
         spread=max(candidate_time.spread, baseline_time.spread),
         n=candidate_time.n,
+        extra=extra,
         **facts,
     )
+    if _Journal.path is not None:
+        with open(_Journal.path, "a") as journal:
+            journal.write(json.dumps(to_dicts([made])[0], sort_keys=True) + "\n")
+    return made
 
 
 def device_name(device: str = "cpu") -> str:
@@ -82,28 +113,52 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ("git", "-C", str(Path(__file__).parent), *words),
-                capture_output=True, text=True, check=True,
-            )  # fmt: skip
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    status = git("status", "--porcelain")
-    packages = ("sensikernels", "torch", "triton", "transformers", "numpy")
+    commit, dirty = _commit()
+    packages = ("torch", "triton", "transformers", "numpy")
     return {
         "device": device_name(device),
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {package: installed(package) for package in packages},
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if status is None else bool(status),
+        "versions": {"sensikernels": __version__} | {name: installed(name) for name in packages},
+        "commit": commit,
+        "dirty": dirty,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        **({} if device == "cpu" else {"gpu": gpu_facts()}),
     }
+
+
+def gpu_facts() -> dict[str, Any]:
+    """The current CUDA device: name, capability, sizes, driver and CUDA version."""
+    facts = torch.cuda.get_device_properties()
+    return {
+        "name": facts.name,
+        "capability": f"{facts.major}.{facts.minor}",
+        "multiprocessors": facts.multi_processor_count,
+        "memory_gib": round(facts.total_memory / 2**30, 1),
+        "l2_mib": facts.L2_cache_size / 2**20,
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit and whether the tree differs from it, from git, else from the environment."""
+    given = os.environ.get(COMMIT)
+    if given:
+        return given.removesuffix("-dirty"), given.endswith("-dirty")
+    here = ("git", "-C", str(Path(__file__).resolve().parent))
+    commit, status = _said(*here, "rev-parse", "HEAD"), _said(*here, "status", "--porcelain")
+    return commit, None if status is None else bool(status)
+
+
+def _said(*command: str) -> str | None:
+    """What a command prints; None where it cannot run or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def to_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:

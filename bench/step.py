@@ -1,179 +1,170 @@
 """Whole training steps of BERT: HuggingFace as it is, ours dense, ours under a plan.
 
-Every contestant takes the same batches in the same order, one step a round. Dropout as in the
-model, gradient clipping and AdamW included. ``hf-dynamic``: stock model, dense embedding gradient,
-``torch.optim.AdamW(fused=True)``. ``dense`` (ours): counter dropout, ``SubsetAdamW``, row-sparse
-word gradients. The plans come on top of ``dense``.
+Every contestant takes the same sentences in the same order, one step a round; see ``contestants``.
+``peak_mib`` is of the batch with the most tokens; ``activation_mib`` leaves out what stays between
+steps (weights, optimizer state).
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sensikernels import _settings
+from sensikernels.bench.contestants import HF, OURS, Contestant, Race
 from sensikernels.bench.rows import Row, row
-from sensikernels.bench.timing import interleave
-from sensikernels.hf import (
-    apply,
-    load_model,
-    load_tokenizer,
-    quiet,
-    sensitivity,
-    use_counter_dropout,
-)
-from sensikernels.masks import Budget, plan, tokens_of
-from sensikernels.methods import BitFit, Run
-from sensikernels.ops.subset_adamw import SubsetAdamW
-from sensikernels.training.memory import peak_mib
+from sensikernels.bench.timing import Timing, interleave
+from sensikernels.glue.batching import Row as Sentence
+from sensikernels.hf import load_model, load_tokenizer, quiet
+from sensikernels.training.memory import MIB, peak_mib, resident_bytes
 
-Batch = dict[str, Tensor]
-BASELINES = ("hf-dynamic", "dense")
-CANDIDATES = ("dense", "sensi-bert-0.5", "bitfit")
-_FLOPS_SHARE = 0.5
+BASELINES = ("hf-padded", "hf-dynamic", "hf-compiled", "dense")
+BATCH = 32
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model and the batches it trains on."""
+    """A model, the sentences of its batches, who is left out, and how many rounds."""
 
     name: str
     model: Callable[[], nn.Module]
-    batches: Callable[[], list[Batch]]
+    sentences: Callable[[], list[list[Sentence]]]
     rounds: int
+    without: tuple[str, ...] = ()
 
 
 def run(
     *, device: str, quick: bool, progress: Callable[[str], None], data_dir: Path | None = None
 ) -> list[Row]:
-    """Rows of every case in float32 and bfloat16. ``data_dir``: a folder with ``SST-2/``."""
+    """Rows of every case in float32 and bfloat16. ``data_dir``: a folder with ``SST-2/`` etc."""
     _settings.reserve_primitive_cache(16384)
     _settings.quiet_profiler()
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision("medium" if device == "cpu" else "high")
     rows: list[Row] = []
-    for case in _cases(quick, data_dir):
-        for dtype in (torch.float32, torch.bfloat16):
-            progress(f"{case.name} {dtype}")
-            rows += _measure(case, dtype, device, quick)
+    for case in cases(quick, device, data_dir):
+        for dtype in DTYPES[:: 1 if device == "cpu" else -1]:
+            rows += measure(case, dtype, device, progress)
     return rows
 
 
-def _cases(quick: bool, data_dir: Path | None) -> list[Case]:
-    words = "demo-minilm-32" if data_dir is None else "sst2-minilm-32"
-    return [
-        Case(
-            name=words,
-            model=minilm,
-            batches=lambda: sentences(data_dir, 40 if quick else 120),
-            rounds=40 if quick else 120,
-        ),
-        Case(
-            name="bert-base-8x128",
-            model=_bert_base,
-            batches=lambda: [_random_batch(seed) for seed in range(4)],
-            rounds=4 if quick else 12,
-        ),
-    ]
-
-
-def _measure(case: Case, dtype: torch.dtype, device: str, quick: bool) -> list[Row]:
-    torch.manual_seed(0)
-    batches = [{k: v.to(device) for k, v in b.items()} for b in case.batches()]
-    base = case.model().to(device=device, dtype=dtype).train()
-    length = sum(tokens_of(b) * b["input_ids"].shape[1] for b in batches) / sum(
-        tokens_of(b) for b in batches
+def cases(quick: bool, device: str, data_dir: Path | None) -> list[Case]:
+    """The most telling first. ``--quick`` keeps two short tasks and one full-length batch."""
+    cpu = device == "cpu"
+    tasks = ("demo",) if data_dir is None else ("sst2", "mrpc", "qnli")
+    # On a CPU, compiling forward and backward takes longer than a quick run may.
+    without = ("hf-compiled",) if quick and cpu else ()
+    real = [_real(task, data_dir, "minilm", minilm, 6 if quick else 24, without) for task in tasks]
+    rounds = (3 if quick else 9) if cpu else 30
+    small, large = (
+        _full(f"bert-base-{rows}x128", bert_base, rows, 128, rounds, without) for rows in (8, 32)
     )
-    steps = {
-        "hf-dynamic": hugging_face(copy.deepcopy(base)),
-        "dense": _ours(copy.deepcopy(base)),
-        "sensi-bert-0.5": _trimmed(copy.deepcopy(base), batches, length),
-        "bitfit": _bitfit(copy.deepcopy(base), length),
-    }
-    peaks = {n: peak_mib(step.model, step.optimizer, batches[0]) for n, step in steps.items()}
+    if quick:
+        return [*real[:2], small] if cpu else [large, real[0]]
+    base = [_real(task, data_dir, "bert-base", bert_base, 8, without) for task in tasks]
+    if cpu:
+        return [*real, small, large, *base]
+    return [large, *real, *base, small, _full("bert-large-16x384", bert_large, 16, 384, 20, ())]
+
+
+def _real(
+    task: str, data_dir: Path | None, name: str, model: Callable[[], nn.Module], batches: int,
+    without: tuple[str, ...],
+) -> Case:  # fmt: skip
+    return Case(
+        name=f"{task}-{name}-32",
+        model=model,
+        sentences=lambda: sentences(task, data_dir, batches),
+        rounds=batches,
+        without=without,
+    )
+
+
+def _full(
+    name: str, model: Callable[[], nn.Module], rows: int, length: int, rounds: int,
+    without: tuple[str, ...],
+) -> Case:  # fmt: skip
+    return Case(
+        name=name,
+        model=model,
+        sentences=lambda: [full_length(rows, length, seed) for seed in range(4)],
+        rounds=rounds,
+        without=("hf-padded", *without),
+    )
+
+
+def measure(
+    case: Case, dtype: torch.dtype, device: str, progress: Callable[[str], None]
+) -> list[Row]:
+    """Every contestant of a case, in turn."""
+    name = f"{case.name} {str(dtype).removeprefix('torch.')}"
+    progress(f"{name}: setting up")
+    torch.manual_seed(0)
+    base = case.model().to(device=device, dtype=dtype).train()
+    race = Race(base=base, rows=case.sentences(), device=device)
+    made = {who: race.make(who) for who in (*HF, *OURS) if who not in case.without}
+    peaks = {who: _peak(one) for who, one in made.items()}
+    progress(f"{name}: {len(made)} contestants, {case.rounds} rounds")
     times = interleave(
-        {name: _taking(step, cycle(batches)) for name, step in steps.items()},
+        {who: _one(step) for who, step in made.items()},
         rounds=case.rounds,
-        warmup=1 if case.rounds < 20 else len(batches),
+        warmup=min(2, len(race.rows)) if device == "cpu" else 3 * len(race.rows),
         device=device,
     )
+    return _rows(case, dtype, race, times, peaks)
+
+
+def _one(step: Contestant) -> Callable[[], None]:
+    return lambda: step()
+
+
+def _rows(
+    case: Case, dtype: torch.dtype, race: Race, times: dict[str, Timing],
+    peaks: dict[str, tuple[float, float]],
+) -> list[Row]:  # fmt: skip
     return [
         row(
             suite="step",
             case=case.name,
             candidate=candidate,
             baseline=baseline,
-            density=_FLOPS_SHARE if candidate.startswith("sensi") else 1.0,
-            tokens=round(sum(map(tokens_of, batches)) / len(batches)),
+            density=_density(candidate),
+            tokens=round(race.tokens),
             dtype=str(dtype).removeprefix("torch."),
             direction="step",
             candidate_time=times[candidate],
             baseline_time=times[baseline],
-            peak_mib=peaks[candidate],
-            extra={"baseline_peak_mib": peaks[baseline]},
+            peak_mib=peaks[candidate][0],
+            extra={
+                "baseline_peak_mib": peaks[baseline][0],
+                "activation_mib": peaks[candidate][1],
+                "baseline_activation_mib": peaks[baseline][1],
+                "tokens_per_s": race.tokens / times[candidate].median_ms * 1e3,
+            },
         )
-        for candidate in CANDIDATES
+        for candidate in OURS
         for baseline in BASELINES
-        if candidate != baseline
+        if candidate != baseline and candidate in times and baseline in times
     ]
 
 
-@dataclass(kw_only=True, eq=False)
-class Step:
-    """One training step of a model, as its contestant does it."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    clip: bool = False
-
-    def __call__(self, batch: Batch) -> None:
-        self.model(**batch).loss.backward()
-        if self.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+def _density(candidate: str) -> float:
+    tail = candidate.rpartition("-")[2]
+    share = float(tail) if tail.replace(".", "").isdigit() else 1.0
+    return round(1 - share, 2) if candidate.startswith("freeze") else share
 
 
-def hugging_face(model: nn.Module) -> Step:
-    return Step(
-        model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), clip=True
-    )
-
-
-def _ours(model: nn.Module) -> Step:
-    use_counter_dropout(model)
-    words: Any = model.get_input_embeddings()  # type: ignore[operator]
-    words.sparse = True
-    return Step(
-        model=model, optimizer=SubsetAdamW(model.parameters(), lr=1e-5, max_grad_norm=1.0)
-    )
-
-
-def _trimmed(model: nn.Module, batches: Sequence[Batch], length: float) -> Step:
-    step = _ours(model)
-    scores = sensitivity(model, batches[:4])
-    made = plan(scores, Budget(flops=_FLOPS_SHARE), sequence_length=length)
-    apply(model, made, optimizer=step.optimizer)
-    return step
-
-
-def _bitfit(model: nn.Module, length: float) -> Step:
-    step = _ours(model)
-    BitFit().begin(
-        Run(model=model, optimizer=step.optimizer, max_steps=1, batches=list,
-            sequence_length=length)
-    )  # fmt: skip
-    return step
-
-
-def _taking(step: Step, batches: Iterator[Batch]) -> Callable[[], None]:
-    return lambda: step(next(batches))
+def _peak(step: Contestant) -> tuple[float, float]:
+    """MiB of the largest batch's step: with and without what stays between steps."""
+    # A compiled step's buffers are its own; the stock model's figure stands for it.
+    model = getattr(step.model, "_orig_mod", step.model)
+    batch = max(step.batches, key=lambda b: b["input_ids"].numel())
+    peak = peak_mib(model, step.optimizer, batch)
+    return peak, peak - resident_bytes(model, step.optimizer) / MIB
 
 
 def minilm() -> nn.Module:
@@ -188,29 +179,40 @@ def _minilm() -> Path:
     return embedded_model_path()
 
 
-def sentences(
-    data_dir: Path | None, count: int, *, pad_to_multiple: int = 8, bucket: int = 32
-) -> list[Batch]:
-    """``count`` batches of 32 tokenised sentences: SST-2's, or the demo task's without a folder."""
-    from sensikernels.glue import Batches, encode, load
-
-    task = "demo" if data_dir is None else "sst2"
-    examples = load(task, data_dir=data_dir, split="train", max_samples=32 * count)
-    encoded = encode(examples, load_tokenizer(_minilm()))
-    batches = Batches(
-        encoded, batch_size=32, pad_to_multiple=pad_to_multiple, bucket=bucket
-    )
-    return [dict(batch) for batch in batches]
-
-
-def _bert_base() -> nn.Module:
+def bert_base() -> nn.Module:
+    """BERT-base at random."""
     from sensikernels.hf.load import random_bert
 
     return random_bert()
 
 
-def _random_batch(seed: int) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1000, 30000, (8, 128), generator=generator)
-    labels = torch.randint(0, 2, (8,), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+def bert_large() -> nn.Module:
+    """BERT-large at random."""
+    from sensikernels.hf.load import random_bert
+
+    return random_bert(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    )
+
+
+def sentences(task: str, data_dir: Path | None, count: int) -> list[list[Sentence]]:
+    """``count`` batches of 32 tokenised training rows in random order, as a Trainer draws them."""
+    from sensikernels.glue import encode, load
+
+    examples = load(task, data_dir=data_dir, split="train", max_samples=BATCH * count)
+    encoded = encode(examples, load_tokenizer(_minilm()))
+    order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(0)).tolist()
+    return [[encoded[i] for i in order[at : at + BATCH]] for at in range(0, len(order), BATCH)]
+
+
+def full_length(rows: int, length: int, seed: int) -> list[Sentence]:
+    """Random rows without padding."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    return [
+        Sentence(rng.integers(1000, 30000, length, dtype=np.int32), None, int(rng.integers(2)))
+        for _ in range(rows)
+    ]
+
+

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sensikernels.hf.compact import compact as compact
+    from sensikernels.hf.dropout import use_counter_dropout as use_counter_dropout
+    from sensikernels.hf.packed import use_packed as use_packed
     from sensikernels.hf.sensitivity import sensitivity as sensitivity
     from sensikernels.hf.swap import apply as apply
     from sensikernels.hf.swap import restore as restore
@@ -23,11 +25,17 @@ if TYPE_CHECKING:
     from sensikernels.masks import plan as plan
     from sensikernels.nn import MaskedLinear as MaskedLinear
     from sensikernels.nn import SelectiveLinear as SelectiveLinear
+    from sensikernels.ops.bias_gelu import bias_gelu as bias_gelu
+    from sensikernels.ops.dropout import dropout as dropout
+    from sensikernels.ops.dropout_add_norm import dropout_add_norm as dropout_add_norm
+    from sensikernels.ops.embed_norm import embed_norm as embed_norm
     from sensikernels.ops.group_reduce import group_reduce as group_reduce
     from sensikernels.ops.masked_linear import masked_linear as masked_linear
+    from sensikernels.ops.select_kept import select_chain as select_chain
     from sensikernels.ops.select_kept import select_kept as select_kept
     from sensikernels.ops.selective_linear import selective_linear as selective_linear
     from sensikernels.ops.subset_adamw import SubsetAdamW as SubsetAdamW
+    from sensikernels.ops.varlen_attention import varlen_attention as varlen_attention
 
 __version__ = "0.1.0"
 
@@ -41,14 +49,22 @@ _HOMES = {
     "SelectiveLinear": "nn",
     "SubsetAdamW": "ops.subset_adamw",
     "apply": "hf",
+    "bias_gelu": "ops.bias_gelu",
     "compact": "hf",
+    "dropout": "ops.dropout",
+    "dropout_add_norm": "ops.dropout_add_norm",
+    "embed_norm": "ops.embed_norm",
     "group_reduce": "ops.group_reduce",
     "masked_linear": "ops.masked_linear",
     "plan": "masks",
     "restore": "hf",
+    "select_chain": "ops.select_kept",
     "select_kept": "ops.select_kept",
     "selective_linear": "ops.selective_linear",
     "sensitivity": "hf",
+    "use_counter_dropout": "hf",
+    "use_packed": "hf",
+    "varlen_attention": "ops.varlen_attention",
 }
 
 __all__ = sorted(_HOMES)

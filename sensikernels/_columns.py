@@ -23,8 +23,8 @@ _LIB.define("scatter_columns(Tensor x, Tensor index, int width, Tensor? fill) ->
 
 @cache
 def launcher(name: str) -> Any:
-    """A launcher of the compiled extension."""
-    return getattr(_native.ops(), name).default
+    """A launcher of the compiled extension, without the object that wraps it for tracers."""
+    return getattr(_native.ops(), name).default._op
 
 
 def unwatched(x: Tensor) -> bool:
@@ -34,6 +34,11 @@ def unwatched(x: Tensor) -> bool:
         and type(x) in _PLAIN
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def serves(x: Tensor) -> bool:
+    """Whether launchers of the compiled extension take this tensor, nothing else watching."""
+    return x.is_cpu and x.dtype in _NATIVE_DTYPES and unwatched(x) and _native.available()
 
 
 def fused_activation(dy: Tensor) -> bool:
@@ -97,8 +102,8 @@ def gather(x: Tensor, index: Tensor | None) -> Tensor:
     """``x[:, index]`` of a matrix; ``x`` itself without an index. ``index`` is ascending int32."""
     if index is None:
         return x
-    if x.is_cpu and unwatched(x):
-        return _gather_cpu(x, index)
+    if serves(x):
+        return launcher("gather_columns")(x if x.is_contiguous() else x.contiguous(), index)
     return torch.ops.sensikernels.gather_columns(x, index)
 
 
@@ -106,6 +111,12 @@ def scatter(x: Tensor, index: Tensor | None, width: int, fill: Tensor | None = N
     """``[T, width]`` with ``x`` at columns ``index``, ``fill [width]`` (zero) in the others."""
     if index is None:
         return x
-    if x.is_cpu and unwatched(x):
-        return _scatter_cpu(x, index, width, fill)
+    if serves(x):
+        x = x if x.is_contiguous() else x.contiguous()
+        return launcher("scatter_columns")(x, index, width, fill)
     return torch.ops.sensikernels.scatter_columns(x, index, width, fill)
+
+
+def scatter_biased(x: Tensor, index: Tensor, bias: Tensor) -> Tensor:
+    """``[T, width]`` of ``bias [width]``, ``x`` on top at columns ``index``; if ``serves(x)``."""
+    return launcher("scatter_biased")(x.contiguous(), index, bias.contiguous())

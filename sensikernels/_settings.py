@@ -29,6 +29,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def rank() -> int:
+    """``RANK``, which torchrun sets: this process among those of a run; 0 is the first."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def reserve_primitive_cache(entries: int) -> None:
     """Let oneDNN keep ``entries`` compiled shapes; a value the user set stays.
 

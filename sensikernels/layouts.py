@@ -47,6 +47,10 @@ class PackedLayout:
     """Nothing to gather or scatter: the layer is a plain linear on ``values``."""
     kept_entries: int = field(init=False, repr=False)
     """Weight entries kept."""
+    density: float = field(init=False, repr=False)
+    """Kept share of the weight's entries, 0 to 1."""
+    chosen: dict[Any, Any] = field(init=False, repr=False)
+    """What ``backend="auto"`` chose, by dtype and size class of the input: asked for every call."""
 
     def __post_init__(self) -> None:
         height, width = _count(self.rows, self.shape[0]), _count(self.columns, self.shape[1])
@@ -60,6 +64,8 @@ class PackedLayout:
             scatter_rows=scatter,
             direct=gather is None and scatter is None,
             kept_entries=height * width,
+            density=height * width / (self.shape[0] * self.shape[1] or 1),
+            chosen={},
         )
 
 
@@ -106,6 +112,10 @@ class BlockLayout:
     """Features the layer reads."""
     out_width: int = field(init=False, repr=False)
     """Features the layer writes."""
+    density: float = field(init=False, repr=False)
+    """Kept share of the weight's entries, 0 to 1."""
+    chosen: dict[Any, Any] = field(init=False, repr=False)
+    """What ``backend="auto"`` chose, by dtype and size class of the input: asked for every call."""
 
     def __post_init__(self) -> None:
         n_blocks = self.col_idx.shape[0]
@@ -115,6 +125,8 @@ class BlockLayout:
             values_shape=(n_blocks, *self.block_shape),
             in_width=_count(self.columns, self.shape[1]),
             out_width=_count(self.rows, self.shape[0]),
+            density=self.kept_entries / (self.shape[0] * self.shape[1] or 1),
+            chosen={},
         )
 
 
@@ -153,13 +165,13 @@ class ElementLayout:
         """Weight entries kept."""
         return self.index.shape[0]
 
+    @property
+    def density(self) -> float:
+        """Kept share of the weight's entries, 0 to 1."""
+        return self.index.shape[0] / (self.shape[0] * self.shape[1] or 1)
+
 
 Layout: TypeAlias = PackedLayout | BlockLayout | ElementLayout
-
-
-def density(layout: Layout) -> float:
-    """Kept share of the weight's entries, 0 to 1."""
-    return layout.kept_entries / (layout.shape[0] * layout.shape[1])
 
 
 def to_device(layout: Layout, device: torch.device | str) -> Layout:

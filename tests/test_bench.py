@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from sensikernels.bench import compare, rows, timing
 
@@ -59,3 +61,78 @@ def test_a_loss_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     path.write_text(json.dumps([base | {"ratio": 1.5}]))
     assert compare.compare(path, "HEAD", 0.05) == (1, 1)
     assert "x2.00 -> x1.50" in capsys.readouterr().out
+
+
+def test_a_race_ends_when_the_process_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing._Deadline, "at", None)
+    calls: list[int] = []
+    timing.stop_after(-1.0)
+    assert timing.time_is_up()
+    times = timing.interleave({"a": lambda: calls.append(1)}, rounds=50, warmup=9)
+    assert times["a"].n == 1
+    assert len(calls) == 2
+    timing.stop_after(None)
+    assert not timing.time_is_up()
+
+
+class Event:
+    """A CUDA event whose clock is the count of what ran."""
+
+    ran = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = -1
+
+    def record(self) -> None:
+        self.at = Event.ran
+
+    def elapsed_time(self, end: Event) -> float:
+        return float(end.at - self.at)
+
+
+@pytest.mark.parametrize("host_s", [0.0, 0.003])
+def test_short_calls_are_timed_by_the_device(
+    host_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+
+    def call() -> None:
+        Event.ran += 1
+        time.sleep(host_s)
+
+    timed = timing.interleave({"a": call}, rounds=3, warmup=1, device="cuda")["a"]
+    if host_s:
+        assert (timed.clock, timed.l2, slept) == ("wall", "", [])
+    else:
+        # One call warms the cache, one is timed; the device sleeps while both are enqueued.
+        assert (timed.clock, timed.l2, timed.samples_ms) == ("device", "warm", (1.0,) * 3)
+        assert min(slept) >= 0.05 * timing.CYCLES_PER_MS
+        made = rows.row(suite="s", case="c", candidate="a", baseline="a", candidate_time=timed,
+                        baseline_time=timed, extra={"gflops": 1.0})  # fmt: skip
+        assert made.extra == {"gflops": 1.0, "clock": "device", "l2": "warm"}
+
+
+def test_each_row_is_in_the_journal_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    one = timing.summarize([1.0])
+    rows.keep_journal(path)
+    try:
+        for case in ("a", "b"):
+            rows.row(suite="s", case=case, candidate="x", baseline="y", candidate_time=one,
+                     baseline_time=one)  # fmt: skip
+            assert rows.read_journal(path)[-1]["case"] == case
+    finally:
+        rows.keep_journal(None)
+    with open(path, "a") as journal:
+        journal.write('{"cut off')
+    assert len(rows.read_journal(path)) == 2
+
+
+def test_a_commit_can_come_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(rows.COMMIT, "abc-dirty")
+    assert {"commit": "abc", "dirty": True}.items() <= rows.provenance().items()
+    monkeypatch.setenv(rows.COMMIT, "abc")
+    assert {"commit": "abc", "dirty": False}.items() <= rows.provenance().items()

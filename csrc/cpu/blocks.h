@@ -42,11 +42,11 @@ SK_FMA SK_INLINE __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
         return _mm512_fmadd_ps((__m512)a, (__m512)b, sum);
 }
 
-// sum[m][v] += a[m][k] * b[k][v] over `units`; strides in bytes, b's rows are NV vectors.
+// sum[m][v] += a[m][k] * b[k][v] over `units`; strides in bytes, b's rows begin with NV vectors.
 template <bool BF16, int NV, int MR>
 SK_FMA SK_INLINE void multiply(__m512 (&sum)[MR][NV], const char* a, int64_t a_m, int64_t a_k,
-                               const char* b, int64_t units) {
-    for (int64_t k = 0; k < units; ++k, a += a_k, b += NV * 64) {
+                               const char* b, int64_t b_k, int64_t units) {
+    for (int64_t k = 0; k < units; ++k, a += a_k, b += b_k) {
         __m512i right[NV];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) right[v] = _mm512_loadu_si512(b + v * 64);
@@ -73,11 +73,20 @@ SK_FMA SK_INLINE __m512 load(const void* p, int64_t i, __mmask16 valid) {
 
 template <bool BF16>
 SK_FMA SK_INLINE void store(void* p, int64_t i, __mmask16 valid, __m512 v) {
-    if constexpr (BF16)
-        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(p) + i, valid,
-                                 (__m256i)_mm512_cvtneps_pbh(v));
-    else
-        _mm512_mask_storeu_ps(static_cast<float*>(p) + i, valid, v);
+    if constexpr (BF16) {
+        uint16_t* to = static_cast<uint16_t*>(p) + i;
+        const __m256i half = (__m256i)_mm512_cvtneps_pbh(v);
+        if (valid == 0xffff)  // a masked store costs several plain ones
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+        else
+            _mm256_mask_storeu_epi16(to, valid, half);
+    } else {
+        float* to = static_cast<float*>(p) + i;
+        if (valid == 0xffff)
+            _mm512_storeu_ps(to, v);
+        else
+            _mm512_mask_storeu_ps(to, valid, v);
+    }
 }
 
 // 64 bytes of which the first `n` elements are read, the others zero.
@@ -100,6 +109,22 @@ SK_INLINE float scalar(const void* p, int64_t i) {
 
 SK_INLINE __mmask16 lanes(int64_t n) {
     return n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1;
+}
+
+// The first `columns` of NV vectors from element `i` on; whole ones in the widest stores there are.
+template <bool BF16, int NV>
+SK_FMA SK_INLINE void store_row(void* p, int64_t i, int64_t columns, const __m512 (&row)[NV]) {
+    if constexpr (BF16 && NV % 2 == 0) {
+        if (columns >= NV * 16) {
+            uint16_t* to = static_cast<uint16_t*>(p) + i;
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; v += 2)
+                _mm512_storeu_si512(to + v * 16, (__m512i)_mm512_cvtne2ps_pbh(row[v + 1], row[v]));
+            return;
+        }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store<BF16>(p, i + v * 16, lanes(columns - v * 16), row[v]);
 }
 
 // A pair of rows as units: `to[j]` = even[j], odd[j]; without `odd` zero.

@@ -1,5 +1,6 @@
 // Gather and scatter of feature columns of a matrix, two or four bytes per element.
 #include "checks.h"
+#include "cpu/empty.h"
 #include "parallel.h"
 
 #include <immintrin.h>
@@ -81,8 +82,30 @@ SK_VBMI void scatter_row(const uint32_t* from, const uint32_t* fill, uint32_t* t
     }
 }
 
+SK_VBMI void add_row(const float* from, const float* bias, float* to, const ColumnMask& mask,
+                     int64_t width) {
+    for (int64_t h = 0; h * 16 < width; ++h) {
+        const __mmask16 bits = mask.words[h / 2] >> (h % 2 * 16);
+        const int n = __builtin_popcount(bits);
+        const __mmask16 valid = 0xffffu >> (16 - std::min<int64_t>(16, width - 16 * h));
+        const __mmask16 first = n ? 0xffffu >> (16 - n) : 0;
+        const __m512 rest = _mm512_maskz_loadu_ps(valid, bias + 16 * h);
+        const __m512 v = _mm512_maskz_expand_ps(bits, _mm512_maskz_loadu_ps(first, from));
+        _mm512_mask_storeu_ps(to + 16 * h, valid, _mm512_mask_add_ps(rest, bits, v, rest));
+        from += n;
+    }
+}
+
 bool has_compress() {
     return __builtin_cpu_supports("avx512vbmi2") > 0;
+}
+
+// Few rows are not worth asking for threads.
+template <class F>
+void over_rows(int64_t rows, int64_t width, const F& run) {
+    constexpr int64_t kGrain = 16384;
+    if (rows * width <= kGrain) return run(0, rows);
+    torch::stable::parallel_for(0, rows, ceil_div(kGrain, width), run);
 }
 
 template <class T>
@@ -92,7 +115,7 @@ void gather_rows(const void* source, void* target, const int32_t* index, int64_t
     T* to = static_cast<T*>(target);
     const bool compress = has_compress();
     const ColumnMask mask(index, n, width);
-    torch::stable::parallel_for(0, tokens, ceil_div(16384, width), [&](int64_t begin, int64_t end) {
+    over_rows(tokens, width, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t)
             if (compress)
                 gather_row(from + t * width, to + t * n, mask, width);
@@ -109,7 +132,7 @@ void scatter_rows(const void* source, const void* fill_data, void* target, const
     T* to = static_cast<T*>(target);
     const bool expand = has_compress();
     const ColumnMask mask(index, n, width);
-    torch::stable::parallel_for(0, tokens, ceil_div(16384, width), [&](int64_t begin, int64_t end) {
+    over_rows(tokens, width, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             T* row = to + t * width;
             if (expand) {
@@ -147,7 +170,7 @@ Tensor gather_columns(const Tensor& x, const Tensor& index) {
     const int64_t bytes = check_columns(x, index), tokens = x.size(0), width = x.size(1);
     check_bounds(index, width);
     const int64_t n = index.numel();
-    Tensor out = torch::stable::new_empty(x, {tokens, n});
+    Tensor out = sk::empty(x, {tokens, n});
     if (tokens * n == 0) return out;
     const int32_t* i = static_cast<const int32_t*>(index.data_ptr());
     if (bytes == 2)
@@ -169,7 +192,7 @@ Tensor scatter_columns(const Tensor& x, const Tensor& index, int64_t width,
         sk::check_size(*fill, "fill", 0, width);
         rest = fill->data_ptr();
     }
-    Tensor out = torch::stable::new_empty(x, {tokens, width});
+    Tensor out = sk::empty(x, {tokens, width});
     if (tokens * width == 0) return out;
     const int32_t* i = static_cast<const int32_t*>(index.data_ptr());
     if (bytes == 2)
@@ -179,14 +202,56 @@ Tensor scatter_columns(const Tensor& x, const Tensor& index, int64_t width,
     return out;
 }
 
+// bias everywhere, and x on top of it at the columns `index`.
+Tensor scatter_biased(const Tensor& x, const Tensor& index, const Tensor& bias) {
+    check_columns(x, index);
+    sk::check_dtype(x, "x", ScalarType::Float);
+    sk::check_dtype(bias, "bias", ScalarType::Float);
+    sk::check_contiguous(bias, "bias");
+    const int64_t tokens = x.size(0), n = index.numel(), width = bias.numel();
+    sk::check_size(x, "x", 1, n);
+    check_bounds(index, width);
+    Tensor out = sk::empty(x, {tokens, width});
+    if (tokens * width == 0) return out;
+    const int32_t* i = static_cast<const int32_t*>(index.data_ptr());
+    const float* from = static_cast<const float*>(x.data_ptr());
+    const float* rest = static_cast<const float*>(bias.data_ptr());
+    float* to = static_cast<float*>(out.data_ptr());
+    const bool expand = has_compress();
+    const ColumnMask mask(i, n, width);
+    over_rows(tokens, width, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            float* row = to + t * width;
+            if (expand) {
+                add_row(from + t * n, rest, row, mask, width);
+                continue;
+            }
+            std::memcpy(row, rest, width * sizeof(float));
+            for (int64_t j = 0; j < n; ++j) row[i[j]] += from[t * n + j];
+        }
+    });
+    return out;
+}
+
+void poison(bool on) {
+    sk::poisoned = on;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sensikernels_native, m) {
     m.def("gather_columns(Tensor x, Tensor index) -> Tensor");
     m.def("scatter_columns(Tensor x, Tensor index, int width, Tensor? fill) -> Tensor");
+    m.def("scatter_biased(Tensor x, Tensor index, Tensor bias) -> Tensor");
+    m.def("poison(bool on) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sensikernels_native, CPU, m) {
     m.impl("gather_columns", TORCH_BOX(&gather_columns));
     m.impl("scatter_columns", TORCH_BOX(&scatter_columns));
+    m.impl("scatter_biased", TORCH_BOX(&scatter_biased));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sensikernels_native, CompositeExplicitAutograd, m) {
+    m.impl("poison", TORCH_BOX(&poison));
 }

@@ -4,10 +4,10 @@
 // result has the same bits for any number of threads.
 #include "checks.h"
 #include "cpu/lanes.h"
+#include "cpu/ranges.h"
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstring>
 #include <optional>
 
@@ -95,8 +95,9 @@ SK_INLINE void add_tile(unsigned mask, const float* w, const float* g, int64_t n
                         Vec (&sum)[kStatistics]) {
     Vec acc[kStatistics][2] = {};
     accumulate(mask, w, g, n, acc);
-    for (int s = 0; s < kMaxG; ++s) sum[s] += acc[s][0] + acc[s][1];
-    sum[kMaxG] = larger(sum[kMaxG], larger(acc[kMaxG][0], acc[kMaxG][1]));
+    for (int s = 0; s < kMaxG; ++s)
+        if (mask >> s & 1) sum[s] += acc[s][0] + acc[s][1];
+    if (mask >> kMaxG & 1) sum[kMaxG] = larger(sum[kMaxG], larger(acc[kMaxG][0], acc[kMaxG][1]));
 }
 
 SK_INLINE void fold_all(unsigned mask, const Vec (&sum)[kStatistics],
@@ -115,7 +116,8 @@ struct Work {
     unsigned mask;
 };
 
-SK_SIMD void row_sums(const Work& work, const Chunk& c) {
+// Inlined once per usual mask, so that its sums stay in registers.
+SK_INLINE void row_sums_of(const Work& work, const Chunk& c, unsigned mask) {
     const Descriptor& t = work.tensors[c.tensor];
     const int64_t w_pitch = c.pitch ? c.pitch : t.weight_stride;
     const int64_t g_pitch = c.pitch ? c.pitch : t.grad_stride;
@@ -129,14 +131,22 @@ SK_SIMD void row_sums(const Work& work, const Chunk& c) {
                 const int64_t n = std::min(kTile, c.cols - i);
                 const float* w = as_float(t.weight, t.weight_type, w0 + i, n, w_scratch);
                 const float* g = as_float(t.grad, t.grad_type, g0 + i, n, g_scratch);
-                add_tile(work.mask, w, g, n, sum);
+                add_tile(mask, w, g, n, sum);
             }
-            fold_all(work.mask, sum, total);
+            fold_all(mask, sum, total);
         }
         float* out = work.partials + c.partial0 + r;
         for (int s = 0; s < kStatistics; ++s)
-            if (work.mask >> s & 1) *out = (float)total[s], out += work.n_partials;
+            if (mask >> s & 1) *out = (float)total[s], out += work.n_partials;
     }
+}
+
+SK_SIMD void row_sums(const Work& work, const Chunk& c) {
+    constexpr unsigned first = 1u << kAbsWG, second = 1u << kG2;
+    if (work.mask == (first | second)) return row_sums_of(work, c, first | second);
+    if (work.mask == first) return row_sums_of(work, c, first);
+    if (work.mask == second) return row_sums_of(work, c, second);
+    row_sums_of(work, c, work.mask);
 }
 
 // Adds the terms of up to four rows to the running column sums of one statistic.
@@ -323,18 +333,14 @@ void group_reduce(Tensor descriptors, Tensor chunks, Tensor starts, Tensor order
     };
     const int64_t n_chunks = chunks.size(0);
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), n_chunks);
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t lane = begin; lane < end; ++lane)
-            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n_chunks;) {
-                const Chunk& c = work.chunks[i];
-                if (c.kind == kRowSums)
-                    row_sums(work, c);
-                else if (c.kind == kColumnSums)
-                    column_sums(work, c);
-                else
-                    gather(work, c);
-            }
+    sk::for_each_in_ranges(n_chunks, threads, [&](int64_t, int64_t i) {
+        const Chunk& c = work.chunks[i];
+        if (c.kind == kRowSums)
+            row_sums(work, c);
+        else if (c.kind == kColumnSums)
+            column_sums(work, c);
+        else
+            gather(work, c);
     });
     for (int s = 0, slot = 0; s < kStatistics; ++s) {
         if (!(mask >> s & 1)) continue;

@@ -1,8 +1,9 @@
 // Activations times a block-sparse weight: forward, and by the transposed index the input gradient.
 //
 // Activations are read in place; the weight comes from panels, packed line by line while they are
-// in cache.
+// in cache, or, where its blocks are panels as they lie (float, not transposed), from there.
 #include "blocks.h"
+#include "cpu/empty.h"
 
 #include <memory>
 #include <optional>
@@ -21,8 +22,8 @@ struct Lines {
     const int32_t *ptr, *idx;         // blocks of each line
     int64_t lines, width, out_width;  // width of one block across the output
     const char* values;
-    const int32_t* perm;  // where the blocks of a block column lie; null: in order
-    const char* panels;
+    const int32_t* perm;               // where the blocks of a block column lie; null: in order
+    const char* panels;                // null: the values themselves
     int64_t first_panel;               // the block that `panels` begins with
     int64_t panel_bytes, panel_units;  // of one block
     const void* bias;
@@ -46,10 +47,11 @@ SK_FMA void line_rows(const Lines& s, int64_t line, int64_t chunk, int64_t t) {
     for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p) {
         const int64_t from = s.idx[p] * s.depth, terms = std::min(s.depth, s.ld - from);
         const char* a = s.x + (t * s.ld + from) * U::bytes;
-        const char* b =
-            s.panels + (p - s.first_panel) * s.panel_bytes + chunk * kChunk * s.panel_units * 4;
-        const int64_t units = terms / U::terms;
-        multiply<BF16, NV, MR>(sum, a, s.ld * U::bytes, 4, b, units);
+        const char* b = s.panels ? s.panels + (p - s.first_panel) * s.panel_bytes +
+                                       chunk * kChunk * s.panel_units * 4
+                                 : s.values + (s.perm[p] * s.depth * s.width + chunk * kChunk) * 4;
+        const int64_t pitch = s.panels ? NV * 64 : s.width * 4, units = terms / U::terms;
+        multiply<BF16, NV, MR>(sum, a, s.ld * U::bytes, 4, b, pitch, units);
         if (BF16 && terms % 2) {  // the last term alone: its neighbour may be another block's NaN
             uint32_t alone[MR];
             for (int m = 0; m < MR; ++m) {
@@ -58,15 +60,12 @@ SK_FMA void line_rows(const Lines& s, int64_t line, int64_t chunk, int64_t t) {
                 alone[m] = term;
             }
             multiply<BF16, NV, MR>(sum, reinterpret_cast<const char*>(alone), 4, 0,
-                                   b + units * NV * 64, 1);
+                                   b + units * pitch, 0, 1);
         }
     }
 #pragma GCC unroll 12
     for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v)
-            store<BF16>(s.y, (t + m) * s.out_width + first + v * 16, lanes(last - first - v * 16),
-                        sum[m][v]);
+        store_row<BF16, NV>(s.y, (t + m) * s.out_width + first, last - first, sum[m]);
 }
 
 template <bool BF16, int NV>
@@ -159,10 +158,7 @@ SK_FMA void few_grad_input(const Lines& s, int64_t line, int64_t c, int64_t t) {
     }
 #pragma GCC unroll 4
     for (int m = 0; m < MT; ++m)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v)
-            store<BF16>(s.y, (t + m) * s.out_width + first + v * 16, lanes(columns - v * 16),
-                        sum[m][v]);
+        store_row<BF16, NV>(s.y, (t + m) * s.out_width + first, columns, sum[m]);
 }
 
 template <bool BF16, bool TRANSPOSED, int MT>
@@ -277,6 +273,9 @@ void run_lines(Lines s, const Tensor& values) {
     s.panel_units = ceil_div(s.depth, Unit<BF16>::terms);
     s.panel_bytes = s.panel_units * padded(s.width) * 4;
     const int64_t tiles = ceil_div(s.tokens, kTokenTile);
+    if (!BF16 && !TRANSPOSED && s.width % kLanes == 0)
+        return for_each(s.lines * tiles,
+                        [&](int64_t i) { multiply_tile<BF16>(s, i / tiles, i % tiles); });
     if (tiles == 1 || s.lines >= 4 * torch::stable::get_num_threads())
         return for_each(s.lines, [&](int64_t line) {
             thread_local std::vector<char> panels;  // reused: fresh pages cost more than packing
@@ -319,7 +318,7 @@ Tensor lines(bool transposed, const Tensor& x, const Tensor& values, const Tenso
         check_size(*bias, "bias", 0, out_width);
         s.bias = bias->data_ptr();
     }
-    Tensor y = torch::stable::new_empty(x, {s.tokens, out_width});
+    Tensor y = empty(x, {s.tokens, out_width});
     s.y = y.data_ptr();
     if (bf16 && transposed)
         run_lines<true, true>(s, values);

@@ -1,5 +1,6 @@
 // What the machine's memory gives: a bare streaming read, for the benchmarks.
 #include "checks.h"
+#include "cpu/ranges.h"
 
 #include <algorithm>
 #include <atomic>
@@ -30,14 +31,11 @@ int64_t read_all(Tensor words) {
     sk::check_contiguous(words, "words");
     const int64_t* p = static_cast<const int64_t*>(words.data_ptr());
     constexpr int64_t kSlice = 1 << 15;
-    std::atomic<int64_t> all{0}, next{0};
+    std::atomic<int64_t> all{0};
     const int64_t slices = (words.numel() + kSlice - 1) / kSlice;
-    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t b, int64_t e) {
-        int64_t mine = 0;
-        for (int64_t lane = b; lane < e; ++lane)
-            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < slices;)
-                mine ^= xor_of(p + i * kSlice, std::min(kSlice, words.numel() - i * kSlice));
-        all.fetch_xor(mine, std::memory_order_relaxed);
+    sk::for_each_in_ranges(slices, torch::stable::get_num_threads(), [&](int64_t, int64_t i) {
+        const int64_t n = std::min(kSlice, words.numel() - i * kSlice);
+        all.fetch_xor(xor_of(p + i * kSlice, n), std::memory_order_relaxed);
     });
     return all.load();
 }

@@ -4,6 +4,7 @@
 // entries inside it; those are then ranked. If the bracket misses (or ties overflow the lists) the
 // keys are counted digit by digit instead, in four more passes. Both give the same, exact answer.
 #include "checks.h"
+#include "cpu/ranges.h"
 #include "cpu/select_scan.h"
 
 #include <algorithm>
@@ -35,13 +36,8 @@ struct Selection {
     // body(thread, piece): each thread takes the next piece until there is none.
     template <class Body>
     void each_piece(const Body& body) const {
-        std::atomic<int64_t> next{0};
-        const int64_t count = (int64_t)pieces.size();
-        torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t t = begin; t < end; ++t)
-                for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-                    body((int)t, i);
-        });
+        sk::for_each_in_ranges((int64_t)pieces.size(), threads,
+                               [&](int64_t t, int64_t i) { body((int)t, i); });
     }
 
     Bracket bracket() const;
@@ -59,18 +55,29 @@ uint64_t mix(uint64_t x) {
 Bracket Selection::bracket() const {
     const int64_t m = std::min(kSamples, n / 16);
     std::vector<float> sample(m);
+    constexpr int64_t kAhead = 64;  // a thread waits for memory once for so many entries
     torch::stable::parallel_for(0, m, m / threads + 1, [&](int64_t begin, int64_t end) {
         Scratch scratch;
-        int64_t base = 0;
+        const Piece* piece[kAhead];
+        int64_t place[kAhead], base = 0;
         size_t p = 0;
-        for (int64_t i = begin; i < end; ++i) {
-            const double within = (double)(mix(i + 1) >> 11) * 0x1p-53;
-            const int64_t at =
-                std::min(n - 1, (int64_t)(((double)i + within) / (double)m * (double)n));
-            while (at >= base + pieces[p].n) base += pieces[p++].n;
-            const float x =
-                *score_tile(*pieces[p].source, score, pieces[p].first + at - base, 1, scratch);
-            sample[i] = x == x ? x : -std::numeric_limits<float>::infinity();
+        for (int64_t first = begin; first < end; first += kAhead) {
+            const int64_t count = std::min(kAhead, end - first);
+            for (int64_t i = 0; i < count; ++i) {
+                const double within = (double)(mix(first + i + 1) >> 11) * 0x1p-53;
+                const double share = ((double)(first + i) + within) / (double)m;
+                const int64_t at = std::min(n - 1, (int64_t)(share * (double)n));
+                while (at >= base + pieces[p].n) base += pieces[p++].n;
+                piece[i] = &pieces[p];
+                place[i] = pieces[p].first + at - base;
+                const Source& s = *pieces[p].source;
+                __builtin_prefetch((const char*)s.value + place[i] * bytes_of(s.value_type));
+                __builtin_prefetch((const char*)s.grad + place[i] * bytes_of(s.grad_type));
+            }
+            for (int64_t i = 0; i < count; ++i) {
+                const float x = *score_tile(*piece[i]->source, score, place[i], 1, scratch);
+                sample[first + i] = x == x ? x : -std::numeric_limits<float>::infinity();
+            }
         }
     });
     const double share = (double)k / (double)n;
@@ -78,15 +85,20 @@ Bracket Selection::bracket() const {
     const int64_t from = (int64_t)(share * (double)m - half),
                   to = (int64_t)(share * (double)m + half);
     Bracket b{-std::numeric_limits<float>::infinity(), std::numeric_limits<float>::infinity()};
-    const auto begin = sample.begin();
-    if (from > 0) {
-        std::nth_element(begin, begin + from, sample.end(), std::greater<float>());
-        b.high = sample[from];
-    }
-    if (to < m) {
-        std::nth_element(begin + std::max<int64_t>(from, 0), begin + to, sample.end(),
-                         std::greater<float>());
-        b.low = sample[to];
+    // The second rank is sought on the shorter side of the first.
+    auto begin = sample.begin(), end = sample.end();
+    const auto find = [&](int64_t rank, float& bound) {
+        if (rank <= 0 || rank >= m) return;
+        std::nth_element(begin, sample.begin() + rank, end, std::greater<float>());
+        bound = sample[rank];
+        (2 * from < m ? end : begin) = sample.begin() + rank;
+    };
+    if (2 * from < m) {
+        find(to, b.low);
+        find(from, b.high);
+    } else {
+        find(from, b.high);
+        find(to, b.low);
     }
     return b;
 }
@@ -97,8 +109,11 @@ bool Selection::by_sample() {
     if (!(b.low < b.high)) return false;
     const ScanFn scan_one = best_scan();
     const int64_t most = n / 8;
-    std::vector<Inside> inside(threads);
-    for (Inside& list : inside) list.allocate(most + kPiece + 16);
+    // Kept from call to call: touching new pages takes longer than filling them.
+    static thread_local std::vector<Inside> of_this_thread;
+    std::vector<Inside>& inside = of_this_thread;
+    inside.resize(std::max<size_t>(inside.size(), threads));
+    for (Inside& list : inside) list.reserve(most + kPiece + 16);
     std::vector<Found> found(pieces.size());
     std::atomic<int64_t> total{0};
     each_piece([&](int t, int64_t i) {
@@ -107,7 +122,10 @@ bool Selection::by_sample() {
         scan_one(pieces[i], score, b, inside[t], found[i]);
         total.fetch_add(found[i].count, std::memory_order_relaxed);
     });
-    if (total.load() > most) return false;
+    if (total.load() > most) {
+        inside.clear();
+        return false;
+    }
     int64_t above = 0;
     for (const Found& f : found) above += f.above;
     int64_t need = k - above;
@@ -152,9 +170,12 @@ bool Selection::by_sample() {
     each_piece([&](int, int64_t i) {
         Found& f = found[i];
         const Inside& list = inside[f.thread];
+        uint8_t* bits = pieces[i].source->bits + pieces[i].first / 8;
         int64_t kept = f.above;
-        for (int64_t c = f.begin; c < f.begin + f.count; ++c) {
-            if (list.bits[c] > last) set(i, list.at[c]), ++kept;
+        for (int64_t c = f.begin; c < f.begin + f.count; ++c) {  // no branch: half are kept
+            const uint32_t at = list.at[c], keep = list.bits[c] > last;
+            bits[at / 8] |= (uint8_t)(keep << at % 8);
+            kept += keep;
             f.ties += list.bits[c] == last;
         }
         kept_per_piece[i] = kept;
@@ -276,6 +297,7 @@ void select_elements(std::vector<Tensor> tensors, std::vector<Tensor> grads,
     STD_TORCH_CHECK(k.size() == 1 || k.size() == tensors.size(), "k: expected 1 or ",
                     tensors.size(), " counts, got ", k.size());
     uint8_t* bits = static_cast<uint8_t*>(arena.data_ptr());
+    prefer_huge_pages(bits, arena.numel());
     std::vector<Source> sources;
     for (size_t i = 0; i < tensors.size(); ++i) {
         sk::check_cpu(tensors[i], "tensors");

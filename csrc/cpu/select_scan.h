@@ -3,6 +3,8 @@
 
 #include "cpu/floats.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <limits>
 #include <memory>
@@ -45,6 +47,10 @@ struct Scratch {
     alignas(64) float value[kTile], grad[kTile], score[kTile];
 };
 
+SK_INLINE int64_t bytes_of(int64_t type) {
+    return type == kFloat ? 4 : 2;
+}
+
 // Scores of n <= kTile entries from `first`: in place for plain float32 values.
 SK_INLINE const float* score_tile(const Source& s, int64_t score, int64_t first, int64_t n,
                                   Scratch& scratch) {
@@ -66,14 +72,27 @@ struct Piece {
     int64_t first, n;
 };
 
+// Asks for huge pages: the first touch of 4 KiB costs more than reading 40.
+inline void prefer_huge_pages(void* begin, int64_t bytes) {
+    constexpr uintptr_t kHuge = 1 << 21;
+    const uintptr_t first = ((uintptr_t)begin + kHuge - 1) / kHuge * kHuge;
+    const uintptr_t last = ((uintptr_t)begin + bytes) / kHuge * kHuge;
+    if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
+}
+
 // Entries inside the bracket, as one thread met them; pages are touched as they are needed.
 struct Inside {
     std::unique_ptr<uint32_t[]> bits, at;  // of the score; within the piece
-    int64_t size = 0;
+    int64_t size = 0, capacity = 0;
 
-    void allocate(int64_t capacity) {
-        bits.reset(new uint32_t[capacity]);
-        at.reset(new uint32_t[capacity]);
+    void reserve(int64_t wanted) {
+        size = 0;
+        if (wanted <= capacity) return;
+        for (auto* list : {&bits, &at}) {
+            list->reset(new uint32_t[wanted]);
+            prefer_huge_pages(list->get(), wanted * 4);
+        }
+        capacity = wanted;
     }
 };
 
@@ -86,13 +105,10 @@ struct Bracket {
     float low, high;
 };
 
-void note(Inside& inside, const float* scores, uint64_t which, int64_t at) {
-    for (; which; which &= which - 1) {
-        const int bit = __builtin_ctzll(which);
-        std::memcpy(&inside.bits[inside.size], scores + bit, 4);
-        inside.at[inside.size++] = (uint32_t)(at + bit);
-    }
-}
+// The end of a thread's list, in registers: beside it lies another thread's.
+struct Cursor {
+    uint32_t *bits, *at;
+};
 
 struct Portable {
     static void compare(const float* s, Bracket b, uint64_t& above, uint64_t& inside) {
@@ -102,8 +118,13 @@ struct Portable {
             inside |= (uint64_t)((s[i] >= b.low) & !(s[i] > b.high)) << i;
         }
     }
-    static void append(Inside& inside, const float* s, uint64_t which, int64_t at) {
-        note(inside, s, which, at);
+    static Cursor append(Cursor to, const float* s, uint64_t which, int64_t at) {
+        for (; which; which &= which - 1) {
+            const int bit = __builtin_ctzll(which);
+            std::memcpy(to.bits++, s + bit, 4);
+            *to.at++ = (uint32_t)(at + bit);
+        }
+        return to;
     }
 };
 
@@ -121,18 +142,21 @@ struct Wide {
             inside |= (from & ~over) << 16 * q;
         }
     }
-    SK_WIDE static void append(Inside& inside, const float* s, uint64_t which, int64_t at) {
+    // Without a branch: whether 64 entries hold one inside the bracket is a coin toss.
+    SK_WIDE static Cursor append(Cursor to, const float* s, uint64_t which, int64_t at) {
         const __m512i lane =
             _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         for (int q = 0; q < 4; ++q) {
             const __mmask16 mask = (__mmask16)(which >> 16 * q);
             const __m512i v = _mm512_castps_si512(_mm512_loadu_ps(s + 16 * q));
             const __m512i here = _mm512_add_epi32(lane, _mm512_set1_epi32((int)at + 16 * q));
-            uint32_t* bits = &inside.bits[inside.size];
-            _mm512_storeu_si512(bits, _mm512_maskz_compress_epi32(mask, v));
-            _mm512_storeu_si512(&inside.at[inside.size], _mm512_maskz_compress_epi32(mask, here));
-            inside.size += __builtin_popcount(mask);
+            _mm512_storeu_si512(to.bits, _mm512_maskz_compress_epi32(mask, v));
+            _mm512_storeu_si512(to.at, _mm512_maskz_compress_epi32(mask, here));
+            const int found = __builtin_popcount(mask);
+            to.bits += found;
+            to.at += found;
         }
+        return to;
     }
 };
 #endif
@@ -144,6 +168,7 @@ SK_INLINE void scan(const Piece& piece, int64_t score, Bracket bracket, Inside& 
     const Source& source = *piece.source;
     Scratch scratch;
     found.begin = inside.size;
+    Cursor end{&inside.bits[inside.size], &inside.at[inside.size]};
     int64_t total = 0;
     for (int64_t i = 0; i < piece.n; i += kTile) {
         const int64_t n = std::min(kTile, piece.n - i);
@@ -161,10 +186,11 @@ SK_INLINE void scan(const Piece& piece, int64_t score, Bracket bracket, Inside& 
             Compare::compare(group, bracket, above, within);
             std::memcpy(bits + j / 8, &above, (std::min<int64_t>(64, n - j) + 7) / 8);
             total += __builtin_popcountll(above);
-            if (__builtin_expect(within != 0, 0)) Compare::append(inside, group, within, i + j);
+            end = Compare::append(end, group, within, i + j);
         }
     }
     found.above = total;
+    inside.size = end.bits - inside.bits.get();
     found.count = inside.size - found.begin;
 }
 

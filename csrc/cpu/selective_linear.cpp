@@ -1,7 +1,9 @@
 // Gradient of the kept blocks of a weight: dy^T @ x, where a block is kept.
 #include "blocks.h"
+#include "cpu/empty.h"
 
 #include <memory>
+#include <vector>
 
 namespace {
 
@@ -45,56 +47,58 @@ Tiles tiles_of(const Tensor& x, int64_t size) {
     return to;
 }
 
-// Rows n..n+MR of one block's gradient, columns of one chunk; `sums` is [bm, pitch of x].
+// One block's gradient over one partial sum of tokens: `sums` is [bm, pitch of x], `out` [bm, bn].
+struct Partial {
+    const char *dy, *x;
+    int64_t dy_pitch, x_pitch, units;  // pitches in units
+    int64_t bm, bn;
+    bool first, last;  // of the partial sums: nothing to add to, nothing to add after
+    float* sums;
+    void* out;
+};
+
+// Rows m..m+MR, columns from `c` on.
 template <bool BF16, int NV, int MR>
-SK_FMA void grad_rows(const Tiles& dy, const Tiles& x, const char* a, const char* b, int64_t units,
-                      bool first, float* sums) {
+SK_FMA void grad_rows(const Partial& s, int64_t m, int64_t c) {
     __m512 sum[MR][NV];
 #pragma GCC unroll 12
-    for (int m = 0; m < MR; ++m)
+    for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[m][v] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < units; ++k, a += dy.pitch * 4, b += x.pitch * 4)
-        multiply<BF16, NV, MR>(sum, a, 4, 0, b, 1);
+        for (int v = 0; v < NV; ++v) sum[i][v] = _mm512_setzero_ps();
+    multiply<BF16, NV, MR>(sum, s.dy + m * 4, 4, s.dy_pitch * 4, s.x + c * 4, s.x_pitch * 4,
+                           s.units);
 #pragma GCC unroll 12
-    for (int m = 0; m < MR; ++m)
+    for (int i = 0; i < MR; ++i) {
+        float* total = s.sums + (m + i) * s.x_pitch + c;
+        if (!s.first)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) {
-            float* total = sums + m * x.pitch + v * 16;
-            if (!first) sum[m][v] = _mm512_add_ps(sum[m][v], _mm512_loadu_ps(total));
-            _mm512_storeu_ps(total, sum[m][v]);
-        }
-}
-
-template <bool BF16, int NV>
-void grad_chunk(const Tiles& dy, const Tiles& x, const char* a, const char* b, int64_t units,
-                bool first, int64_t bm, float* sums) {
-    int64_t m = 0;
-    for (; m + 6 <= bm; m += 6)
-        grad_rows<BF16, NV, 6>(dy, x, a + m * 4, b, units, first, sums + m * x.pitch);
-    a += m * 4;
-    sums += m * x.pitch;
-    switch (bm - m) {
-        case 5:
-            return grad_rows<BF16, NV, 5>(dy, x, a, b, units, first, sums);
-        case 4:
-            return grad_rows<BF16, NV, 4>(dy, x, a, b, units, first, sums);
-        case 3:
-            return grad_rows<BF16, NV, 3>(dy, x, a, b, units, first, sums);
-        case 2:
-            return grad_rows<BF16, NV, 2>(dy, x, a, b, units, first, sums);
-        case 1:
-            return grad_rows<BF16, NV, 1>(dy, x, a, b, units, first, sums);
-        default:
-            return;
+            for (int v = 0; v < NV; ++v)
+                sum[i][v] = _mm512_add_ps(sum[i][v], _mm512_loadu_ps(total + v * 16));
+        if (s.last)
+            store_row<BF16, NV>(s.out, (m + i) * s.bn + c, s.bn - c, sum[i]);
+        else
+            store_row<false, NV>(total, 0, NV * 16, sum[i]);
     }
 }
 
-template <bool BF16>
-SK_FMA void write_block(const float* sums, int64_t pitch, void* out, int64_t bm, int64_t bn) {
-    for (int64_t m = 0; m < bm; ++m)
-        for (int64_t j = 0; j < bn; j += 16)
-            store<BF16>(out, m * bn + j, lanes(bn - j), _mm512_loadu_ps(sums + m * pitch + j));
+template <bool BF16, int NV>
+void grad_chunk(const Partial& s, int64_t c) {
+    int64_t m = 0;
+    for (; m + 6 <= s.bm; m += 6) grad_rows<BF16, NV, 6>(s, m, c);
+    switch (s.bm - m) {
+        case 5:
+            return grad_rows<BF16, NV, 5>(s, m, c);
+        case 4:
+            return grad_rows<BF16, NV, 4>(s, m, c);
+        case 3:
+            return grad_rows<BF16, NV, 3>(s, m, c);
+        case 2:
+            return grad_rows<BF16, NV, 2>(s, m, c);
+        case 1:
+            return grad_rows<BF16, NV, 1>(s, m, c);
+        default:
+            return;
+    }
 }
 
 template <bool BF16>
@@ -103,18 +107,25 @@ void run_grad(const Tensor& dy, const Tensor& x, const int32_t* rows, const int3
     const int64_t n = out.size(0), bm = out.size(1), bn = out.size(2);
     const Tiles left = tiles_of<BF16>(dy, bm), right = tiles_of<BF16>(x, bn);
     char* to = static_cast<char*>(out.data_ptr());
-    const int64_t step = kSumTile / Unit<BF16>::terms;
+    const int64_t step = kSumTile / Unit<BF16>::terms, units = std::max<int64_t>(left.units, 1);
     for_each(n, [&](int64_t p) {
-        std::unique_ptr<float[]> sums(new float[bm * right.pitch]);
-        for (int64_t u = 0; u < std::max<int64_t>(left.units, 1); u += step)
+        thread_local std::vector<float> sums;  // reused: fresh pages cost more than a short sum
+        if (int64_t(sums.size()) < bm * right.pitch) sums.resize(bm * right.pitch);
+        for (int64_t u = 0; u < units; u += step) {
+            const Partial s{left.tile(rows[p]) + u * left.pitch * 4,
+                            right.tile(columns[p]) + u * right.pitch * 4,
+                            left.pitch,
+                            right.pitch,
+                            std::min(step, left.units - u),
+                            bm,
+                            bn,
+                            u == 0,
+                            u + step >= units,
+                            sums.data(),
+                            to + p * bm * bn * Unit<BF16>::bytes};
             for (int64_t c = 0; c < bn; c += kChunk)
-                by_vectors(bn - c, [&](auto nv) {
-                    grad_chunk<BF16, nv()>(left, right, left.tile(rows[p]) + u * left.pitch * 4,
-                                           right.tile(columns[p]) + (u * right.pitch + c) * 4,
-                                           std::min(step, left.units - u), u == 0, bm,
-                                           sums.get() + c);
-                });
-        write_block<BF16>(sums.get(), right.pitch, to + p * bm * bn * Unit<BF16>::bytes, bm, bn);
+                by_vectors(bn - c, [&](auto nv) { grad_chunk<BF16, nv()>(s, c); });
+        }
     });
 }
 
@@ -125,7 +136,7 @@ Tensor block_grad_values(const Tensor& dy, const Tensor& x, const Tensor& row_id
     check_dtype(x, "x", dy.scalar_type());
     check_size(x, "x", 0, dy.size(0));
     const int32_t *rows = int_data(row_idx, "row_idx"), *columns = int_data(col_idx, "col_idx");
-    Tensor out = torch::stable::new_empty(dy, {row_idx.numel(), bm, bn});
+    Tensor out = empty(dy, {row_idx.numel(), bm, bn});
     if (bf16)
         run_grad<true>(dy, x, rows, columns, out);
     else

@@ -53,6 +53,14 @@ char* at(void* base, int64_t dtype, int64_t entry) {
 template <class T>
 void take(const T* from, const Pick& pick, T* to, int64_t n) {
     if (pick.bits) return compress(from, pick.bits, pick.span, to);
+    if (pick.width) {
+        for (int64_t i = 0; i < n; i += pick.width, from += pick.stride) {
+            for (int64_t line = 0; line < pick.width; line += 64 / (int64_t)sizeof(T))
+                __builtin_prefetch(from + pick.ahead + line);
+            std::memcpy(to + i, from, pick.width * sizeof(T));
+        }
+        return;
+    }
     if constexpr (sizeof(T) == 4) {
         gather32(from, pick.index, to, n);
     } else {
@@ -63,6 +71,11 @@ void take(const T* from, const Pick& pick, T* to, int64_t n) {
 template <class T>
 void put(const T* from, const Pick& pick, T* to, int64_t n) {
     if (pick.bits) return expand(from, pick.bits, pick.span, to);
+    if (pick.width) {
+        for (int64_t i = 0; i < n; i += pick.width, to += pick.stride)
+            std::memcpy(to, from + i, pick.width * sizeof(T));
+        return;
+    }
     for (int64_t i = 0; i < n; ++i) to[pick.index[i]] = from[i];
 }
 
@@ -134,14 +147,12 @@ void update(const Item& item, const Rates& rates, const Chunk& chunk) {
         const float* g = load_grad(item, grad, pick, n, grads);
         float *m = item.exp_avg + state, *v = item.exp_avg_sq + state;
         float decay = rates.decay;
-        if (item.sums()) {
-            if (!entrywise) {
-                sum_lanes(w, g, n, lanes);
-            } else {
-                sum_entries(w, g, pick.index, n, item.sum_abs ? item.sum_abs + param : nullptr,
-                            item.sum_squared ? item.sum_squared + param : nullptr, rates.unscale);
-            }
-        }
+        const bool by_lanes = item.sums() && !entrywise;
+        const bool fused = by_lanes && item.kind != kTouched && !item.cohort;
+        if (by_lanes && !fused) sum_lanes(w, g, n, lanes);
+        if (item.sums() && entrywise)
+            sum_entries(w, g, pick.index, n, item.sum_abs ? item.sum_abs + param : nullptr,
+                        item.sum_squared ? item.sum_squared + param : nullptr, rates.unscale);
         if (item.kind == kTouched) {
             const double* row = item.row_clock + param / item.columns * 3;
             const auto missed = [&](int k) {
@@ -151,13 +162,19 @@ void update(const Item& item, const Rates& rates, const Chunk& chunk) {
             multiply(m, n, missed(1));
             multiply(v, n, missed(2));
         }
+        const Factors f{rates.scale,           decay,           rates.one_minus_beta1, rates.beta2,
+                        rates.one_minus_beta2, rates.step_size, rates.inverse_root,    rates.eps};
+        // Fetching the line that is read next instead keeps the hardware from fetching ahead.
+        const Ahead ahead{item.master    ? n
+                          : w == weights ? 0
+                                         : pick.ahead,
+                          g == grads ? 0 : pick.ahead};
         if (item.cohort) {
-            adamw_cohorts(w, g, m, v, item.cohort + state, n, rates.scale, decay,
-                          rates.one_minus_beta1, rates.beta2, rates.one_minus_beta2, factors,
-                          rates.eps);
+            adamw_cohorts(w, g, m, v, item.cohort + state, n, f, factors);
+        } else if (fused) {
+            adamw_sums(w, g, m, v, n, f, ahead, lanes);
         } else {
-            adamw(w, g, m, v, n, rates.scale, decay, rates.one_minus_beta1, rates.beta2,
-                  rates.one_minus_beta2, rates.step_size, rates.inverse_root, rates.eps);
+            adamw(w, g, m, v, n, f, ahead);
         }
         store_weight(item, param, pick, n, w);
     };

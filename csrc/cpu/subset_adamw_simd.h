@@ -13,10 +13,32 @@
 
 namespace sk::subset_adamw {
 
-SK_SIMD static void adamw(float* __restrict w, const float* __restrict g, float* __restrict m,
-                          float* __restrict v, int64_t n, float scale, float decay, float rate1,
-                          float beta2, float rate2, float step_size, float inverse_root,
-                          float eps) {
+using Floats = float __attribute__((vector_size(64), aligned(4)));
+using Ints = int32_t __attribute__((vector_size(64), aligned(4)));
+using Doubles = double __attribute__((vector_size(64)));
+
+struct Factors {
+    float scale, decay, rate1, beta2, rate2, step_size, inverse_root, eps;
+};
+
+// Where the next piece lies, in entries from this one: it is fetched meanwhile. 0: nowhere.
+struct Ahead {
+    int64_t weight, grad;
+};
+
+// Adds Σ|w·g| and Σg² of sixteen entries to sixteen lanes each.
+inline __attribute__((always_inline)) void add_lanes(const float* w, const float* g,
+                                                     Floats& product, Floats& square) {
+    const Floats grad = *reinterpret_cast<const Floats*>(g);
+    const Floats both = *reinterpret_cast<const Floats*>(w) * grad;
+    product += reinterpret_cast<Floats>(reinterpret_cast<Ints>(both) & 0x7FFFFFFF);
+    square += grad * grad;
+}
+
+inline __attribute__((always_inline)) void adamw_entries(
+    float* __restrict w, const float* __restrict g, float* __restrict m, float* __restrict v,
+    int64_t n, float scale, float decay, float rate1, float beta2, float rate2, float step_size,
+    float inverse_root, float eps) {
     for (int64_t i = 0; i < n; ++i) {
         const float grad = g[i] * scale;
         const float first = m[i] + (grad - m[i]) * rate1;
@@ -27,39 +49,72 @@ SK_SIMD static void adamw(float* __restrict w, const float* __restrict g, float*
     }
 }
 
-SK_SIMD static void adamw_cohorts(float* __restrict w, const float* __restrict g,
-                                  float* __restrict m, float* __restrict v,
-                                  const uint8_t* __restrict cohort, int64_t n, float scale,
-                                  float decay, float rate1, float beta2, float rate2,
-                                  const float* __restrict factors, float eps) {
-    for (int64_t i = 0; i < n; ++i) {
-        const float grad = g[i] * scale;
-        const float first = m[i] + (grad - m[i]) * rate1;
-        const float second = beta2 * v[i] + rate2 * grad * grad;
-        const int which = cohort[i];
-        m[i] = first;
-        v[i] = second;
-        w[i] = w[i] * decay -
-               factors[which] * (first / (std::sqrt(second) * factors[256 + which] + eps));
+template <bool sums>
+inline __attribute__((always_inline)) void adamw_run(float* w, const float* g, float* m, float* v,
+                                                     int64_t n, const Factors& f, Ahead ahead,
+                                                     float* lanes) {
+    constexpr int64_t kPart = 128;  // entries between two looks ahead
+    Floats product = {}, square = {};
+    if (sums) {
+        std::memcpy(&product, lanes, sizeof product);
+        std::memcpy(&square, lanes + 16, sizeof square);
+    }
+    for (int64_t i = 0; i < n; i += kPart) {
+        const int64_t part = n - i < kPart ? n - i : kPart;
+        for (int64_t j = i; j < i + part; j += 16) {
+            if (ahead.weight) __builtin_prefetch(w + ahead.weight + j, 1);
+            if (ahead.grad) __builtin_prefetch(g + ahead.grad + j);
+        }
+        if (sums) {
+            int64_t j = i;
+            for (; j + 16 <= i + part; j += 16) add_lanes(w + j, g + j, product, square);
+            for (; j < i + part; ++j) {
+                product[j % 16] += std::fabs(w[j] * g[j]);
+                square[j % 16] += g[j] * g[j];
+            }
+        }
+        adamw_entries(w + i, g + i, m + i, v + i, part, f.scale, f.decay, f.rate1, f.beta2, f.rate2,
+                      f.step_size, f.inverse_root, f.eps);
+    }
+    if (sums) {
+        std::memcpy(lanes, &product, sizeof product);
+        std::memcpy(lanes + 16, &square, sizeof square);
     }
 }
 
-using Floats = float __attribute__((vector_size(64), aligned(4)));
-using Ints = int32_t __attribute__((vector_size(64), aligned(4)));
-using Doubles = double __attribute__((vector_size(64)));
+SK_SIMD static void adamw(float* w, const float* g, float* m, float* v, int64_t n, const Factors& f,
+                          Ahead ahead) {
+    adamw_run<false>(w, g, m, v, n, f, ahead, nullptr);
+}
 
-// Adds Σ|w·g| and Σg² of n entries to sixteen lanes each.
+SK_SIMD static void adamw_sums(float* w, const float* g, float* m, float* v, int64_t n,
+                               const Factors& f, Ahead ahead, float* lanes) {
+    adamw_run<true>(w, g, m, v, n, f, ahead, lanes);
+}
+
+SK_SIMD static void adamw_cohorts(float* __restrict w, const float* __restrict g,
+                                  float* __restrict m, float* __restrict v,
+                                  const uint8_t* __restrict cohort, int64_t n, const Factors& f,
+                                  const float* __restrict factors) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float grad = g[i] * f.scale;
+        const float first = m[i] + (grad - m[i]) * f.rate1;
+        const float second = f.beta2 * v[i] + f.rate2 * grad * grad;
+        const int which = cohort[i];
+        m[i] = first;
+        v[i] = second;
+        w[i] = w[i] * f.decay -
+               factors[which] * (first / (std::sqrt(second) * factors[256 + which] + f.eps));
+    }
+}
+
+// The sums alone.
 SK_SIMD static void sum_lanes(const float* w, const float* g, int64_t n, float* lanes) {
     Floats product, square;
     std::memcpy(&product, lanes, sizeof product);
     std::memcpy(&square, lanes + 16, sizeof square);
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        const Floats grad = *reinterpret_cast<const Floats*>(g + i);
-        const Floats both = *reinterpret_cast<const Floats*>(w + i) * grad;
-        product += reinterpret_cast<Floats>(reinterpret_cast<Ints>(both) & 0x7FFFFFFF);
-        square += grad * grad;
-    }
+    for (; i + 16 <= n; i += 16) add_lanes(w + i, g + i, product, square);
     std::memcpy(lanes, &product, sizeof product);
     std::memcpy(lanes + 16, &square, sizeof square);
     for (; i < n; ++i) {

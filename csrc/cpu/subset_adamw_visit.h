@@ -15,14 +15,23 @@ constexpr int64_t kBlock = 1024;          // entries of a piece, which fits in L
 constexpr int64_t kGatherBelow = 16;      // of so many columns one is kept: bits cost more
 constexpr int64_t kStaged = kBlock + 16;  // `compress` goes beyond the last entry
 
-// The entries of a piece: a run, or what `index` or the `bits` of `span` entries name.
+// The entries of a piece: a run, what `index` or the `bits` of `span` entries name, or runs of
+// `width` entries `stride` apart.
 struct Pick {
     const int32_t* index = nullptr;  // relative to the origin
     const uint8_t* bits = nullptr;
     int64_t span = 0;
+    int64_t width = 0, stride = 0;
+    int64_t ahead = 0;  // entries from here to the next piece, if that is not what follows
 
-    explicit operator bool() const { return index || bits; }
+    explicit operator bool() const { return index || bits || width; }
 };
+
+inline Pick named(const int32_t* index) {
+    Pick pick;
+    pick.index = index;
+    return pick;
+}
 
 // Visits kept entries in pieces of at most kBlock: `piece(param, grad, state, pick, n)` gets
 // offsets of their origin. `row_done(row)` follows the last piece of a row where rows are summed.
@@ -31,14 +40,19 @@ void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&
     const auto* index = static_cast<const int32_t*>(item.index);
     const int64_t wide = item.columns;
     const bool sums = item.sums() && wide > 1;
-    const auto run = [&](int64_t param, int64_t grad, int64_t state, int64_t n) {
-        for (int64_t i = 0; i < n; i += kBlock)
-            piece(param + i, grad + i, state + i, Pick{}, std::min(kBlock, n - i));
+    const auto run = [&](int64_t param, int64_t grad, int64_t state, int64_t n, int64_t next = 0) {
+        for (int64_t i = 0; i < n; i += kBlock) {
+            Pick pick;
+            pick.ahead = i + kBlock < n || !next ? kBlock : next - i;
+            piece(param + i, grad + i, state + i, pick, std::min(kBlock, n - i));
+        }
     };
     // The kept entries among n, by the bits of all of them; the first has the bit 0 of its byte.
     const auto flagged = [&](int64_t origin, int64_t state, const uint8_t* bits, int64_t n) {
         for (int64_t i = 0; i < n; i += kBlock) {
-            const Pick pick{nullptr, bits + i / 8, std::min(kBlock, n - i)};
+            Pick pick;
+            pick.bits = bits + i / 8;
+            pick.span = std::min(kBlock, n - i);
             const int64_t found = count_bits(pick.bits, pick.span);
             if (found) piece(origin + i, origin + i, state, pick, found);
             state += found;
@@ -61,7 +75,8 @@ void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&
                 int64_t next = u + 1;
                 if (!sums)
                     while (next < end && index[next] == row + (next - u)) ++next;
-                run(row * wide, row * wide, u * wide, (next - u) * wide);
+                const int64_t ahead = next < end ? (index[next] - row) * wide : 0;
+                run(row * wide, row * wide, u * wide, (next - u) * wide, ahead);
                 row_done(row);
                 u = next;
             }
@@ -95,7 +110,7 @@ void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&
                 const int64_t now = std::min(rows, end - r), n = now * units;
                 if (flags) flagged(r * wide, r * units, bits.data(), now * wide);
                 for (int64_t i = 0; i < n && !flags; i += kBlock)
-                    piece(r * wide, r * wide, r * units + i, Pick{list.data() + i},
+                    piece(r * wide, r * wide, r * units + i, named(list.data() + i),
                           std::min(kBlock, n - i));
                 row_done(r);
             }
@@ -104,11 +119,23 @@ void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&
         case kBlocks: {
             const int64_t across = wide / item.block_columns, high = item.block_rows;
             if (!sums) {
+                const int64_t width = item.block_columns, fit = kBlock / width;
                 for (int64_t u = first; u < end; ++u)
-                    for (int64_t i = 0; i < high; ++i) {
-                        const int64_t place = (index[u] / across * high + i) * wide +
-                                              index[u] % across * item.block_columns;
-                        run(place, place, (u * high + i) * item.block_columns, item.block_columns);
+                    for (int64_t i = 0; i < high; i += std::max<int64_t>(fit, 1)) {
+                        const int64_t place =
+                            (index[u] / across * high + i) * wide + index[u] % across * width;
+                        const int64_t state = (u * high + i) * width;
+                        if (fit < 2) {
+                            run(place, place, state, width);
+                            continue;
+                        }
+                        Pick rows;
+                        rows.width = width;
+                        rows.stride = wide;
+                        if (u + 1 < end)
+                            rows.ahead = (index[u + 1] / across * high + i) * wide +
+                                         index[u + 1] % across * width - place;
+                        piece(place, place, state, rows, std::min(fit, high - i) * width);
                     }
                 return;
             }
@@ -181,7 +208,7 @@ void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&
                     found += kept(e + i++);
                 }
             }
-            if (found) piece(e, e, rank, Pick{list}, found);
+            if (found) piece(e, e, rank, named(list), found);
             rank += found;
         }
         if (sums) row_done(begin / wide);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,11 +79,15 @@ Embeddings = Annotated[str, typer.Option(help="Word table: sparse (only rows tha
     "frozen, or dense.", rich_help_panel=_TRAINING)]  # fmt: skip
 Dropout = Annotated[str, typer.Option(help="Masks from a counter (parallel, none stored) or "
     "torch's own.", rich_help_panel=_TRAINING)]  # fmt: skip
+Packed = Annotated[bool, typer.Option("--packed/--no-packed", help="Train on packed tokens, or on "
+    "padded ones.", rich_help_panel=_TRAINING)]  # fmt: skip
 Padding = Annotated[int, typer.Option("--pad-to-multiple", help="Batch lengths are multiples of "
     "this, so that shapes repeat.", rich_help_panel=_TRAINING)]  # fmt: skip
 MaxLength = Annotated[int, typer.Option(help="Longer rows are cut.", rich_help_panel=_TRAINING)]
 Seed = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_RUN)]
+Parallel = Annotated[str, typer.Option(help="Under torchrun: ddp (copies of the model) or fsdp "
+    "(shards of it).", rich_help_panel=_RUN)]  # fmt: skip
 Compare = Annotated[bool, typer.Option("--compare-dense", help="Train the dense model in turn, "
     "batch by batch: the honest baseline.", rich_help_panel=_RUN)]  # fmt: skip
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --output.",
@@ -126,24 +131,31 @@ def finetune(
     dtype: Dtype = "fp32",
     embeddings: Embeddings = "sparse",
     dropout: Dropout = "counter",
+    packed: Packed = True,
     pad_to_multiple: Padding = 8,
     max_length: MaxLength = 128,
     seed: Seed = 0,
     device: Device = "auto",
+    parallel: Parallel = "ddp",
     compare_dense: Compare = False,
     resume: Resume = False,
     checkpoint_every: Every = 500,
 ) -> None:
     """Fine-tune at a budget: warm up, rank, trim, go on, compact, save, and say what it cost."""
+    from sensikernels import _settings as environment
     from sensikernels.cli.show import show_report, watching
     from sensikernels.training import Settings
     from sensikernels.training import finetune as run
+    from sensikernels.training.distributed import leave
 
     given = dict(locals())
     settings = _settings(Settings, given)
-    with watching(settings) as watch:
+    first = environment.rank() == 0
+    with watching(settings) if first else nullcontext() as watch:
         report = run(settings, watch)
-    show_report(report, settings.output)
+    leave()
+    if first:
+        show_report(report, settings.output)
 
 
 @app.command("plan", epilog="""[bold]Example[/bold]
@@ -173,13 +185,18 @@ def make_plan(
     output: Annotated[Path | None, typer.Option(help="Write the plan here (plan.json).")] = None,
 ) -> None:
     """Rank and allocate only: the ranking of tensors and what a budget keeps of them."""
+    from sensikernels import _settings as environment
     from sensikernels.cli.show import show_plan
     from sensikernels.training import Settings, rank
+    from sensikernels.training.distributed import leave
 
     given = {**locals(), "method": "sensi-bert", "output": Path()}
     if output is not None and output.exists():
         raise UsageError(f"output: expected a new file, got {output}, which exists")
     scores, chosen, _ = rank(_settings(Settings, given))
+    leave()
+    if environment.rank() > 0:
+        return
     show_plan(scores, chosen)
     if output is not None:
         chosen.save(output)
@@ -202,6 +219,15 @@ def bench(
     data_dir: Annotated[
         Path | None, typer.Option(help="GLUE's folders, for real batches (step only).")
     ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds of each case (linear only).")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="Start no case later (linear only).")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the roofline as PNG (linear only).")
+    ] = None,
 ) -> None:
     """Time one part of the library against its baselines, interleaved."""
     from importlib import import_module
@@ -211,7 +237,12 @@ def bench(
 
     if data_dir is not None and suite is not Suite.step:
         raise UsageError(f"data-dir: expected none for suite {suite.value}, got {data_dir}")
-    extra = {} if data_dir is None else {"data_dir": data_dir}
+    linear = {"rounds": rounds, "seconds": seconds, "picture": picture}
+    asked = [name for name, value in linear.items() if value is not None]
+    if asked and suite is not Suite.linear:
+        raise UsageError(f"{asked[0]}: expected none for suite {suite.value}, got one")
+    extra: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
+    extra |= {name: linear[name] for name in asked if name != "picture"}
     name = f"sensikernels.bench.{suite.value}"
     try:
         module = import_module(name)
@@ -222,6 +253,10 @@ def bench(
     show_rows(result)
     if json is not None:
         rows.write(json, result, device)
+    if picture is not None:
+        from sensikernels.bench.roofline import draw
+
+        draw(rows.to_dicts(result), picture)
 
 
 @app.command("tune", epilog="""[bold]Example[/bold]

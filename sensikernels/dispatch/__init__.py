@@ -1,8 +1,9 @@
 """What ``backend="auto"`` runs: a measured table per device, an analytic rule where there is none.
 
 A table is a list of break-even densities: above them dense is faster. It is looked up by what is
-run, dtype, and the nearest measured block size and token count. ``<device>.json`` beside this
-file ships with the package; ``sensikernels tune`` writes one for the user's device, which wins.
+run, direction, dtype, and the nearest measured block size and token count. ``<device>.json`` beside
+this file ships with the package; ``sensikernels tune`` writes one for the user's device, which
+wins.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class BreakEven:
     block: int
     tokens: int
     density: float
+    direction: str = "forward+backward"
+    """``forward``: against a dense weight at hand; else dense has to be unpacked and packed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,27 +92,34 @@ def load(device: str) -> tuple[tuple[BreakEven, ...], str]:
     return (), "analytic"
 
 
-def break_even(x: torch.Tensor, kind: str, block: int) -> tuple[float, str]:
+def break_even(
+    x: torch.Tensor, kind: str, block: int, direction: str = "forward+backward"
+) -> tuple[float, str]:
     """Density above which dense is faster for input ``x``, and where the number comes from."""
     if torch.compiler.is_compiling():
         return _traced(str(x.device), kind, x.dtype, block)
-    return _break_even(x.device, kind, x.dtype, block, tokens_log2(x))
+    return _break_even(x.device, kind, x.dtype, block, tokens_log2(x), direction)
 
 
 @constant_when_traced
 def _traced(device: str, kind: str, dtype: torch.dtype, block: int) -> tuple[float, str]:
     """A graph must not depend on the token count: that of a training batch stands for all."""
-    return _break_even(torch.device(device), kind, dtype, block, 12)
+    return _break_even(torch.device(device), kind, dtype, block, 12, "forward+backward")
 
 
 @cache
 def _break_even(
-    device: torch.device, kind: str, dtype: torch.dtype, block: int, tokens_log2: int
+    device: torch.device,
+    kind: str,
+    dtype: torch.dtype,
+    block: int,
+    tokens_log2: int,
+    direction: str,
 ) -> tuple[float, str]:
     require(kind in KINDS, "kind", "one of " + ", ".join(KINDS), kind)
     table, source = load(device_key(device))
     name = str(dtype).removeprefix("torch.")
-    near = [entry for entry in table if entry.kind == kind and entry.dtype == name]
+    near = [e for e in table if (e.kind, e.dtype, e.direction) == (kind, name, direction)]
     # A table of the compiled kernels says nothing of the path taken without them.
     if near and (kind == "packed" or device.type != "cpu" or _blocks.uses_native(dtype)):
         best = min(
@@ -120,7 +130,7 @@ def _break_even(
             ),
         )
         return best.density, source
-    return analytic(device, kind, block, dtype), "analytic"
+    return analytic(device, kind, block, dtype, direction), "analytic"
 
 
 def compare(density: float, limit: float, source: str) -> str:
@@ -129,7 +139,13 @@ def compare(density: float, limit: float, source: str) -> str:
     return f"density {density:.3g} {relation} break-even {limit:.3g} ({source})"
 
 
-def analytic(device: torch.device, kind: str, block: int, dtype: torch.dtype) -> float:
+def analytic(
+    device: torch.device,
+    kind: str,
+    block: int,
+    dtype: torch.dtype,
+    direction: str = "forward+backward",
+) -> float:
     """Break-even without a measurement.
 
     Blocks on a GPU are bound by L2: a product with 128 tokens by ``block`` has an intensity of
@@ -137,13 +153,14 @@ def analytic(device: torch.device, kind: str, block: int, dtype: torch.dtype) ->
     0.43 and 0.64 for blocks of 32, 64 and 128. On a CPU the compiled kernels run at the GEMM's
     own rate, and the dense form pays for unpacking the weight: it never wins, except for the
     gradient of nearly all entries. Without them a GEMM per block row costs about half more.
+    Forward alone, against a dense weight at hand, nearly full layers pay for what they move.
     """
     if kind == "packed":
-        return 1.0
+        return 0.9 if direction == "forward" else 1.0
     if device.type == "cpu":
         if not _blocks.uses_native(dtype):
             return 0.6
-        return 0.9 if kind == "selective" else 1.0
+        return 0.9 if kind == "selective" or direction == "forward" else 1.0
     return 128 * block / (128 + block) * 5.5 / 550
 
 

@@ -6,7 +6,6 @@ from sensikernels.glue.batching import (
     Batches,
     Encoded,
     Geometry,
-    LengthBucketSampler,
     collate,
     encode,
     geometry,
@@ -14,18 +13,23 @@ from sensikernels.glue.batching import (
 from sensikernels.glue.embedded import embedded_model_path
 from sensikernels.glue.load import load
 from sensikernels.glue.metrics import compute
+from sensikernels.glue.packing import DataCollatorPacked, collate_packed
+from sensikernels.glue.sampling import LengthBucketSampler, TokenBudgetSampler
 from sensikernels.glue.tasks import TASKS, Task, get_task
 from sensikernels.glue.tsv import Examples
 
 __all__ = [
     "TASKS",
     "Batches",
+    "DataCollatorPacked",
     "Encoded",
     "Examples",
     "Geometry",
     "LengthBucketSampler",
     "Task",
+    "TokenBudgetSampler",
     "collate",
+    "collate_packed",
     "compute",
     "embedded_model_path",
     "encode",

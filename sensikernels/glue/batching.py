@@ -1,13 +1,14 @@
-"""Tokenise once, batch by length, pad little, and let batch shapes repeat.
+"""Tokenise once, batch by length, pad little or not at all, and let batch shapes repeat.
 
-Padded lengths are multiples of ``pad_to_multiple``, so a run sees a handful of shapes: on a CPU
-oneDNN compiles a product per shape, on a GPU a graph is captured per shape.
+Padded lengths are multiples of ``pad_to_multiple``, packed token counts of ``multiple``, so a run
+sees a handful of shapes: on a CPU oneDNN compiles a product per shape, on a GPU a graph is
+captured per shape.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -16,9 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from sensikernels._checks import require
+from sensikernels.glue.packing import MULTIPLE, collate_packed, round_up
+from sensikernels.glue.sampling import LengthBucketSampler, TokenBudgetSampler
 from sensikernels.glue.tsv import Examples
 
 _CHUNK = 4096  # rows per tokenizer call: its intermediate objects are far larger than the ids
@@ -109,7 +112,7 @@ def collate(
     ``input_ids``, ``token_type_ids`` (if the tokenizer gives them) and ``attention_mask`` are
     int64 ``[rows, length]``; ``labels`` is ``[rows]``, int64 classes or float32 scores.
     """
-    length = _round_up(max(len(row.input_ids) for row in rows), pad_to_multiple)
+    length = round_up(max(len(row.input_ids) for row in rows), pad_to_multiple)
     ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
     mask = np.zeros_like(ids)
     for i, row in enumerate(rows):
@@ -125,95 +128,39 @@ def collate(
     return batch
 
 
-class LengthBucketSampler(Sampler[list[int]]):
-    """Batches of row indices: random, yet each of rows of similar length.
-
-    Rows are shuffled, cut into windows of ``bucket`` batches, sorted by length inside each
-    window and cut into batches, which are then shuffled. The order is a function of ``seed`` and
-    ``epoch`` alone, so a run that resumes at ``start`` batches into an epoch sees what the
-    uninterrupted run saw. ``shuffle=False`` sorts all rows by length, for evaluation.
-    Every row occurs once an epoch; at most one batch is short.
-    """
-
-    def __init__(
-        self,
-        lengths: npt.ArrayLike,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-        start: int = 0,
-        bucket: int = 32,
-        shuffle: bool = True,
-    ) -> None:
-        self.lengths = np.asarray(lengths)
-        require(self.lengths.ndim == 1 and self.lengths.size > 0, "lengths", "[rows], rows >= 1",
-                f"shape {self.lengths.shape}")  # fmt: skip
-        require(batch_size >= 1, "batch_size", "at least 1", batch_size)
-        require(bucket >= 1, "bucket", "at least 1 batch", bucket)
-        require(seed >= 0, "seed", "at least 0", seed)
-        self.batch_size = batch_size
-        self.drop_last = False
-        self.seed = seed
-        self.bucket = bucket
-        self.shuffle = shuffle
-        self.resume(epoch=epoch, start=start)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch to iterate; accelerate's loaders call this themselves."""
-        require(epoch >= 0, "epoch", "at least 0", epoch)
-        self.epoch = epoch
-
-    def resume(self, *, epoch: int, start: int) -> None:
-        """Iterate ``epoch`` from batch ``start``; every other epoch is whole."""
-        batches = self._total()
-        require(0 <= start <= batches, "start", f"a batch index in 0..{batches}", start)
-        self.set_epoch(epoch)
-        self._resumed = (epoch, start)
-
-    def __len__(self) -> int:
-        return self._total() - self._start()
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches()[self._start() :])
-
-    def _total(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
-
-    def _start(self) -> int:
-        epoch, start = self._resumed
-        return start if epoch == self.epoch else 0
-
-    def _batches(self) -> list[list[int]]:
-        size, rows = self.batch_size, len(self.lengths)
-        if not self.shuffle:
-            order = np.argsort(self.lengths, kind="stable")
-            return [order[i : i + size].tolist() for i in range(0, rows, size)]
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(rows)
-        window = size * self.bucket
-        for i in range(0, rows, window):
-            part = order[i : i + window]
-            order[i : i + window] = part[np.argsort(self.lengths[part], kind="stable")]
-        batches = [order[i : i + size].tolist() for i in range(0, rows, size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
     """What a pass over some batches costs, as far as shapes tell.
 
     ``shapes`` counts batches by ``(rows, padded length)``. Linear FLOPs follow ``tokens`` = Σ B·S;
     attention's follow ``squared`` = Σ B·S², and are exact at ``mean_length`` = Σ B·S² / Σ B·S.
+
+    Packed batches: ``packed`` counts them by tokens, rounding included, and ``shapes`` counts
+    their sequences as ``(1, length)``; the same formulas hold.
     """
 
     shapes: Mapping[tuple[int, int], int]
     real_tokens: int
+    packed: Mapping[int, int] | None = None
+
+    @classmethod
+    def total(cls, parts: Sequence[Geometry]) -> Geometry:
+        """That of several passes together, all padded or all packed."""
+        shapes: Counter[tuple[int, int]] = Counter()
+        packed: Counter[int] = Counter()
+        for part in parts:
+            shapes.update(part.shapes)
+            packed.update(part.packed or {})
+        return cls(
+            shapes=dict(sorted(shapes.items())),
+            real_tokens=sum(part.real_tokens for part in parts),
+            packed=dict(sorted(packed.items())) or None,
+        )
 
     @property
     def batches(self) -> int:
         """Number of batches."""
-        return sum(self.shapes.values())
+        return sum((self.shapes if self.packed is None else self.packed).values())
 
     @property
     def rows(self) -> int:
@@ -223,6 +170,8 @@ class Geometry:
     @property
     def tokens(self) -> int:
         """Σ B·S: tokens computed, padding included."""
+        if self.packed is not None:
+            return sum(tokens * count for tokens, count in self.packed.items())
         return sum(rows * length * count for (rows, length), count in self.shapes.items())
 
     @property
@@ -240,6 +189,11 @@ class Geometry:
         """Share of computed tokens that are padding, 0..1."""
         return 1 - self.real_tokens / self.tokens
 
+    @property
+    def attended(self) -> float:
+        """Share of computed tokens that are keys of attention: all but what packing rounds up."""
+        return 1.0 if self.packed is None else self.real_tokens / self.tokens
+
 
 class Batches(DataLoader[Any]):
     """A DataLoader over tokenised rows, ready for ``accelerate``'s ``prepare``.
@@ -248,36 +202,51 @@ class Batches(DataLoader[Any]):
     draws from it, and a resumed run would then see other dropout masks.
     """
 
+    order: LengthBucketSampler | TokenBudgetSampler
+
     def __init__(
         self,
         encoded: Encoded,
         *,
-        batch_size: int,
+        batch_size: int | None = None,
+        tokens: int | None = None,
+        packed: bool = False,
         shuffle: bool = True,
         seed: int = 0,
         epoch: int = 0,
         start: int = 0,
         bucket: int = 32,
         pad_to_multiple: int = 8,
+        multiple: int = MULTIPLE,
     ) -> None:
-        """Arguments as in ``LengthBucketSampler`` and ``collate``; UsageError as there."""
+        """Batches of ``batch_size`` rows or, packed, of at most ``tokens`` tokens.
+
+        ``packed``: collated by ``collate_packed`` to a ``multiple`` of tokens, else by ``collate``.
+        Other arguments as in the samplers. UsageError as there, and unless exactly one of
+        ``batch_size`` and ``tokens`` is given.
+        """
         require(pad_to_multiple >= 1, "pad_to_multiple", "at least 1", pad_to_multiple)
-        self.order = LengthBucketSampler(
-            encoded.lengths,
-            batch_size,
-            seed=seed,
-            epoch=epoch,
-            start=start,
-            bucket=bucket,
-            shuffle=shuffle,
+        require(multiple >= 1, "multiple", "at least 1", multiple)
+        order: dict[str, Any] = dict(
+            seed=seed, epoch=epoch, start=start, bucket=bucket, shuffle=shuffle
         )
-        self.pad_to_multiple = pad_to_multiple
+        if tokens is None:
+            require(batch_size is not None, "batch_size", "rows, or tokens", "neither")
+            self.order = LengthBucketSampler(encoded.lengths, batch_size or 0, **order)
+        else:
+            require(batch_size is None, "batch_size", "none beside tokens", batch_size)
+            require(packed, "packed", "True for a budget of tokens", packed)
+            self.order = TokenBudgetSampler(encoded.lengths, tokens, **order)
+        self.pad_to_multiple, self.packed, self.multiple = pad_to_multiple, packed, multiple
+        together: Any = (
+            partial(collate_packed, multiple=multiple)
+            if packed
+            else partial(collate, pad_to_multiple=pad_to_multiple)
+        )
         super().__init__(
             encoded,
             batch_sampler=self.order,
-            collate_fn=partial(
-                collate, pad_token_id=encoded.pad_token_id, pad_to_multiple=pad_to_multiple
-            ),
+            collate_fn=partial(together, pad_token_id=encoded.pad_token_id),
             generator=torch.Generator(),
         )
 
@@ -292,7 +261,10 @@ class Batches(DataLoader[Any]):
     def geometry(self) -> Geometry:
         """Geometry of what iterating now would give, from the lengths alone."""
         lengths = self.order.lengths
-        padded = _round_up(lengths, self.pad_to_multiple)
+        if self.packed:
+            orders = list(self.order)
+            return _packed_geometry((lengths[rows] for rows in orders), self.multiple)
+        padded = round_up(lengths, self.pad_to_multiple)
         shapes = ((len(rows), int(padded[rows].max())) for rows in self.order)
         return Geometry(
             shapes=_count(shapes), real_tokens=sum(int(lengths[rows].sum()) for rows in self.order)
@@ -304,19 +276,34 @@ def geometry(batches: Iterable[Mapping[str, torch.Tensor]]) -> Geometry:
     if isinstance(batches, Batches):
         return batches.geometry()
     shapes: list[tuple[int, int]] = []
+    packed: list[tuple[npt.NDArray[np.int64], int]] = []
     real = 0
     for batch in batches:
+        if "cu_seqlens" in batch:
+            lengths = batch["cu_seqlens"].diff().cpu().numpy()
+            packed.append((lengths, batch["input_ids"].numel()))
+            continue
         rows, length = batch["input_ids"].shape
         shapes.append((rows, length))
         mask = batch.get("attention_mask")
         real += rows * length if mask is None else int(mask.sum())
-    require(len(shapes) > 0, "batches", "at least one batch", "none")
+    one_kind = bool(shapes) != bool(packed)
+    require(one_kind, "batches", "at least one batch, all padded or all packed", "none or both")
+    if packed:
+        return Geometry.total([_one_packed(*one) for one in packed])
     return Geometry(shapes=_count(shapes), real_tokens=real)
+
+
+def _packed_geometry(batches: Iterable[npt.NDArray[np.int64]], multiple: int) -> Geometry:
+    return Geometry.total(
+        [_one_packed(lengths, round_up(int(lengths.sum()), multiple)) for lengths in batches]
+    )
+
+
+def _one_packed(lengths: npt.NDArray[np.int64], tokens: int) -> Geometry:
+    shapes = _count((1, int(length)) for length in lengths)
+    return Geometry(shapes=shapes, real_tokens=int(lengths.sum()), packed={tokens: 1})
 
 
 def _count(shapes: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
     return dict(sorted(Counter(shapes).items()))
-
-
-def _round_up(value: Any, multiple: int) -> Any:
-    return -(-value // multiple) * multiple

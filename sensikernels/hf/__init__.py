@@ -3,6 +3,15 @@
 from sensikernels.hf.compact import compact
 from sensikernels.hf.dropout import restore_dropout, use_counter_dropout
 from sensikernels.hf.load import load_model, load_tokenizer, quiet
+from sensikernels.hf.packed import (
+    cache_frozen_prefix,
+    computed,
+    packing_of,
+    restore_packed,
+    unpacked,
+    use_packed,
+)
+from sensikernels.hf.packed_tokens import to_padded
 from sensikernels.hf.sensitivity import CRITERIA, sensitivity
 from sensikernels.hf.swap import applied, apply, restore
 from sensikernels.hf.targets import encoder_layers, structure
@@ -11,14 +20,21 @@ __all__ = [
     "CRITERIA",
     "applied",
     "apply",
+    "cache_frozen_prefix",
     "compact",
+    "computed",
     "encoder_layers",
     "load_model",
     "load_tokenizer",
+    "packing_of",
     "quiet",
     "restore",
     "restore_dropout",
+    "restore_packed",
     "sensitivity",
     "structure",
+    "to_padded",
+    "unpacked",
     "use_counter_dropout",
+    "use_packed",
 ]

@@ -13,6 +13,8 @@ from sensikernels._checks import require, require_one_of
 from sensikernels._progress import track
 from sensikernels.criteria import UnitTap, tap, unit_sums
 from sensikernels.hf.dropout import fast_attention
+from sensikernels.hf.packed import unpacked
+from sensikernels.hf.packed_tokens import to_padded
 from sensikernels.hf.targets import encoder_layers, structure
 from sensikernels.masks.scores import Scores
 from sensikernels.masks.structure import Coupling, Structure
@@ -41,16 +43,21 @@ def sensitivity(
     - ``first-order``: Σ |w·g| over a unit's weights. - ``magnitude``: Σ |w|; needs no batch.
 
     ``granularity``: ``heads`` (heads and FFN neurons) or ``dimensions`` (Q/K and V/O dimensions
-    and neurons). The model's weights, gradients, training mode and random state are as before.
-    With ``torch.distributed`` running, scores are summed over ranks.
+    and neurons). Batches may be packed; a packed model is ranked on padded tokens, to the same
+    scores. The model's weights, gradients, training mode and random state are as before.
+    With ``torch.distributed`` running each process gives its share of the batches, perhaps none,
+    and gets the scores of all of them: a batch lies whole on one process, so they are summed.
 
     Raises:
-        UsageError: unknown criterion, granularity or statistic; no batches; not a BERT.
+        UsageError: unknown criterion, granularity or statistic; no batches; not a BERT; ``learned``
+            in several processes, as it trains on one batch after the other.
     """
     require_one_of(criterion, "criterion", CRITERIA)
+    alone = criterion != "learned" or not _several()
+    require(alone, "criterion", "not learned in several processes", criterion)
     parts = structure(model, granularity)
     meter = _Meter(batches, f"sensitivity ({criterion})", _device(model))
-    with _left_as_it_was(model), fast_attention(model):
+    with _left_as_it_was(model), unpacked(model), fast_attention(model):
         if criterion == "magnitude":
             values = unit_sums(parts.couplings, _weights(model, parts), None, "sum_abs_weight")
             statistic, length = "sum_abs_weight", 128.0
@@ -61,8 +68,10 @@ def sensitivity(
             values, statistic = _first_order(model, parts, meter), "sum_abs_wg"
         else:
             values, statistic = _learned(model, parts, meter, learning_rate, l1), "abs_mask"
+    if _several():
+        _sum_over_ranks(values)
+        meter.sum_over_ranks()
     require(meter.rows > 0, "batches", "at least one batch", "none")
-    _sum_over_ranks(values)
     return _scores(parts, values, criterion, statistic, meter.rows, meter.length)
 
 
@@ -76,12 +85,18 @@ class _Meter:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         total = len(self.batches) if isinstance(self.batches, Sized) else None
-        for batch in track(self.batches, self.label, total):
+        for batch in map(to_padded, track(self.batches, self.label, total)):
             rows, width = batch["input_ids"].shape
             self.rows += rows
             self.tokens += rows * width
             self.attended += rows * width * width
             yield {name: value.to(self.device) for name, value in batch.items()}
+
+    def sum_over_ranks(self) -> None:
+        """The geometry of every process's batches."""
+        counts = {"": torch.tensor([self.rows, self.tokens, self.attended], dtype=torch.float64)}
+        _sum_over_ranks(counts)
+        self.rows, self.tokens, self.attended = (int(count) for count in counts[""])
 
     @property
     def length(self) -> float:
@@ -202,11 +217,16 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def _several() -> bool:
+    from torch import distributed
+
+    running = distributed.is_available() and distributed.is_initialized()
+    return running and distributed.get_world_size() > 1
+
+
 def _sum_over_ranks(values: dict[str, Tensor]) -> None:
     from torch import distributed
 
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
     for name in sorted(values):
         on_device = values[name].to("cuda" if distributed.get_backend() == "nccl" else "cpu")
         distributed.all_reduce(on_device)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from sensikernels._checks import require, require_one_of
 from sensikernels.errors import UsageError
 from sensikernels.hf.optimizer import slice_optimizer
+from sensikernels.hf.packed import adjoin_projections
 from sensikernels.hf.targets import PARTS
 from sensikernels.masks.plans import Plan
 from sensikernels.masks.structure import Coupling
@@ -74,6 +75,7 @@ def apply(
             slice_optimizer(optimizer, linear, new)
     if form == "packed":
         originals |= _reshape_attention(model, plan)
+    adjoin_projections(model)
     _freeze(model, plan)
     swap = Swap(
         plan=plan,
@@ -101,6 +103,7 @@ def restore(model: nn.Module) -> None:
         if isinstance(current, (MaskedLinear, SelectiveLinear)):
             _merge(swap, name, current, original)
         _set_submodule(model, name, original)
+    adjoin_projections(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(swap.required_grad[name])
     object.__delattr__(model, _RECORD)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from sensikernels._checks import require, require_one_of
 from sensikernels.errors import UsageError
+from sensikernels.hf.packed import packing_of
 from sensikernels.masks.structure import Coupling, Member, Structure
 
 GRANULARITIES = ("heads", "dimensions")
@@ -74,14 +75,18 @@ def _has(module: nn.Module, path: str) -> bool:
 def structure(model: nn.Module, granularity: str = "heads") -> Structure:
     """Couplings of every layer: heads (or Q/K and V/O dimensions) and FFN neurons.
 
-    Costs are methods.md §1.3's table. Raises UsageError for another architecture or granularity.
+    Costs are methods.md §1.3's table; a packed model's last layer may cost less (``use_packed``).
+    Raises UsageError for another architecture or granularity.
     """
     require_one_of(granularity, "granularity", GRANULARITIES)
     layers = encoder_layers(model)
+    packing = packing_of(model)
     couplings: list[Coupling] = []
     for layer in layers:
-        couplings += _attention(layer, granularity)
-        couplings.append(_neurons(layer))
+        made = [*_attention(layer, granularity), _neurons(layer)]
+        if packing is not None and packing.cls_only and layer is layers[-1]:
+            made = [_on_first_tokens(c) for c in made]
+        couplings += made
     inside = {layer.prefix for layer in layers}
     per_token, per_sequence = _outside_flops(model, inside)
     trimmable = sum(c.params * c.units for c in couplings)
@@ -143,6 +148,19 @@ def _attention(layer: Layer, granularity: str) -> Iterator[Coupling]:
             params=2 * width + biases,
             heads=heads,
         )
+
+
+def _on_first_tokens(coupling: Coupling) -> Coupling:
+    """One query per sequence: Q, output projection and FFN run once, K and V for every token."""
+    every = sum(m.module.endswith(("key", "value")) for m in coupling.members)
+    each = coupling.linear_flops / len(coupling.members)
+    return replace(
+        coupling,
+        linear_flops=each * every,
+        sequence_flops=each * (len(coupling.members) - every),
+        attention_flops=0,
+        key_flops=coupling.attention_flops,
+    )
 
 
 def _neurons(layer: Layer) -> Coupling:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import sensikernels.ops.varlen_attention as _registered  # noqa: F401
+
 aten = torch.ops.aten
 
 
@@ -26,7 +28,19 @@ def _attention_backward(
     return 2 * _attention_forward(query, key, value)
 
 
-# torch counts every attention kernel but the CPU's.
+def _packed_backward(
+    grad_out: Tensor, out: Tensor, logsumexp: Tensor, state: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_query: Tensor | None, cu_seqlens: Tensor,
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    queries = cu_seqlens if cu_seqlens_query is None else cu_seqlens_query
+    pairs = int((queries.long().diff() * cu_seqlens.long().diff()).sum())
+    return 4 * pairs * query.shape[1] * (query.shape[2] + value.shape[2])
+
+
+_packed_backward._get_raw = True  # type: ignore[attr-defined]
+
+# torch counts every attention kernel but the CPU's. Scores recomputed in backward do not count.
 _CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -41,7 +55,10 @@ def training_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     grads = [(p, p.grad) for p in model.parameters()]
     was_training = model.training
     devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
-    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    packed = torch.ops.sensikernels.varlen_attention_backward
+    counter = FlopCounterMode(
+        display=False, custom_mapping={**_CPU_ATTENTION, packed: _packed_backward}
+    )
     with torch.random.fork_rng(devices), torch.enable_grad():
         for parameter, _ in grads:
             parameter.grad = None

@@ -28,6 +28,8 @@ class Run:
     ``attended`` the share of their tokens that a packed model attends to (the rest rounds up).
     ``make_optimizer`` gives a copy of the model an optimizer like the run's, to time steps for a
     ``step_time`` budget; ``costs`` were measured earlier (None: measured when needed).
+    Of several processes ``batches()`` gives each its share, and ``agree(make)`` gives all what
+    ``make`` returns on the first.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class Run:
     budget: Budget | None = None
     make_optimizer: Callable[[nn.Module], Optimizer] | None = None
     costs: StepCosts | None = None
+    agree: Callable[[Callable[[], Any]], Any] = lambda make: make()
     seed: int = 0
     step: int = 0
     plan: Plan | None = None

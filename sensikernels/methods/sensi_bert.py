@@ -49,8 +49,8 @@ class SensiBert(Method):
     def begin_step(self, run: Run) -> None:
         """Rank and trim once the warm-up is over."""
         if run.plan is None and run.step >= int(self.warmup * run.max_steps):
-            run.scores = self._scores(run)
-            self._trim(run, self._plan(run, run.scores))
+            run.scores = scores = self._scores(run)
+            self._trim(run, run.agree(lambda: self._plan(run, scores)))
 
     def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
         """Trim at once where the run had trimmed already."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any, cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sensikernels import _settings
 from sensikernels.dispatch import Choice
-from sensikernels.layouts import pack, to_device, unpack
+from sensikernels.layouts import Layout, PackedLayout, pack, to_device, unpack
 from sensikernels.masks.mask import Mask
 from sensikernels.nn._layout import MaskedModule, check_mask
-from sensikernels.ops.masked_linear import explain, masked_linear
+from sensikernels.ops.masked_linear import explain, masked_linear, prefers_dense, repack
 
 
 class MaskedLinear(MaskedModule):
@@ -22,6 +27,10 @@ class MaskedLinear(MaskedModule):
     - ``compact_input``: x is ``[..., kept_in]``, the features of kept columns.
     - ``compact_output``: y is ``[..., kept_out]``, the features of kept rows, and bias with it.
       Otherwise y is full and dropped rows give ``act(bias)``.
+
+    Without gradients, where the device's table says that dense is faster, the weight is unpacked
+    once and kept until it changes, a gradient is asked for, or the module is moved or changes
+    mode. A write through ``.data`` between two such forwards goes unseen: use ``no_grad``.
     """
 
     weight: nn.Parameter
@@ -42,6 +51,7 @@ class MaskedLinear(MaskedModule):
             mask, weight.device, compact_input=compact_input, compact_output=compact_output
         )
         self.activation, self.backend = activation, backend
+        self._unpacked = _Unpacked()
         self.register_parameter("weight", cast(nn.Parameter, weight))
         self.register_parameter("bias", cast("nn.Parameter | None", bias))
 
@@ -71,7 +81,7 @@ class MaskedLinear(MaskedModule):
             activation=activation,
             backend=backend,
         )
-        kept = pack(linear.weight.detach(), module.layout)
+        kept = repack([linear.weight.detach()], module.layout)[0]
         if kept.shape != linear.weight.shape or kept.data_ptr() != linear.weight.data_ptr():
             module.weight = _like(linear.weight, kept)
         rows = module._bias_rows
@@ -99,6 +109,21 @@ class MaskedLinear(MaskedModule):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        layout = self.layout
+        if (
+            isinstance(layout, PackedLayout)
+            and layout.direct
+            and self.backend == _settings.backend() == "auto"
+            and x.shape[-1:] == (layout.in_width,)
+        ):  # what masked_linear comes to, without its checks
+            y = F.linear(x, self.weight, self.bias)
+            return F.gelu(y) if self.activation == "gelu" else y
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._unpacked.weight = None
+        elif self._infers_dense(x):
+            weight = self._unpacked.of(self.weight, self.layout)
+            y = F.linear(x, weight, self.bias)
+            return F.gelu(y) if self.activation == "gelu" else y
         return masked_linear(
             x,
             self.weight,
@@ -108,8 +133,27 @@ class MaskedLinear(MaskedModule):
             backend=self.backend,
         )
 
+    def _infers_dense(self, x: Tensor) -> bool:
+        return (
+            self.backend == "auto"
+            and _settings.backend() == "auto"
+            and x.dtype == self.weight.dtype
+            and x.shape[-1:] == (self.layout.in_width,)
+            and not self.weight.is_inference()
+            and not (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type))
+            and prefers_dense(self.layout, x)
+        )
+
+    def train(self, mode: bool = True) -> MaskedLinear:
+        self._unpacked.weight = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._unpacked.weight = None
+        return super()._apply(fn, recurse)
+
     def explain(self, tokens: int = 1024) -> Choice:
-        """What runs for ``tokens`` tokens, and why."""
+        """What runs for ``tokens`` tokens, and why; without gradients if they are off now."""
         weight = self.weight
         return explain(
             self.layout,
@@ -117,6 +161,7 @@ class MaskedLinear(MaskedModule):
             dtype=weight.dtype,
             device=weight.device,
             backend=self.backend,
+            forward=not torch.is_grad_enabled(),
         )
 
     @property
@@ -141,6 +186,27 @@ class MaskedLinear(MaskedModule):
         sides = "".join(f", {side}=True" for side, compact in self._compact.items() if compact)
         activation = "" if self.activation == "none" else f", activation={self.activation}"
         return f"{self._describe()}, bias={self.bias is not None}{sides}{activation}"
+
+
+class _Unpacked:
+    """A dense copy of the weight, and of which state of which tensor it is one."""
+
+    __slots__ = ("source", "state", "weight")
+
+    def __init__(self) -> None:
+        self.weight: Tensor | None = None
+        self.source: Callable[[], Tensor | None] = lambda: None
+        self.state = (0, 0)
+
+    def __reduce__(self) -> tuple[type[_Unpacked], tuple[()]]:
+        return _Unpacked, ()
+
+    def of(self, values: Tensor, layout: Layout) -> Tensor:
+        state = (values._version, values.data_ptr())
+        if self.weight is None or self.source() is not values or self.state != state:
+            self.source, self.state = weakref.ref(values), state
+            self.weight = unpack(values.detach(), layout, compact=True)
+        return self.weight
 
 
 def _like(parameter: Tensor, data: Tensor) -> nn.Parameter:

@@ -88,9 +88,7 @@ class SelectiveLinear(MaskedModule):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.refresh()
-        if not torch.compiler.is_compiling():
-            self._carried.in_doubt = torch.is_grad_enabled() and self.values.requires_grad
+        self._carry()
         return selective_linear(
             x,
             self.weight,
@@ -100,6 +98,12 @@ class SelectiveLinear(MaskedModule):
             activation=self.activation,
             backend=self.backend,
         )
+
+    def _carry(self) -> None:
+        """``refresh``, and note whether a step may follow."""
+        self.refresh()
+        if not torch.compiler.is_compiling():
+            self._carried.in_doubt = torch.is_grad_enabled() and self.values.requires_grad
 
     @torch.no_grad()
     def refresh(self) -> None:

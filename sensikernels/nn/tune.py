@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sensikernels import dispatch
@@ -18,10 +19,12 @@ from sensikernels.ops.masked_linear import masked_linear
 from sensikernels.ops.selective_linear import selective_linear
 
 IN, OUT = 768, 3072
-DENSITIES = (0.25, 0.5, 0.75, 0.9)
+DENSITIES = (0.97, 0.9, 0.75, 0.5, 0.25, 0.1)
 BLOCKS = (32, 64, 128)
-TOKENS = (1, 128, 1024)
-ROUNDS = 7
+TOKENS = (1, 16, 32, 64, 128, 256, 1024, 4096)
+ROUNDS, SECONDS = 15, 0.2
+"""Of one comparison: at most so many rounds, and after three no more once the time is spent."""
+DIRECTIONS = ("forward+backward", "forward")
 
 
 def tune(
@@ -31,7 +34,7 @@ def tune(
     tokens: Sequence[int] | None = None,
     progress: Callable[[str], object] = lambda _: None,
 ) -> Path:
-    """Measure every kind of layer, forward and backward, and write the table; returns its path.
+    """Measure every kind of layer, with and without backward, and write the table; its path.
 
     ``path`` defaults to the user's own table, which ``auto`` prefers to the one shipped. A few
     minutes; nothing else should run meanwhile.
@@ -40,19 +43,22 @@ def tune(
     kind = torch.device(device).type
     dtypes = (torch.float32, torch.bfloat16)
     points = [("packed", 0), *product(("block-sparse", "selective"), BLOCKS)]
-    table = []
-    for (name, block), dtype, n in product(points, dtypes, tokens or TOKENS):
-        progress(f"{name} {block or ''} {str(dtype).removeprefix('torch.')} {n} tokens")
-        limit = _break_even(name, block, dtype, n, torch.device(device))
-        table.append(
-            BreakEven(
-                kind=name,
-                dtype=str(dtype).removeprefix("torch."),
-                block=block,
-                tokens=n,
-                density=round(limit, 3),
-            )
+    cases = [
+        (name, block, direction, dtype, n)
+        for (name, block), direction, dtype, n in product(
+            points, DIRECTIONS, dtypes, tokens or TOKENS
         )
+        if name != "selective" or direction != "forward"
+    ]
+    table = []
+    for name, block, direction, dtype, n in cases:
+        kept = str(dtype).removeprefix("torch.")
+        progress(f"{name} {block or ''} {direction} {kept} {n} tokens")
+        limit = _break_even(name, block, dtype, n, direction, torch.device(device))
+        table.append(
+            BreakEven(kind=name, dtype=kept, block=block, tokens=n, density=round(limit, 3),
+                      direction=direction)
+        )  # fmt: skip
     facts = {
         "device": dispatch.device_key(device),
         "threads": torch.get_num_threads() if kind == "cpu" else None,
@@ -64,41 +70,51 @@ def tune(
 
 
 def _break_even(
-    kind: str, block: int, dtype: torch.dtype, tokens: int, device: torch.device
+    kind: str, block: int, dtype: torch.dtype, tokens: int, direction: str, device: torch.device
 ) -> float:
-    """Where the line through the measured ratios crosses 1, between 0 and 1."""
-    last = (0.0, float("inf"))
+    """Where the line through the measured ratios crosses 1, from the top: 0 to 1."""
+    above = (1.0, 0.0)
     for density in DENSITIES:
-        ratio = _ratio(kind, block, dtype, tokens, density, device)
-        if ratio < 1:
-            below, above = last
-            if above == float("inf"):
-                return density * ratio
-            return below + (density - below) * (above - 1) / (above - ratio)
-        last = (density, ratio)
-    return 1.0
+        ratio = _ratio(kind, block, dtype, tokens, density, direction, device)
+        if ratio >= 1:
+            high, worse = above
+            gap = high - density
+            return 1.0 if high == 1.0 else density + gap * (ratio - 1) / (ratio - worse)
+        above = (density, ratio)
+    return above[0] * above[1]
 
 
 def _ratio(
-    kind: str, block: int, dtype: torch.dtype, tokens: int, density: float, device: torch.device
+    kind: str,
+    block: int,
+    dtype: torch.dtype,
+    tokens: int,
+    density: float,
+    direction: str,
+    device: torch.device,
 ) -> float:
-    """Time of the dense form over time of the sparse one, forward and backward."""
+    """Time of the dense form over time of the sparse one."""
     generator = torch.Generator().manual_seed(0)
     shape = (block, block) if block else (1, IN)
     size = [-(-n // b) for n, b in zip((OUT, IN), shape, strict=True)]
     grid = torch.rand(size, generator=generator) < density
+    grid.view(-1)[0] = False  # dense to the last block would be packed
     layout = layout_of(grid.to(device), shape, (OUT, IN))
     weight, x, dy = (
         torch.randn(s, generator=generator).to(device, dtype)
         for s in ((OUT, IN), (tokens, IN), (tokens, OUT))
     )
-    values, x = pack(weight, layout).clone().requires_grad_(), x.requires_grad_()
+    values = pack(weight, layout).clone()
     fast = "native" if device.type == "cpu" else "triton"
+    if direction == "forward":
+        mine = torch.no_grad()(lambda: masked_linear(x, values, layout, backend=fast))
+        return _faster(mine, torch.no_grad()(lambda: F.linear(x, weight)), device)
+    values, x = values.requires_grad_(), x.requires_grad_()
     if kind == "selective":
-        mine, dense = (_selective(layout, x, weight, values, dy, f) for f in (fast, "torch"))
+        run, dense = (_selective(layout, x, weight, values, dy, f) for f in (fast, "torch"))
     else:
-        mine, dense = (_masked(layout, x, values, dy, name) for name in (fast, "reference"))
-    return _faster(mine, dense, device)
+        run, dense = (_masked(layout, x, values, dy, name) for name in (fast, "reference"))
+    return _faster(run, dense, device)
 
 
 def _masked(
@@ -120,8 +136,11 @@ def _selective(
 
 
 def _faster(mine: Callable[[], object], dense: Callable[[], object], device: torch.device) -> float:
-    ratios = []
+    ratios: list[float] = []
+    first = time.perf_counter()
     for turn in range(ROUNDS + 1):
+        if turn > 3 and time.perf_counter() - first > SECONDS:
+            break
         times = []
         for run in (mine, dense):
             _synchronize(device)

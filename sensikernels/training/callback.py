@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Subset
 
 from sensikernels._checks import require
 from sensikernels.errors import UsageError
-from sensikernels.hf import applied, apply, structure
+from sensikernels.glue import geometry
+from sensikernels.hf import applied, apply, computed, structure
 from sensikernels.hf.callback import TrainerCallback
 from sensikernels.masks import Budget, Plan
 from sensikernels.masks.structure import Structure
@@ -32,7 +33,8 @@ class SensiCallback(TrainerCallback):
         small = sensikernels.compact(trainer.model)
 
     ``ranking_rows`` rows of the training set rank the units, collated as the Trainer does, in
-    batches of 32; their mean length is the budget's unless ``sequence_length`` is given. The
+    batches of 32; their mean length is the budget's unless ``sequence_length`` is given. A model
+    may be packed (``use_packed``), with or without ``DataCollatorPacked``. The
     Trainer's own order of rows and dropout do not change. ``dps`` without ``as_published`` needs
     ``optimizers=(SubsetAdamW(…), None)``. One process only: DDP cannot follow a change of shapes.
 
@@ -93,13 +95,14 @@ class SensiCallback(TrainerCallback):
         """Training FLOPs of one batch under the plan in force."""
         require(self._dense is not None, "callback", "a training that has begun", "none")
         assert self._dense is not None
-        ids = inputs["input_ids"]
-        length = ids.shape[1]
-        plan = self.plan
+        assert self.run is not None
+        seen = geometry([computed(self.run.model, inputs)])
+        dense = self._dense.at(seen.tokens / seen.rows, seen.attended)
+        length, plan = seen.mean_length, self.plan
         if plan is not None and plan.trainable is not None:
-            return int(self._dense.forward_and_input_flops(length) * ids.numel())
+            return round(dense.forward_and_input_flops(length) * seen.tokens)
         kept = None if plan is None or not plan.weight_masks else plan.kept_counts()
-        return int(self._dense.flops(length, kept) * ids.numel())
+        return round(dense.flops(length, kept) * seen.tokens)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin, or go on from where ``prepare`` left off."""
@@ -109,13 +112,16 @@ class SensiCallback(TrainerCallback):
         loader = kwargs["train_dataloader"]
         if self._dense is None:
             self._dense = structure(model)
-        length = self.sequence_length or _mean_length(self._ranking(loader))
+        seen = geometry(computed(model, batch) for batch in self._ranking(loader))
+        given = self.sequence_length
         run = self.run = Run(
             model=model,
             optimizer=kwargs["optimizer"],
             max_steps=state.max_steps,
             batches=lambda: self._ranking(loader),
-            sequence_length=length,
+            sequence_length=given or seen.mean_length,
+            tokens_per_sequence=None if given else seen.tokens / seen.rows,
+            attended=seen.attended,
             budget=self.budget,
             seed=self.seed,
             step=state.global_step,
@@ -156,7 +162,7 @@ class SensiCallback(TrainerCallback):
         budget = None if self.budget is None else self.budget.to_json()
         return {"method": self.method.name, "options": options, "budget": budget}
 
-    def _ranking(self, loader: Any) -> Iterator[dict[str, Tensor]]:
+    def _ranking(self, loader: Any) -> Iterator[dict[str, Any]]:
         rows = len(loader.dataset)
         generator = torch.Generator().manual_seed(self.seed)
         chosen = torch.randperm(rows, generator=generator)[: self.ranking_rows]
@@ -164,13 +170,10 @@ class SensiCallback(TrainerCallback):
         batches = DataLoader(
             subset, batch_size=32, collate_fn=loader.collate_fn, generator=torch.Generator()
         )
-        return ({name: torch.as_tensor(v) for name, v in batch.items()} for batch in batches)
-
-
-def _mean_length(batches: Iterator[dict[str, Tensor]]) -> float:
-    """Σ B·S² / Σ B·S."""
-    shapes = [batch["input_ids"].shape for batch in batches]
-    return sum(b * s * s for b, s in shapes) / sum(b * s for b, s in shapes)
+        return (
+            {name: v if isinstance(v, int) else torch.as_tensor(v) for name, v in batch.items()}
+            for batch in batches
+        )
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

@@ -20,7 +20,7 @@ from sensikernels.errors import CheckpointError
 from sensikernels.masks import Plan
 from sensikernels.training.output import CHECKPOINTS, remove, writing
 
-FORMAT = 1
+FORMAT = 2
 STATE, TENSORS, PLAN = "state.json", "state.safetensors", "plan.json"
 
 

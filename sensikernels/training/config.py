@@ -21,8 +21,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EMBEDDINGS = ("sparse", "frozen", "dense")
 DROPOUTS = ("counter", "torch")
 DEVICES = ("auto", "cpu", "cuda")
+PARALLELS = ("ddp", "fsdp")
 # What may differ between a run and its continuation.
-_FREE = ("output", "resume", "checkpoint_every", "data_dir", "device")
+_FREE = ("output", "resume", "checkpoint_every", "data_dir", "device", "parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +33,13 @@ class Settings:
     ``lr`` and ``dense_lr`` default to the methods' own; with ``lr`` given, the dense baseline
     takes it too. ``embeddings``: the word table's gradients are row-``sparse`` (only rows that
     occur move), the table is ``frozen``, or updated ``dense``. ``dropout``: masks from a
-    ``counter`` (parallel, none stored) or ``torch``'s own; the baseline's are torch's.
+    ``counter`` (parallel, none stored) or ``torch``'s own; the baseline's are torch's. ``packed``:
+    the method's model runs on packed tokens, the last layer on first tokens (``use_packed``).
     ``checkpoint_every`` counts steps; 0 means never. ``ranking_rows`` of the training data rank
     the units; with ``plan``, a saved plan, nothing is ranked and its budget is the run's.
     ``costs``: a table of ``sensikernels tune`` for a ``step_time`` budget, else measured anew.
+    ``batch_size`` is that of all processes together; ``parallel`` says how several train: copies
+    of the model (``ddp``) or shards of it (``fsdp``).
     """
 
     task: str
@@ -55,11 +59,13 @@ class Settings:
     dtype: str = "fp32"
     seed: int = 0
     device: str = "auto"
+    parallel: str = "ddp"
     compare_dense: bool = False
     resume: bool = False
     checkpoint_every: int = 500
     embeddings: str = "sparse"
     dropout: str = "counter"
+    packed: bool = True
     pad_to_multiple: int = 8
     max_length: int = 128
     ranking_rows: int = 2048
@@ -72,7 +78,12 @@ class Settings:
         require_one_of(self.dtype, "dtype", DTYPES)
         require_one_of(self.embeddings, "embeddings", EMBEDDINGS)
         require_one_of(self.dropout, "dropout", DROPOUTS)
+        fits = self.dropout == "counter" or not self.packed
+        require(fits, "dropout", "counter on packed tokens", self.dropout)
         require_one_of(self.device, "device", DEVICES)
+        require_one_of(self.parallel, "parallel", PARALLELS)
+        fits = self.method != "dps" or self.parallel == "ddp"
+        require(fits, "parallel", "ddp for dps, which selects among whole gradients", self.parallel)
         for name in ("epochs", "batch_size", "pad_to_multiple", "ranking_rows"):
             value = getattr(self, name)
             require(value >= 1, name, "at least 1", value)

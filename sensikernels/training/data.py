@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,16 @@ from sensikernels.glue import (
     get_task,
     load,
 )
-from sensikernels.hf import load_tokenizer
+from sensikernels.hf import load_tokenizer, to_padded
 from sensikernels.training.config import Settings
+from sensikernels.training.distributed import ALONE, Part, World
 
 EVAL_BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Data:
-    """Batches of one run; ``geometry`` covers all its epochs."""
+    """Batches of one run; ``geometry`` covers all its epochs, of all processes together."""
 
     task: Task
     tokenizer: Any
@@ -41,14 +41,15 @@ class Data:
     ranking: Batches
     geometry: Geometry
     device: torch.device
+    world: World = ALONE
 
     @classmethod
-    def load(cls, settings: Settings, device: torch.device) -> Data:
+    def load(cls, settings: Settings, device: torch.device, world: World = ALONE) -> Data:
         """Read, tokenise and order everything the run will see."""
         task = get_task(settings.task)
         tokenizer = load_tokenizer(model_path(settings.model))
         train = _encoded(settings, tokenizer, "train")
-        batches = _batches(train, settings, seed=settings.seed)
+        batches = _batches(train, settings, seed=settings.seed, packed=settings.packed)
         return cls(
             task=task,
             tokenizer=tokenizer,
@@ -57,32 +58,50 @@ class Data:
             ranking=_ranking(train, settings),
             geometry=_all_epochs(batches, settings.epochs),
             device=device,
+            world=world,
         )
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of one epoch."""
-        rows = len(self.train.order.lengths)
-        return -(-rows // self.train.order.batch_size)
+        self.train.resume(epoch=0, start=0)
+        return len(self.train.order)
+
+    def padded(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The same rows as HuggingFace pads them; a padded batch as it is."""
+        encoded: Any = self.train.dataset
+        return to_padded(
+            batch, pad_token_id=encoded.pad_token_id, multiple=self.train.pad_to_multiple
+        )
+
+    def parts(self, number: int, start: int = 0) -> Iterator[Part]:
+        """This process's part of one epoch's training batches from ``start``, on the device."""
+        self.train.resume(epoch=number, start=start)
+        parts = self.world.parts(self.train)
+        return (part._replace(batch=self._to_device(part.batch)) for part in parts)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
-        """Training batches of one epoch from batch ``start``, on the device."""
-        self.train.resume(epoch=number, start=start)
-        return self._moved(self.train)
+        """The batches of ``parts``."""
+        return (part.batch for part in self.parts(number, start))
 
     def ranked(self) -> Iterator[dict[str, Tensor]]:
-        """The batches that rank units: the same ones at every call."""
-        return self._moved(self.ranking)
+        """The batches that rank units: the same ones at every call, shared among processes."""
+        return self._moved(self.world.turns(self.ranking))
 
-    def evaluated(self) -> Iterator[dict[str, Tensor]]:
-        """Development batches."""
-        return self._moved(self.dev)
+    def evaluated(self, world: World = ALONE) -> Iterator[dict[str, Tensor]]:
+        """Development batches; with ``world`` this process's, as many as any other's."""
+        return self._moved(world.turns(self.dev, even=True))
 
     def largest(self) -> dict[str, Tensor]:
-        """The first epoch's training batch with the most padded tokens."""
+        """The first epoch's training batch with the most computed tokens."""
         self.train.resume(epoch=0, start=0)
         lengths = self.train.order.lengths
-        rows = max(self.train.order, key=lambda rows: len(rows) * int(lengths[rows].max()))
+        packed = self.train.packed
+
+        def tokens(rows: list[int]) -> int:
+            return int(lengths[rows].sum() if packed else len(rows) * lengths[rows].max())
+
+        rows = max(self.train.order, key=tokens)
         collate: Any = self.train.collate_fn
         batch: dict[str, Tensor] = collate([self.train.dataset[i] for i in rows])
         return self._to_device(batch)
@@ -95,11 +114,14 @@ class Data:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
-    def _moved(self, batches: Batches) -> Iterator[dict[str, Tensor]]:
+    def _moved(self, batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         return (self._to_device(batch) for batch in batches)
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(self.device) for name, value in batch.items()}
+        return {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
 
 
 def model_path(name: str) -> Path | str:
@@ -129,11 +151,17 @@ def _encoded(settings: Settings, tokenizer: Any, split: Any) -> Encoded:
 
 
 def _batches(
-    encoded: Encoded, settings: Settings, *, size: int | None = None, seed: int | None = None
+    encoded: Encoded,
+    settings: Settings,
+    *,
+    size: int | None = None,
+    seed: int | None = None,
+    packed: bool = False,
 ) -> Batches:
     return Batches(
         encoded,
         batch_size=size or settings.batch_size,
+        packed=packed,
         shuffle=seed is not None,
         seed=seed or 0,
         pad_to_multiple=settings.pad_to_multiple,
@@ -161,11 +189,8 @@ def take(encoded: Encoded, rows: Any) -> Encoded:
 
 
 def _all_epochs(train: Batches, epochs: int) -> Geometry:
-    shapes: Counter[tuple[int, int]] = Counter()
-    real = 0
+    parts = []
     for epoch in range(epochs):
         train.resume(epoch=epoch, start=0)
-        one = train.geometry()
-        shapes.update(one.shapes)
-        real += one.real_tokens
-    return Geometry(shapes=dict(sorted(shapes.items())), real_tokens=real)
+        parts.append(train.geometry())
+    return Geometry.total(parts)

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from sensikernels.errors import CheckpointError, SensiError
 from sensikernels.glue import compute
-from sensikernels.hf import applied, compact, load_model, restore_dropout
+from sensikernels.hf import (
+    applied,
+    compact,
+    load_model,
+    packing_of,
+    restore_dropout,
+    restore_packed,
+)
 from sensikernels.methods.latency import time_ratio
 from sensikernels.training.config import DTYPES, Settings
 from sensikernels.training.flops import flops_per_token
@@ -85,7 +92,9 @@ def _measure(session: Session) -> Measurements:
         dense_flops=session.dense_flops,
         flops=flops_per_token(runner.model, data),
         peak=peak_mib(runner.model, runner.run.optimizer, batch),
-        dense_peak=None if dense is None else peak_mib(dense.model, dense.run.optimizer, batch),
+        dense_peak=None if dense is None else peak_mib(
+            dense.model, dense.run.optimizer, data.padded(batch)
+        ),
         step_time=_step_time(session),
     )
 
@@ -115,6 +124,8 @@ def _save_model(session: Session, output: Path) -> dict[str, Any]:
     small: Any = model if applied(model) is None else compact(model)
     if small is model and settings.dropout == "counter":
         restore_dropout(small)
+    if packing_of(small) is not None:
+        restore_packed(small)
     _let_dense_gradients(small)
     with writing(output / "model") as folder:
         small.save_pretrained(folder)

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sensikernels.masks import training_flops
 from sensikernels.training.data import Data
 
+_EXTRA = 64  # rows of no sequence that are counted to find what one of them costs
+
 
 def flops_per_token(model: nn.Module, data: Data) -> float:
-    """Training FLOPs per token of all of the run's batches, padding included.
+    """Training FLOPs per token of all of the run's batches, padding and rounding included.
 
-    One row of every padded length that occurs is run and counted by ``FlopCounterMode``; lengths
+    One row of every length that occurs is run and counted by ``FlopCounterMode``; lengths
     are weighted by how often they occur. FLOPs are linear in rows, so this is the run's own
     total, not that of one typical batch. The model is left as it was.
     """
     rows: dict[int, int] = {}
     for (batch_rows, length), count in data.geometry.shapes.items():
         rows[length] = rows.get(length, 0) + batch_rows * count
-    one = {name: value[:1] for name, value in data.largest().items()}
-    total = sum(training_flops(model, _fit(one, length)) * n for length, n in rows.items())
+    batch = data.largest()
+    if data.geometry.packed is None:
+        one = {name: value[:1] for name, value in batch.items()}
+        total = sum(training_flops(model, _fit(one, length)) * n for length, n in rows.items())
+        return total / data.geometry.tokens
+    alone = {length: training_flops(model, _alone(batch, length)) for length in rows}
+    length = next(iter(rows))
+    more = training_flops(model, _alone(batch, length, extra=_EXTRA)) - alone[length]
+    filling = data.geometry.tokens - data.geometry.real_tokens
+    total = sum(alone[length] * n for length, n in rows.items()) + more * filling // _EXTRA
     return total / data.geometry.tokens
 
 
@@ -31,4 +43,15 @@ def _fit(batch: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
     return {
         name: value if value.ndim < 2 else functional.pad(value, (0, length - value.shape[1]))
         for name, value in batch.items()
+    }
+
+
+def _alone(batch: Mapping[str, Any], length: int, extra: int = 0) -> dict[str, Any]:
+    """A packed batch of one sequence of ``length`` tokens, and ``extra`` rows of none."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    return {
+        "input_ids": ids.new_zeros(1, length + extra),
+        "cu_seqlens": torch.tensor([0, length], dtype=torch.int32, device=ids.device),
+        "max_length": length,
+        "labels": labels[:1],
     }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from sensikernels.methods.latency import dtype_of, measure_costs
 from sensikernels.training import checkpoint
 from sensikernels.training.config import DTYPES, Settings
 from sensikernels.training.data import Data, model_path
+from sensikernels.training.distributed import Part, World, one_for_all
 from sensikernels.training.finish import finish, read_report
 from sensikernels.training.flops import flops_per_token
 from sensikernels.training.output import output_folder
@@ -71,8 +74,8 @@ class Session:
     def train(self, watch: Watcher | None = None) -> None:
         """Every remaining epoch, with checkpoints on the way."""
         for epoch in range(self.epoch, self.settings.epochs):
-            for batch in self.data.epoch(epoch, self.batch):
-                self._step(batch)
+            for part in self.data.parts(epoch, self.batch):
+                self._step(part)
                 if watch is not None:
                     watch(self._progress())
                 if self._checkpoint_is_due():
@@ -81,13 +84,13 @@ class Session:
                 runner.evaluate(self.data)
             self.epoch, self.batch = epoch + 1, 0
 
-    def _step(self, batch: dict[str, Any]) -> None:
+    def _step(self, part: Part) -> None:
         # Whoever is second finds a warmer cache: take turns.
         order = self.runners if self.step % 2 == 0 else self.runners[::-1]
-        mask = batch.get("attention_mask")
-        self.tokens.append(int(batch["input_ids"].numel() if mask is None else mask.sum()))
+        self.tokens.append(part.tokens)
         for runner in order:
-            runner.step(batch)
+            batch = self.data.padded(part.batch) if runner is self.dense else part.batch
+            runner.step(batch, part.weight)
         self.batch += 1
 
     def _checkpoint_is_due(self) -> bool:
@@ -114,13 +117,30 @@ class Session:
             "runners": [runner.state() for runner in self.runners],
             "scores": None if scores is None else _scores_state(scores),
         }
-        checkpoint.save(
+        write = partial(
+            checkpoint.save,
             self.settings.output,
             self.step,
             state,
             settings=_identity(self.settings, self.data),
             plan=self.runner.run.plan,
         )
+        self.data.world.agree(write)
+
+    def unshard(self) -> None:
+        """Put a sharded model together on the first process, as a checkpoint would bring it."""
+        old = self.runner
+        if not self.data.world.shards(old.model):
+            return
+        state = old.state()
+        if self.data.world.first:
+            model = fresh_model(self.settings, self.data)
+            new = method_runner(self.settings, self.data, model, self.max_steps)
+            for name in ("plan", "scores", "costs"):
+                setattr(new.run, name, getattr(old.run, name))
+            new.load_state(state)
+            new.logits = old.logits
+            self.runner = new
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint. Raises CheckpointError where it is not one of this run."""
@@ -141,7 +161,8 @@ class Session:
 def finetune(settings: Settings, watch: Watcher | None = None) -> dict[str, Any]:
     """One fine-tuning run; writes everything into ``settings.output`` and returns the report.
 
-    A run that was finished already is not run again: its report comes back.
+    A run that was finished already is not run again: its report comes back. Under ``torchrun`` the
+    processes share every batch; the first one writes, watches, and gives its report to all.
 
     Raises:
         UsageError: an argument or the budget is wrong, or the output folder is not empty.
@@ -149,30 +170,35 @@ def finetune(settings: Settings, watch: Watcher | None = None) -> dict[str, Any]
         SensiError: training diverged or the disk refuses.
     """
     start = time.perf_counter()
-    with quiet(), output_folder(settings.output, resume=settings.resume):
-        done = read_report(settings) if settings.resume else None
+    world = World.join(settings)
+    agree = world.agree
+    with quiet(), one_for_all(world), ExitStack() as stack:
+        folder = output_folder(settings.output, resume=settings.resume)
+        agree(lambda: stack.enter_context(folder))
+        done = agree(lambda: read_report(settings)) if settings.resume else None
         if done is not None:
             return done
         session = prepare(settings)
-        found = checkpoint.latest(settings.output) if settings.resume else None
+        found = agree(lambda: checkpoint.latest(settings.output)) if settings.resume else None
         if found is not None:
             session.load(found)
         else:
             session.runner.begin()
         session.seconds["setup"] += time.perf_counter() - start
-        session.train(watch)
-        return finish(session, time.perf_counter() - start)
+        session.train(watch if world.first else None)
+        session.unshard()
+        return agree(lambda: finish(session, time.perf_counter() - start))
 
 
 def prepare(settings: Settings) -> Session:
     """Read data and models, and build the runners at step 0."""
     device = use_device(settings)
-    data = Data.load(settings, device)
+    data = Data.load(settings, device, World.join(settings))
     model = fresh_model(settings, data)
-    check_budget(settings, model, data)
     max_steps = data.steps_per_epoch * settings.epochs
-    dense_flops = flops_per_token(model, data)
     runner = method_runner(settings, data, model, max_steps)
+    check_budget(settings, model, data)
+    dense_flops = data.world.agree(lambda: flops_per_token(model, data))
     dense = None
     if settings.compare_dense:
         dense = dense_runner(settings, data, fresh_model(settings, data), max_steps)
@@ -200,8 +226,6 @@ def use_device(settings: Settings) -> torch.device:
     device = accelerator.device
     wanted = device.type if settings.device == "auto" else settings.device
     require(device.type == wanted, "device", wanted, f"only {device.type} here")
-    count = accelerator.num_processes
-    require(count == 1, "processes", "1 (several: transformers.Trainer with SensiCallback)", count)
     torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
     return device
 
@@ -250,6 +274,7 @@ def check_budget(settings: Settings, model: nn.Module, data: Data) -> None:
         settings.budget,
         sequence_length=geometry.mean_length,
         tokens_per_sequence=geometry.tokens / geometry.rows,
+        attended=geometry.attended,
         multiples=multiples,
         costs=costs,
     )
@@ -259,6 +284,8 @@ def step_costs(settings: Settings, progress: Callable[[str], object]) -> StepCos
     """Measure what widths cost on this device, for the run that ``settings`` describe."""
     with quiet():
         session = prepare(settings)
+    count = session.data.world.size
+    require(count == 1, "processes", "1, as others would disturb the clock", count)
     runner = session.runner
     assert runner.run.make_optimizer is not None
     with runner.own_random():

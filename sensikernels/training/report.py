@@ -110,7 +110,9 @@ def _planned_flops(session: Session, measured: Measurements) -> float:
     if plan is not None and plan.flops_planned:
         return plan.flops_planned
     geometry = session.data.geometry
-    parts = structure(session.runner.model).at(geometry.tokens / geometry.rows)
+    parts = structure(session.runner.model).at(
+        geometry.tokens / geometry.rows, geometry.attended
+    )
     return parts.flops(geometry.mean_length)
 
 
@@ -155,6 +157,7 @@ def _numerics(session: Session) -> dict[str, Any]:
     return {
         "device": name,
         "threads": torch.get_num_threads(),
+        "processes": session.data.world.size,
         "dtype": session.settings.dtype,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "learning_rate": {

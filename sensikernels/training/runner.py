@@ -6,20 +6,22 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sensikernels.errors import SensiError
-from sensikernels.hf import use_counter_dropout
+from sensikernels.hf import use_counter_dropout, use_packed
 from sensikernels.masks import Budget, StepCosts
 from sensikernels.methods import Dense, Method, Run
 from sensikernels.ops.subset_adamw import SubsetAdamW
 from sensikernels.training.config import Settings
 from sensikernels.training.data import Data
+from sensikernels.training.distributed import ALONE, World
 
 
 @dataclass(kw_only=True, eq=False)
@@ -37,6 +39,7 @@ class Runner:
     learning_rate: float
     max_grad_norm: float | None
     seed: int
+    world: World = ALONE
     losses: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"rank": 0.0, "evaluate": 0.0})
@@ -45,7 +48,8 @@ class Runner:
     logits: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._random = _seeded(self.seed, self.device)
+        self._random = _seeded(self.seed, self.device, self.world.rank)
+        self._together: nn.Module | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -62,8 +66,12 @@ class Runner:
         with self.own_random(), self._timed("rank"):
             self.method.begin(self.run)
 
-    def step(self, batch: Mapping[str, Tensor]) -> float:
-        """Forward, backward, update; returns the loss. Raises SensiError if it is not finite."""
+    def step(self, batch: Mapping[str, Tensor], weight: float = 1.0) -> float:
+        """Forward, backward, update; returns the loss. Raises SensiError if it is not finite.
+
+        Of several processes each has its part of the batch, of this ``weight`` (``World.parts``);
+        gradients and the loss are the whole batch's.
+        """
         run = self.run
         with self.own_random():
             plan = run.plan
@@ -71,16 +79,24 @@ class Runner:
                 self.method.begin_step(run)
             if run.plan is not plan:
                 self.changed_at = run.step
+                self._together = None
+            if self._together is None:
+                settled = run.plan is not None or not self.method.needs_budget
+                self._together = self.world.wrap(run, settled=settled)
             self._synchronize()
             start = time.perf_counter()
-            run.model.train()
-            loss = run.model(**batch).loss
+            self._together.train()
+            loss = self._together(**batch).loss
+            loss = loss if weight == 1 else loss * weight
             loss.backward()
+            self.world.average_rows(run.model)
             self.method.before_step(run)
             self._update()
-            value = float(loss.detach())
+            value = self.world.mean(loss)
             self._synchronize()
             self.step_ms.append((time.perf_counter() - start) * 1e3)
+        if run.plan is not plan:
+            self.world.require_same(run.plan)
         run.step += 1
         if not math.isfinite(value):
             raise SensiError(f"{self.name}: loss is {value} at step {run.step}: training diverged")
@@ -105,7 +121,7 @@ class Runner:
         with self._timed("evaluate"):
             if isinstance(self.run.optimizer, SubsetAdamW):
                 self.run.optimizer.flush()
-            self.logits, labels = predict(self.model, data)
+            self.logits, labels = predict(self.model, data, self.world)
         metrics = compute(data.task, self.logits, labels)
         self.epochs.append(metrics)
         return metrics
@@ -122,12 +138,15 @@ class Runner:
             _set_random(outside, self.device)
 
     def state(self) -> dict[str, Any]:
-        """All that a continuation needs, plan apart, as a tree of tensors and plain values."""
+        """All that a continuation needs, plan apart, as a tree of tensors and plain values.
+
+        The same on every process; every process must ask for it.
+        """
         return {
-            "model": dict(self.model.state_dict()),
+            "model": self.world.whole(self.model),
             "optimizer": self.run.optimizer.state_dict(),
             "method": self.method.state(),
-            "random": self._random,
+            "random": self.world.gather(self._random),
             "step": self.run.step,
             "events": list(self.run.events),
             **{name: getattr(self, name) for name in _KEPT},
@@ -140,7 +159,10 @@ class Runner:
         self.method.resume(run, state["method"])
         run.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
-        self._random = state["random"]
+        # A process that was not there before starts a stream of its own.
+        streams, rank = state["random"], self.world.rank
+        fresh = rank >= len(streams)
+        self._random = _seeded(self.seed, self.device, rank, run.step) if fresh else streams[rank]
         run.events[:] = state["events"]
         for name in _KEPT:
             setattr(self, name, state[name])
@@ -163,8 +185,10 @@ _KEPT = ("losses", "step_ms", "seconds", "changed_at", "epochs")
 
 
 def method_runner(settings: Settings, data: Data, model: nn.Module, max_steps: int) -> Runner:
-    """The method on this package's step: counter dropout, row-sparse words, clipping folded in."""
+    """The method on this package's step: packed tokens, counter dropout, row-sparse words."""
     method = settings.make_method()
+    if settings.packed:
+        use_packed(model)
     words = _word_embeddings(model)
     words.sparse = settings.embeddings == "sparse"
     words.weight.requires_grad_(settings.embeddings != "frozen")
@@ -181,7 +205,7 @@ def method_runner(settings: Settings, data: Data, model: nn.Module, max_steps: i
     run.costs = None if settings.costs is None else StepCosts.load(settings.costs)
     return Runner(
         name=method.name, run=run, method=method, learning_rate=rate, max_grad_norm=None,
-        seed=settings.seed,
+        seed=settings.seed, world=data.world,
     )  # fmt: skip
 
 
@@ -196,6 +220,7 @@ def dense_runner(settings: Settings, data: Data, model: nn.Module, max_steps: in
         learning_rate=rate,
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
+        world=replace(data.world, parallel="ddp"),
     )
 
 
@@ -210,8 +235,10 @@ def _run(
         batches=data.ranked,
         sequence_length=data.geometry.mean_length,
         tokens_per_sequence=data.geometry.tokens / data.geometry.rows,
+        attended=data.geometry.attended,
         budget=budget,
         seed=settings.seed,
+        agree=data.world.agree,
     )
 
 
@@ -232,16 +259,19 @@ def schedule(kind: str, step: int, max_steps: int) -> float:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
-    """Logits float32 ``[rows, labels]`` and labels of the development rows, on the CPU."""
+def predict(model: nn.Module, data: Data, world: World = ALONE) -> tuple[Tensor, Tensor]:
+    """Logits float32 ``[rows, labels]`` and labels of the development rows, on the CPU.
+
+    ``world``: its processes share the batches, and all return all.
+    """
     training = model.training
     model.eval()
-    logits, labels = [], []
-    for batch in data.evaluated():
+    made = []
+    for batch in data.evaluated(world):
         truth = batch.pop("labels")
-        logits.append(model(**batch).logits.float().cpu())
-        labels.append(truth.cpu())
+        made.append((model(**batch).logits.float().cpu(), truth.cpu()))
     model.train(training)
+    logits, labels = zip(*world.interleave(made, len(data.dev)), strict=True)
     return torch.cat(logits), torch.cat(labels)
 
 
@@ -251,7 +281,10 @@ def _word_embeddings(model: nn.Module) -> nn.Embedding:
     return table
 
 
-def _seeded(seed: int, device: torch.device) -> dict[str, Tensor]:
+def _seeded(seed: int, device: torch.device, rank: int, step: int = 0) -> dict[str, Tensor]:
+    if rank > 0:
+        words = np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)
+        seed = int(words[0] >> 1)
     state = {"cpu": torch.Generator().manual_seed(seed).get_state()}
     if device.type == "cuda":
         state["cuda"] = torch.Generator(device).manual_seed(seed).get_state()

@@ -90,25 +90,6 @@ def test_packed_tokens_and_strides(tokens: int, strides: str):
     )
 
 
-@pytest.mark.parametrize("compact", [False, True])
-def test_rows_gathered_from_the_full_weight(compact: bool):
-    from sensikernels.ops.masked_linear import triton as kernels
-    from tests.tolerance import assert_close_to_reference
-
-    layout = checks.packed("rows", (90, 72), "cpu", compact_output=compact)
-    x, weight = torch.randn(19, 72), torch.randn(90, 72)
-    bias = torch.randn(layout.out_width)
-    y, pre = kernels.gathered_linear(x, weight, layout.rows, bias, "gelu", compact_output=compact)
-    values = weight[layout.rows.long()]
-    same, _ = kernels.masked_linear_forward(x, values, layout, bias, "gelu")
-    assert pre.shape == y.shape
-    exact = torch.nn.functional.gelu(
-        x.double() @ checks.unpack(values, layout, compact=True).double().T + bias.double()
-    )
-    assert_close_to_reference(y, exact.float(), exact, factor=16)
-    assert torch.equal(y, same)
-
-
 @pytest.mark.parametrize(("tokens", "width"), [(1, 1), (5, 7), (130, 64), (257, 100), (0, 16)])
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
 def test_backward_activation(tokens: int, width: int, dtype: torch.dtype):

@@ -97,6 +97,52 @@ def test_on_a_gpu_a_packed_layer_takes_gelu_and_bias_in_one_pass(
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize("count", [1, 4, 5])
+@pytest.mark.parametrize("kind", ["blocks", "compact", "rows", "columns"])
+def test_on_a_gpu_a_mask_change_is_one_launch(
+    monkeypatch: pytest.MonkeyPatch, kind: str, count: int
+):
+    from sensikernels.ops.common import triton_gather
+    from sensikernels.ops.masked_linear import packing, repack
+
+    launches: list[int] = []
+    launch = triton_gather.repack
+
+    def counted(tensors: list[torch.Tensor], *rest: object) -> list[torch.Tensor]:
+        launches.append(len(tensors))
+        return launch(tensors, *rest)
+
+    monkeypatch.setattr(packing, "fused_activation", lambda t: True)
+    monkeypatch.setattr(triton_gather, "repack", counted)
+    layout = _layout(kind)
+    tensors = [torch.randn(layout.shape) for _ in range(count)]
+    for got, source in zip(repack(tensors, layout), tensors, strict=True):
+        assert torch.equal(got, pack(source, layout))
+    assert launches == [min(count, 4)] + [1] * (count > 4)
+
+
+@pytest.mark.parametrize("kind", ["rows", "blocks"])
+def test_linears_that_share_x(kind: str):
+    from sensikernels.ops.selective_linear import Selected, selective_linear_grouped
+
+    layouts = [_layout(kind) for _ in range(3)]
+    x = torch.randn(2, 3, 128, requires_grad=True)
+    linears = []
+    for layout in layouts:
+        weight = torch.randn(96, 128)
+        values = pack(weight, layout).clone().requires_grad_()
+        linears.append(Selected(weight, values, layout, torch.randn(96, requires_grad=True)))
+    leaves = [x, *(t for one in linears for t in (one.values, one.bias))]
+    dys = list(torch.randn(3, 2, 3, 96))
+
+    def grads(backend: str) -> tuple[torch.Tensor, ...]:
+        ys = selective_linear_grouped(x, linears, backend=backend)
+        return torch.autograd.grad(ys, leaves, dys)
+
+    for got, same in zip(grads("triton"), grads("native"), strict=True):
+        torch.testing.assert_close(got, same, atol=1e-5, rtol=1e-5)
+
+
 def test_single_elements_have_no_kernel():
     from sensikernels.errors import UsageError
     from sensikernels.ops.masked_linear.api import masked_linear

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from torch import Tensor
 
+from sensikernels import _native
 from sensikernels.layouts import Layout, PackedLayout, layout_of
 
 # name: block shape, weight shape; 0 stands for the whole side
@@ -18,6 +22,16 @@ GRIDS = {
     "wide-blocks": ((80, 5), (161, 23)),
     "odd-blocks": ((7, 5), (50, 43)),
 }
+
+
+@pytest.fixture(autouse=True)
+def poison_native() -> Iterator[None]:
+    """What the compiled kernels allocate past the dispatcher is NaN too until it is written."""
+    if _native.available():
+        _native.ops().poison(True)
+    yield
+    if _native.available():
+        _native.ops().poison(False)
 
 
 def grid_of(name: str, keep: str = "some") -> tuple[Tensor, tuple[int, int], tuple[int, int]]:

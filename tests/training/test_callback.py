@@ -8,8 +8,15 @@ import torch
 
 from sensikernels import SubsetAdamW, compact
 from sensikernels.errors import CheckpointError, UsageError
-from sensikernels.glue import encode, load
-from sensikernels.hf import applied, load_model, load_tokenizer
+from sensikernels.glue import DataCollatorPacked, encode, load
+from sensikernels.hf import (
+    applied,
+    load_model,
+    load_tokenizer,
+    packing_of,
+    to_padded,
+    use_packed,
+)
 from sensikernels.masks import Budget, training_flops
 from sensikernels.training import SensiCallback
 
@@ -30,9 +37,15 @@ def make(tiny, tmp_path):
         for r in (encoded[i] for i in range(ROWS))
     ]  # fmt: skip
 
-    def trainer(callback, *, name="out", optimizer=None, **given):
+    def trainer(callback, *, name="out", optimizer=None, packing=None, dropout=0.1, **given):
         torch.manual_seed(0)
         model = load_model(tiny, labels=2)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout
+        if packing is not None:
+            use_packed(model)
+        collator = DataCollatorPacked(pad_token_id=tokenizer.pad_token_id)
         arguments = TrainingArguments(
             output_dir=str(tmp_path / name), num_train_epochs=1, use_cpu=True, report_to="none",
             per_device_train_batch_size=BATCH, logging_steps=1, save_steps=3, disable_tqdm=True,
@@ -41,7 +54,8 @@ def make(tiny, tmp_path):
         made = None if optimizer is None else optimizer(model.parameters())
         return Trainer(
             model=model, args=arguments, train_dataset=rows, callbacks=[callback],
-            data_collator=DataCollatorWithPadding(tokenizer), optimizers=(made, None),
+            data_collator=collator if packing == "packed" else DataCollatorWithPadding(tokenizer),
+            optimizers=(made, None),
         )  # fmt: skip
 
     return trainer
@@ -91,6 +105,51 @@ def test_flops_are_those_that_run(make):
     batch = dict(next(iter(trainer.get_train_dataloader())))
     counted = training_flops(trainer.model, batch)
     assert watcher.floating_point_ops(batch) == pytest.approx(counted, rel=1e-6)
+
+
+@pytest.mark.parametrize("packing", ["padded", "packed"])
+def test_a_packed_model_trains_the_same(make, packing):
+    stock = make(callback(), name="stock", dropout=0.0)
+    stock.train()
+    watcher = callback()
+    trainer = make(watcher, packing=packing, dropout=0.0)
+    trainer.floating_point_ops = watcher.floating_point_ops
+    trainer.train()
+    model = trainer.model
+    assert packing_of(model).cls_only
+    assert watcher.plan.flops_ratio <= 0.6
+    ours, theirs = history(trainer), history(stock)
+    assert [ours[i] for i in range(1, 5)] == pytest.approx(
+        [theirs[i] for i in range(1, 5)], rel=1e-4
+    )
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    assert ("cu_seqlens" in batch) == (packing == "packed")
+    counted = training_flops(model, batch)
+    assert watcher.floating_point_ops(batch) == pytest.approx(counted, rel=1e-6)
+    logits = compact(model).eval()(**to_padded(batch)).logits
+    torch.testing.assert_close(logits, model.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("packing", ["padded", "packed"])
+def test_a_packed_model_evaluates_the_same(make, packing):
+    stock, trainer = make(callback()), make(callback(), packing=packing)
+    rows = stock.train_dataset[:20]
+    wanted, got = stock.evaluate(rows), trainer.evaluate(rows)
+    assert got["eval_loss"] == pytest.approx(wanted["eval_loss"], rel=1e-5)
+    ours, theirs = trainer.predict(rows), stock.predict(rows)
+    np.testing.assert_allclose(ours.predictions, theirs.predictions, atol=1e-5)
+    assert ours.label_ids.tolist() == theirs.label_ids.tolist()
+
+
+@pytest.mark.parametrize("method", ["dense", "bitfit"])
+def test_flops_of_packed_batches_are_those_that_run(make, method):
+    watcher = SensiCallback(method)
+    trainer = make(watcher, packing="packed")
+    trainer.train()
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    counted = training_flops(trainer.model, batch)
+    tolerance = 1e-6 if method == "dense" else 0.02  # BitFit's lowest layer has no input gradient
+    assert watcher.floating_point_ops(batch) == pytest.approx(counted, rel=tolerance)
 
 
 def test_ranking_leaves_the_trainers_order_and_dropout_alone(make):

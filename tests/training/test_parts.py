@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sensikernels.errors import UsageError
-from sensikernels.hf import load_model
+from sensikernels.hf import load_model, structure, use_packed
 from sensikernels.masks import training_flops
 from sensikernels.training import rank
 from sensikernels.training.config import parse_counts, parse_options
@@ -45,10 +47,15 @@ def test_biases_and_norms_do_not_decay(tiny):
     assert all(p.ndim == 2 for p in decayed["params"])
 
 
-def test_flops_are_the_sum_over_all_batches(settings):
-    asked = settings(max_train_samples=40, batch_size=16, epochs=2, pad_to_multiple=4)
+@pytest.mark.parametrize("packed", [True, False])
+def test_flops_are_the_sum_over_all_batches(settings, packed):
+    asked = settings(
+        max_train_samples=40, batch_size=16, epochs=2, pad_to_multiple=4, packed=packed
+    )
     data = Data.load(asked, torch.device("cpu"))
     model = fresh_model(asked, data)
+    if packed:
+        use_packed(model)
     total = tokens = 0
     for epoch in range(2):
         for batch in data.epoch(epoch):
@@ -56,6 +63,31 @@ def test_flops_are_the_sum_over_all_batches(settings):
             tokens += batch["input_ids"].numel()
     assert tokens == data.geometry.tokens
     assert flops_per_token(model, data) == pytest.approx(total / tokens, rel=1e-12)
+    geometry = data.geometry
+    for granularity in ("heads", "dimensions"):
+        parts = structure(model, granularity).at(
+            geometry.tokens / geometry.rows, geometry.attended
+        )
+        assert parts.flops(geometry.mean_length) == pytest.approx(total / tokens, rel=1e-12)
+
+
+def test_packed_batches_hold_the_rows_of_padded_ones(settings):
+    asked = settings(max_train_samples=40, batch_size=16)
+    data = Data.load(asked, torch.device("cpu"))
+    plain = Data.load(replace(asked, packed=False), torch.device("cpu"))
+    for packed, padded in zip(data.epoch(1), plain.epoch(1), strict=True):
+        back = data.padded(packed)
+        assert set(back) - {"position_ids"} == set(padded)
+        assert all(torch.equal(back[name], value) for name, value in padded.items())
+    assert data.padded(padded) is padded
+    assert data.geometry.real_tokens == plain.geometry.real_tokens
+    assert data.geometry.rows == plain.geometry.rows
+    assert data.geometry.tokens % 64 == 0
+
+
+def test_torchs_dropout_is_for_padded_tokens(settings):
+    with pytest.raises(UsageError, match="dropout: expected counter on packed tokens, got torch"):
+        settings(dropout="torch")
 
 
 def test_fresh_models_are_equal_and_leave_the_random_state(settings):

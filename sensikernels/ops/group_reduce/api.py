@@ -111,14 +111,19 @@ def check_tensors(
         require(not missing, "grads", needed, None)
         grads = weights
     require(len(grads) == len(weights), "grads", f"{len(weights)} tensors", len(grads))
-    device = weights[0].device if weights else None
-    for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
-        if not isinstance(g, Tensor) or w.shape != g.shape:
+    kinds = {(t.device, t.dtype) for t in (*weights, *grads) if isinstance(t, Tensor)}
+    dtypes, devices = {dtype for _, dtype in kinds}, {device for device, _ in kinds}
+    # One comparison for all; the tensor at fault is looked for only if there is one.
+    shapes = [[t.shape if isinstance(t, Tensor) else None for t in ts] for ts in (weights, grads)]
+    if shapes[0] != shapes[1] or len(devices) > 1:
+        device = weights[0].device
+        for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
             got = tuple(g.shape) if isinstance(g, Tensor) else g
-            require(False, f"grads[{i}]", f"a tensor of shape {tuple(w.shape)}", got)
-        if w.device != device or g.device != device:
-            require(False, f"weights[{i}]", f"device {device}", f"{w.device}, {g.device}")
-    for dtype in {t.dtype for t in (*weights, *grads)}:
+            fits = isinstance(g, Tensor) and w.shape == g.shape
+            require(fits, f"grads[{i}]", f"a tensor of shape {tuple(w.shape)}", got)
+            same = w.device == g.device == device
+            require(same, f"weights[{i}]", f"device {device}", f"{w.device}, {g.device}")
+    for dtype in dtypes:
         require(dtype.is_floating_point, "weights", "floating dtypes", dtype)
 
 
@@ -183,7 +188,7 @@ def group_reduce(
     if table is None:
         table = GroupTable(weights, grads, groups=groups, names=names)
     else:
-        fits = [w.shape for w in weights] == [span.weight_shape for span in table.layout.spans]
+        fits = [w.shape for w in weights] == table.shapes
         require(fits, "table", "a table of these tensors", "other shapes")
     decay = 0.0 if ema is None else float(ema[1])
     require(0.0 <= decay <= 1.0, "ema", "a decay in [0, 1]", decay)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +61,8 @@ def bind(
             [DTYPE_CODE[t.dtype] for t in tensors],
         ))  # fmt: skip
     (w, w_ld, w_type), (g, g_ld, g_type) = columns
-    fresh = torch.tensor([w, g, w_ld, g_ld, w_type, g_type], dtype=torch.int64).t().contiguous()
+    rows = np.array([w, g, w_ld, g_ld, w_type, g_type], dtype=np.int64).reshape(6, -1)
+    fresh = torch.from_numpy(np.ascontiguousarray(rows.T))
     if device is None:
         return fresh, copies
     if not torch.equal(fresh, host):

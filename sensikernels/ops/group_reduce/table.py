@@ -322,6 +322,7 @@ class GroupTable:
         self.device = weights[0].device if n else torch.device("cpu")
         flat = tuple(map(is_flat, weights, grads or weights))
         key = (tuple(tuple(w.shape) for w in weights), flat, tuple(per_tensor), tuple(names))
+        self.shapes = [w.shape for w in weights]
         plain = all(not isinstance(g, tuple) or g[:1] != ("ids",) for g in per_tensor)
         self.layout = _cached_layout(*key) if plain else make_layout(*key)
         for name in ("chunks", "starts", "order", "members"):

@@ -49,7 +49,7 @@ def masked_linear(
         backend = _settings.backend()
     if backend == "auto" and isinstance(layout, PackedLayout) and layout.direct:
         return _linear(x, values, bias, activation)
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, values = x.to(dtype), values.to(dtype)

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sensikernels._columns import fused_activation, gather, matrix, scatter, unwatched
+from sensikernels._columns import (
+    fused_activation,
+    gather,
+    matrix,
+    scatter,
+    scatter_biased,
+    serves,
+    unwatched,
+)
 from sensikernels.layouts import BlockLayout, PackedLayout, to_arguments
 from sensikernels.ops.masked_linear import ops
 
@@ -33,49 +41,66 @@ class PackedLinear(torch.autograd.Function):
         layout: PackedLayout,
         activation: str,
     ) -> Tensor:
-        rows, gelu = layout.scatter_rows, activation == "gelu"
+        rows, width = layout.scatter_rows, layout.out_width
         ctx.shape, ctx.layout = x.shape, layout
+        x_needed, values_needed, *_ = ctx.needs_input_grad
         read = gather(matrix(x), layout.gather_columns)
-        bias_kept = bias if bias is None or rows is None else bias.index_select(0, rows)
-        pre = F.linear(read, values, bias_kept)
-        fill = bias if rows is not None else None
-        x_needed, values_needed = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(
-            read if values_needed else None,
-            values if x_needed else None,
-            pre if gelu else None,
-            fill if gelu else None,
-        )
-        y = F.gelu(pre) if gelu else pre
-        fill = F.gelu(fill) if gelu and fill is not None else fill
-        y = scatter(y, rows, layout.out_width, fill)
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], layout.out_width)
+        if rows is None or bias is None:
+            late, kept = False, bias
+        else:
+            late = activation == "none" and _adds_late(read)
+            kept = None if late else bias.index_select(0, rows)
+        y = F.linear(read, values, kept)
+        saved = (read if values_needed else None, values if x_needed else None)
+        if activation == "gelu":
+            fill = None if rows is None else bias
+            ctx.save_for_backward(*saved, y, fill)
+            y = scatter(F.gelu(y), rows, width, None if fill is None else F.gelu(fill))
+        else:
+            ctx.save_for_backward(*saved)
+            if late and rows is not None and bias is not None:
+                y = scatter_biased(y, rows, bias)
+            else:
+                y = scatter(y, rows, width, bias)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], width)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        read, values, pre, fill = ctx.saved_tensors
-        layout: PackedLayout = ctx.layout
-        x_needed, values_needed, bias_needed = ctx.needs_input_grad[:3]
-        full = matrix(grad)
-        dy = gather(full, layout.scatter_rows)
-        dx = dvalues = dkept = dbias = None
-        if pre is not None:
-            dy, dkept = _through_gelu(dy, pre, bias_needed)
-        if x_needed:
-            dx = scatter(dy @ values, layout.gather_columns, layout.in_width)
-            dx = dx if grad.ndim == 2 else dx.view(ctx.shape)
-        if values_needed:
-            dvalues = dy.T @ read
-        if bias_needed:
-            if dkept is None:
-                dbias = full.sum(0)
-            elif layout.scatter_rows is None:
-                dbias = dkept
-            else:
-                dbias = _gelu_backward(full.sum(0), fill)
-                dbias = dbias.index_copy(0, layout.scatter_rows.long(), dkept)
-        return dx, dvalues, dbias, None, None
+        # The wrapper costs as much as a small product; it says no to a second derivative.
+        return (_packed_once if torch.is_grad_enabled() else _packed_backward)(ctx, grad)
+
+
+def _adds_late(read: Tensor) -> bool:
+    """Whether the scatter adds the bias: nothing to gather, and in float32 no digit is lost."""
+    return read.dtype == torch.float32 and serves(read)
+
+
+def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    read, values, *through = ctx.saved_tensors
+    layout: PackedLayout = ctx.layout
+    bias_needed = ctx.needs_input_grad[2]
+    full = matrix(grad)
+    dy = gather(full, layout.scatter_rows)
+    dx = dvalues = dkept = dbias = None
+    if through:
+        dy, dkept = _through_gelu(dy, through[0], bias_needed)
+    if values is not None:
+        dx = scatter(dy @ values, layout.gather_columns, layout.in_width)
+        dx = dx if grad.ndim == 2 else dx.view(ctx.shape)
+    if read is not None:
+        dvalues = dy.T @ read
+    if bias_needed:
+        if dkept is None:
+            dbias = full.sum(0)
+        elif layout.scatter_rows is None:
+            dbias = dkept
+        else:
+            dbias = _gelu_backward(full.sum(0), through[1])
+            dbias = dbias.index_copy(0, layout.scatter_rows.long(), dkept)
+    return dx, dvalues, dbias, None, None
+
+
+_packed_once = once_differentiable(_packed_backward)
 
 
 def _through_gelu(dy: Tensor, pre: Tensor, bias_needed: bool) -> tuple[Tensor, Tensor | None]:
@@ -116,28 +141,34 @@ class KernelLinear(torch.autograd.Function):
         return y if x.ndim == 2 else y.view(*x.shape[:-1], layout.out_width)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, pre = ctx.saved_tensors
-        layout, backend = ctx.layout, ctx.backend
-        x_needed, values_needed, bias_needed = ctx.needs_input_grad[:3]
-        dy, direct = matrix(grad), unwatched(grad)
-        index = () if direct else to_arguments(layout)
-        dx = dvalues = dbias = None
-        if pre is not None:
-            through = ops.grad_activation if direct else _OPS.masked_linear_grad_activation
-            dy, dbias = through(dy, pre, backend)
-        elif bias_needed:
-            dbias = dy.sum(0)
-        if x_needed:
-            if direct:
-                dx = ops.grad_input(dy, values, layout, backend)
-            else:
-                dx = _OPS.masked_linear_grad_input(dy, values, *index, backend)
-            dx = dx if grad.ndim == 2 else dx.view(ctx.shape)
-        if values_needed:
-            if direct:
-                dvalues = ops.grad_values(dy, x, layout, backend)
-            else:
-                dvalues = _OPS.masked_linear_grad_values(dy, x, *index, backend)
-        return dx, dvalues, dbias if bias_needed else None, None, None, None
+        return (_kernel_once if torch.is_grad_enabled() else _kernel_backward)(ctx, grad)
+
+
+def _kernel_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, pre = ctx.saved_tensors
+    layout, backend = ctx.layout, ctx.backend
+    bias_needed = ctx.needs_input_grad[2]
+    dy, direct = matrix(grad), unwatched(grad)
+    index = () if direct else to_arguments(layout)
+    dx = dvalues = dbias = None
+    if pre is not None:
+        through = ops.grad_activation if direct else _OPS.masked_linear_grad_activation
+        dy, dbias = through(dy, pre, backend)
+    elif bias_needed:
+        dbias = dy.sum(0)
+    if values is not None:
+        if direct:
+            dx = ops.grad_input(dy, values, layout, backend)
+        else:
+            dx = _OPS.masked_linear_grad_input(dy, values, *index, backend)
+        dx = dx if grad.ndim == 2 else dx.view(ctx.shape)
+    if x is not None:
+        if direct:
+            dvalues = ops.grad_values(dy, x, layout, backend)
+        else:
+            dvalues = _OPS.masked_linear_grad_values(dy, x, *index, backend)
+    return dx, dvalues, dbias if bias_needed else None, None, None, None
+
+
+_kernel_once = once_differentiable(_kernel_backward)

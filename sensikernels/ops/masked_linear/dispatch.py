@@ -9,8 +9,9 @@ from torch import Tensor
 
 from sensikernels import _settings
 from sensikernels._checks import require, require_one_of
+from sensikernels._columns import fused_activation
 from sensikernels.dispatch import Choice, break_even, compare
-from sensikernels.layouts import BlockLayout, ElementLayout, Layout, PackedLayout, density
+from sensikernels.layouts import BlockLayout, ElementLayout, Layout, PackedLayout
 
 
 def choose(layout: Layout, x: Tensor, backend: str, *, explaining: bool = False) -> Choice:
@@ -19,6 +20,9 @@ def choose(layout: Layout, x: Tensor, backend: str, *, explaining: bool = False)
     Raises:
         UsageError: a named backend cannot serve this layout or device.
     """
+    if backend == "auto" and not isinstance(layout, ElementLayout):
+        direct = isinstance(layout, PackedLayout) and layout.direct
+        return _DIRECT if direct else _auto(layout, x, explaining)
     if backend == "reference":
         return _DENSE
     if isinstance(layout, ElementLayout):
@@ -28,24 +32,58 @@ def choose(layout: Layout, x: Tensor, backend: str, *, explaining: bool = False)
         ok = x.is_cuda or _settings.interpreting()
         require(ok, "backend", "a CUDA tensor for triton", f"triton with x on {x.device}")
         return _NAMED[_form(layout), "triton"]
-    if backend == "native":
-        if isinstance(layout, PackedLayout):
-            return _NAMED["packed", "torch"]
-        require(not x.is_cuda, "backend", "triton for blocks on a GPU", "native")
-        return _NAMED["block-sparse", "native"]
-    if backend != "auto":
+    if backend != "native":
         require_one_of(backend, "backend", _settings.BACKENDS)
+    if isinstance(layout, PackedLayout):
+        return _NAMED["packed", "torch"]
+    require(not x.is_cuda, "backend", "triton for blocks on a GPU", "native")
+    return _NAMED["block-sparse", "native"]
+
+
+def prefers_dense(layout: Layout, x: Tensor) -> bool:
+    """Whether forward alone is faster for ``x`` on a dense weight that is at hand."""
+    if isinstance(layout, ElementLayout):
+        return True
     if isinstance(layout, PackedLayout) and layout.direct:
-        return _DIRECT
-    return _auto(layout, x, explaining)
+        return False
+    key = ("forward", x.dtype, (x.numel() // (layout.in_width or 1)).bit_length())
+    dense: bool | None = layout.chosen.get(key)
+    if dense is None:
+        dense = layout.chosen[key] = _forward(layout, x).form == "dense"
+    return dense
+
+
+def _forward(layout: PackedLayout | BlockLayout, x: Tensor) -> Choice:
+    choice = _measured(layout, x, explaining=True, direction="forward")
+    return replace(choice, reason=f"forward alone: {choice.reason}")
 
 
 def _auto(layout: PackedLayout | BlockLayout, x: Tensor, explaining: bool) -> Choice:
+    if explaining or torch.compiler.is_compiling():
+        return _measured(layout, x, explaining)
+    key = (x.dtype, (x.numel() // (layout.in_width or 1)).bit_length())
+    choice: Choice | None = layout.chosen.get(key)
+    if choice is None:
+        choice = layout.chosen[key] = _measured(layout, x, explaining)
+    return choice
+
+
+def _measured(
+    layout: PackedLayout | BlockLayout,
+    x: Tensor,
+    explaining: bool,
+    direction: str = "forward+backward",
+) -> Choice:
     form = _form(layout)
     block = min(layout.block_shape) if isinstance(layout, BlockLayout) else 0
-    limit, source = break_even(x, form, block)
-    kept = density(layout)
-    served = "torch" if form == "packed" else "triton" if x.is_cuda else "native"
+    limit, source = break_even(x, form, block, direction)
+    kept = layout.density
+    if isinstance(layout, PackedLayout):
+        # The scatter in the epilogue spares a pass over y; chosen columns are saved, so gathered.
+        rows_alone = layout.scatter_rows is not None and layout.gather_columns is None
+        served = "triton" if rows_alone and fused_activation(x) else "torch"
+    else:
+        served = "triton" if x.is_cuda else "native"
     chosen = _AUTO["dense", "torch"] if kept > limit else _AUTO[form, served]
     return replace(chosen, reason=compare(kept, limit, source)) if explaining else chosen
 
@@ -77,8 +115,14 @@ def explain(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     backend: str = "auto",
+    forward: bool = False,
 ) -> Choice:
-    """What ``masked_linear`` would run for ``tokens`` rows of ``dtype`` on ``device``, and why."""
+    """What ``masked_linear`` would run for ``tokens`` rows of ``dtype`` on ``device``, and why.
+
+    ``forward``: what a module runs without gradients, where it may keep a dense weight.
+    """
     x = torch.empty(1, dtype=dtype, device=device).expand(tokens, layout.in_width)
     named = _settings.backend() if backend == "auto" else backend
+    if forward and named == "auto" and prefers_dense(layout, x):
+        return _ELEMENTS if isinstance(layout, ElementLayout) else _forward(layout, x)
     return choose(layout, x, named, explaining=True)

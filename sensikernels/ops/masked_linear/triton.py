@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sensikernels._checks import require
 from sensikernels.layouts import BlockLayout, Layout, PackedLayout
-from sensikernels.ops.common.triton_gather import gather_columns, repack
+from sensikernels.ops.common.triton_gather import gather_columns
 from sensikernels.ops.common.triton_gelu import column_sum
 from sensikernels.ops.common.triton_launch import INTERPRET, NAMES
 from sensikernels.ops.common.triton_sdd import block_gradients
@@ -19,12 +19,10 @@ from sensikernels.ops.masked_linear.triton_blocks import block_linear
 from sensikernels.ops.masked_linear.triton_packed import packed_linear
 
 __all__ = [
-    "gathered_linear",
     "masked_linear_backward_activation",
     "masked_linear_forward",
     "masked_linear_grad_input",
     "masked_linear_grad_values",
-    "repack",
 ]
 
 
@@ -79,27 +77,6 @@ def masked_linear_backward_activation(
     """
     _check(dy, None)
     return column_sum(dy, preactivation)
-
-
-def gathered_linear(
-    x: Tensor,
-    weight: Tensor,
-    rows: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    *,
-    compact_output: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The forward of kept ``rows`` straight from the full ``weight [out, in]``: nothing is packed.
-
-    For a layer whose mask changes too often to repack. A full-width output keeps the bias of
-    dropped rows; ``bias`` is as wide as the output.
-    """
-    _check(x, None)
-    return packed_linear(
-        x, weight, bias, rows.shape[0] if compact_output else weight.shape[0],
-        gather=rows, scatter=None if compact_output else rows, gelu=activation == "gelu",
-    )  # fmt: skip
 
 
 def _read(matrix: Tensor, columns: Tensor | None) -> Tensor:

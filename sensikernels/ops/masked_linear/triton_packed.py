@@ -1,4 +1,4 @@
-"""Packed layers that stand alone: a GEMM that gathers weight rows and scatters its columns."""
+"""Packed layers that stand alone: a GEMM that scatters its columns to full width."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ def packed_linear_kernel(
     bias,
     y,
     pre,
-    gather,
     scatter,
     tokens,
     kept,
@@ -41,7 +40,6 @@ def packed_linear_kernel(
     out_width,
     stride_x,
     stride_w,
-    GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
     INNER_FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -54,7 +52,7 @@ def packed_linear_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``y[:, scatter] = act(x @ w[gather]^T + bias[scatter])``; other columns get ``act(bias)``.
+    """``y[:, scatter] = act(x @ w^T + bias[scatter])``; other columns get ``act(bias)``.
 
     ``w`` is ``[kept, inner]`` or, INNER_FIRST, ``[inner, kept]``. Persistent; the tiles that only
     fill dropped columns come last and touch nothing else. EVEN: no tile is cut along ``inner``.
@@ -69,15 +67,12 @@ def packed_linear_kernel(
         n0 = (tile % tiles_o) * BLOCK_O
         n = n0 + o
         live = t0 + here < tokens
-        line = n
-        if GATHER:
-            line = tl.load(gather + n, mask=n < kept, other=0)
         if not DESCRIPTORS:
             x_at = x + tl.cast(t0, tl.int64) * stride_x + here[:, None] * stride_x + k[None, :]
             if INNER_FIRST:
-                w_at = w + k[:, None] * stride_w + line[None, :]
+                w_at = w + k[:, None] * stride_w + n[None, :]
             else:
-                w_at = w + line[None, :] * stride_w + k[:, None]
+                w_at = w + n[None, :] * stride_w + k[:, None]
         acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
         for k0 in range(0, inner, BLOCK_K):
             if DESCRIPTORS:
@@ -167,31 +162,27 @@ def packed_linear(
     bias: Tensor | None,
     out_width: int,
     *,
-    gather: Tensor | None = None,
     scatter: Tensor | None = None,
     inner_first: bool = False,
     gelu: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """``(y, preactivation or None)`` of ``packed_linear_kernel``, ``[T, out_width]``.
 
-    ``w`` is ``[rows, inner]``, of which ``gather`` picks (None: all); ``inner_first``: its
-    transpose, whole. ``scatter``: the columns of y they go to (None: in order).
+    ``w`` is ``[kept, inner]`` or, ``inner_first``, its transpose. ``scatter``: the columns of y
+    they go to (None: in order).
     """
     x, w = launch.matrix(x), launch.matrix(w)
     tokens, inner = x.shape
-    kept = w.shape[1 if inner_first else 0] if gather is None else gather.shape[0]
+    kept = w.shape[1 if inner_first else 0]
     y = x.new_empty((tokens, out_width))
     pre = torch.empty_like(y) if gelu else None
     if not y.numel():
         return y, pre
-    config = select(
-        tokens, kept, x.dtype, launch.processors(x), scattered=(gather, scatter) != (None, None)
-    )
+    config = select(tokens, kept, x.dtype, launch.processors(x), scattered=scatter is not None)
     config = launch.fit(config, _stage_bytes, x)
     t, o, k = config.tile.values()
-    descriptors = gather is None and launch.can_describe(x, w)
+    descriptors = launch.can_describe(x, w)
     tiles = triton.cdiv(tokens, t) * triton.cdiv(out_width if scatter is not None else kept, o)
-    none = x.new_empty(0, dtype=torch.int32)
     packed_linear_kernel[(min(tiles, launch.programs(x, config)),)](
         launch.describe(x, t, k) if descriptors else x,
         (launch.describe(w, k, o) if inner_first else launch.describe(w, o, k))
@@ -199,10 +190,9 @@ def packed_linear(
         y if bias is None else bias,
         y,
         y if pre is None else pre,
-        none if gather is None else gather,
-        none if scatter is None else scatter,
+        x.new_empty(0, dtype=torch.int32) if scatter is None else scatter,
         tokens, kept, kept.bit_length(), inner, out_width, x.stride(0), w.stride(0),
-        GATHER=gather is not None, SCATTER=scatter is not None, INNER_FIRST=inner_first,
+        SCATTER=scatter is not None, INNER_FIRST=inner_first,
         HAS_BIAS=bias is not None, GELU=gelu, DESCRIPTORS=descriptors, EVEN=inner % k == 0,
         PRECISION=launch.precision(x.dtype), UPCAST=launch.upcast(x.dtype), **config.options,
     )  # fmt: skip
@@ -216,10 +206,9 @@ def _stage_bytes(tile: dict[str, int], size: int) -> int:
 def _case(config: Config, dtype: str, form: str):
     t, o, k = config.tile.values()
     inner_first, bulk = form.startswith("input"), form.endswith("bulk")
-    index = ["gather", "scatter"]
     ints = ["tokens", "kept", "steps", "inner", "out_width", "stride_x", "stride_w"]
     signature = dict.fromkeys(["x", "w", "bias", "y", "pre"], f"*{dtype}")
-    signature |= dict.fromkeys(index, "*i32") | dict.fromkeys(ints, "i32")
+    signature |= {"scatter": "*i32"} | dict.fromkeys(ints, "i32")
     plain = ["tokens", "steps"] if inner_first else ["tokens", "steps", "kept"]
     divisible = [name for name in signature if name not in plain]
     if bulk:
@@ -232,7 +221,7 @@ def _case(config: Config, dtype: str, form: str):
         "signature": signature,
         "divisible": divisible,
         "constexprs": {
-            "GATHER": form == "gather", "SCATTER": form.startswith(("scatter", "input")),
+            "SCATTER": form.startswith(("scatter", "input")),
             "INNER_FIRST": inner_first, "HAS_BIAS": not inner_first, "GELU": not inner_first,
             "DESCRIPTORS": bulk, "EVEN": not form.endswith("edges"),
             "PRECISION": "tf32" if dtype == "fp32" else "ieee", "UPCAST": False, **config.tile,
@@ -251,7 +240,7 @@ def _cases():
         dtype = "fp32" if config.tile["BLOCK_K"] == 32 else "bf16"
         forms = ["direct", "direct-bulk"]
         if config.tile["BLOCK_O"] < 128:
-            forms += ["gather", "scatter", "scatter-bulk", "input", "input-bulk"]
+            forms += ["scatter", "scatter-bulk", "input", "input-bulk"]
         for form in forms + ["direct-edges"] * (dtype == "bf16"):
             yield _case(config, dtype, form)
 

@@ -8,24 +8,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sensikernels import _settings
 from sensikernels._checks import require, require_one_of
-from sensikernels.ops.select_kept import reference
+from sensikernels.errors import UsageError
+from sensikernels.ops.select_kept import native, ops, reference
+from sensikernels.ops.select_kept.reference import reads_host
 from sensikernels.types import Kept
 
+Amount = int | Mapping[int, int]
+UNIT_BACKENDS = ("auto", "native", "reference")
 
-def per_unit(value: int | Mapping[int, int], name: str, kinds: Tensor | None, n: int,
-             device: torch.device, lowest: int) -> Tensor:  # fmt: skip
-    """int64 ``[n]`` (or ``[1]``) of an int or a mapping from kind to int."""
+
+def per_unit(value: Amount, name: str, kinds: Tensor | None, lowest: int) -> tuple[int, int]:
+    """The amount for kinds 0 and 1, of an int or a mapping from kind to int."""
     by_kind = value if isinstance(value, Mapping) else {0: value, 1: value}
     ok = all(isinstance(v, int) and v >= lowest for v in by_kind.values())
     require(ok, name, f"integers >= {lowest}", value)
-    if not isinstance(value, Mapping):
-        return torch.full((1,), value, dtype=torch.int64, device=device)
-    require(kinds is not None, "kinds", f"a tensor, since {name} is given per kind", None)
-    assert kinds is not None
-    require(set(by_kind) >= {0, 1}, name, "an entry for kinds 0 and 1", sorted(by_kind))
-    table = torch.tensor([by_kind[0], by_kind[1]], dtype=torch.int64)
-    return table.to(device, non_blocking=True)[kinds.long()]
+    if isinstance(value, Mapping):
+        require(kinds is not None, "kinds", f"a tensor, since {name} is given per kind", None)
+        require(set(by_kind) >= {0, 1}, name, "an entry for kinds 0 and 1", sorted(by_kind))
+    return by_kind[0], by_kind[1]
 
 
 def check_units(
@@ -41,20 +43,21 @@ def check_units(
         require(t.device == scores.device, name, f"device {scores.device}", t.device)
         if name != "costs":
             require(not t.is_floating_point(), name, "an integer dtype", t.dtype)
-    if scores.is_cuda or scores.numel() == 0:
+    if not reads_host(scores) or scores.numel() == 0:
         return
     if costs is not None:
-        ok = bool(((costs >= 0) & (costs.double() < torch.inf)).all())
-        require(ok, "costs", "finite costs >= 0", costs.min().item())
+        low, high = (float(x) for x in costs.aminmax())
+        require(0 <= low <= high < torch.inf, "costs", "finite costs >= 0", low)
     if segments is not None:
-        ok = bool((segments.diff() >= 0).all() and segments[0] >= 0)
+        ok = bool((segments[1:] >= segments[:-1]).all() and segments[0] >= 0)
         require(ok, "segments", "non-decreasing ids >= 0", "ids that are not")
     if kinds is not None:
-        ok = bool(((kinds == 0) | (kinds == 1)).all())
-        require(ok, "kinds", "0 or 1", kinds.max().item())
+        low, high = (int(x) for x in kinds.aminmax())
+        require(0 <= low <= high <= 1, "kinds", "0 or 1", high)
         if segments is not None:
-            same = (segments.diff() != 0) | (kinds.diff() == 0)
-            require(bool(same.all()), "kinds", "one kind per segment", "a segment of both")
+            changes = kinds[1:] != kinds[:-1]
+            mixed = bool((changes & (segments[1:] == segments[:-1])).any())
+            require(not mixed, "kinds", "one kind per segment", "a segment of both")
 
 
 def count_segments(segments: Tensor | None, n_segments: int | None, k: object) -> int:
@@ -64,9 +67,9 @@ def count_segments(segments: Tensor | None, n_segments: int | None, k: object) -
     if n_segments is None and isinstance(k, Tensor) and k.dim() == 1:
         n_segments = k.numel()
     if n_segments is None:
-        require(not segments.is_cuda, "n_segments", "a number, as segments are on a device", None)
+        require(reads_host(segments), "n_segments", "a number, as segments are on a device", None)
         n_segments = int(segments[-1]) + 1 if segments.numel() else 0
-    elif not segments.is_cuda and segments.numel():
+    elif reads_host(segments) and segments.numel():
         last = int(segments[-1])
         require(last < n_segments, "segments", f"ids below {n_segments}", last)
     return n_segments
@@ -82,9 +85,10 @@ def select_kept(
     segments: Tensor | None = None,
     n_segments: int | None = None,
     kinds: Tensor | None = None,
-    minimum: int | Mapping[int, int] = 0,
-    multiple: int | Mapping[int, int] = 1,
+    minimum: Amount = 0,
+    multiple: Amount = 1,
     scope: Literal["global", "per_segment"] = "global",
+    backend: str = "auto",
 ) -> Kept:
     """Keep the best units under a count ``k`` or under ``Σ costs <= budget``.
 
@@ -102,7 +106,7 @@ def select_kept(
       highest sum wins. With no negative score that is the maximum.
 
     Nothing is read back from a device. There, values are not checked: an infeasible budget keeps
-    the minimum, and a cost budget needs ``kinds`` with one cost each or equal costs.
+    the minimum. Which of the two fills a budget gets is then decided on the device.
 
     Args:
         scores: ``[n]``, any floating type; sums are float64.
@@ -116,6 +120,7 @@ def select_kept(
         minimum: units of every segment that stay, or ``{kind: units}``.
         multiple: units per chunk, or ``{kind: units}``.
         scope: one budget for all units, or one for every segment.
+        backend: ``"auto"``, ``"native"`` (CPU) or ``"reference"``.
 
     Returns:
         ``Kept`` of ``n`` units, on the device of the scores.
@@ -130,36 +135,106 @@ def select_kept(
     require(budget is None or costs is not None, "costs", "a tensor, as budget is given", None)
     n, device = scores.numel(), scores.device
     count = count_segments(segments, n_segments, k)
+    minimums = per_unit(minimum, "minimum", kinds, 0)
+    multiples = per_unit(multiple, "multiple", kinds, 1)
+    chosen, _ = choose_units_backend(scores, segments, kinds, backend)
     if n == 0:
         return reference.to_kept(scores.new_zeros(0, dtype=torch.bool), segments, count)
-    ranking = reference.rank_units(reference.sort_keys(scores), segments, count)
-    minimums = per_unit(minimum, "minimum", kinds, n, device, 0)
-    multiples = per_unit(multiple, "multiple", kinds, n, device, 1)
-    # A mapping gives one entry per unit; list them as the ranking does.
-    minimums = minimums[ranking.units] if minimums.numel() == n > 1 else minimums
-    multiples = multiples[ranking.units] if multiples.numel() == n > 1 else multiples
+    if scope == "per_segment" and budget is not None:
+        return _per_segment_budget(
+            scores, budget, costs, segments, kinds, minimum, multiple, backend
+        )
+    wanted = k if budget is None else budget
+    limits = _limits(wanted, count if scope == "per_segment" else 1, device)
+    if budget is None:
+        # Counts: as if every cost were 1.
+        costs = None
+        kinds = kinds if isinstance(multiple, Mapping) or isinstance(minimum, Mapping) else None
     if scope == "per_segment":
-        if budget is not None:
-            return _per_segment_budget(scores, budget, costs, segments, kinds, minimum, multiple)
-        wanted = torch.as_tensor(k, dtype=torch.int64, device=device).expand(count)
-        if not scores.is_cuda:
-            sizes = torch.bincount(ranking.segment, minlength=count)
-            ok = bool(((wanted >= 0) & (wanted <= sizes)).all())
-            require(ok, "k", f"0 <= k <= units per segment {sizes.tolist()[:8]}", k)
-        bits = reference.keep_per_segment(ranking, wanted, minimums, multiples)
+        _check_counts(scores, limits, segments, count, k)
+    elif budget is None and reads_host(limits):
+        require(0 <= int(limits) <= n, "k", f"0 <= k <= {n}", k)
+    prefix = multiples != (1, 1)
+    equal = budget is None and not prefix
+    if chosen == "native":
+        mode = ops.PER_SEGMENT if scope == "per_segment" else ops.EQUAL if equal else ops.BUDGET
+        bits, indices, counts, least = torch.ops.sensikernels.select_units(
+            scores, costs, segments, kinds, limits, mode, list(minimums), list(multiples), prefix,
+            count,
+        )  # fmt: skip
+        if mode != ops.PER_SEGMENT and float(least) > float(limits):
+            raise reference.infeasible(float(least), float(limits))
+        return Kept(bits=bits, indices=indices, counts=counts)
+    ranking = reference.rank_units(reference.sort_keys(scores), segments, count)
+    lows, steps = (_listed(two, kinds, ranking) for two in (minimums, multiples))
+    if scope == "per_segment":
+        bits = reference.keep_per_segment(ranking, limits.long(), lows, steps)
         return reference.to_kept(bits, segments, count)
-    if k is not None:
-        known = not (isinstance(k, Tensor) and k.is_cuda)
-        require(not known or 0 <= int(k) <= n, "k", f"0 <= k <= {n}", k)
-        costs, budget = torch.ones_like(scores, dtype=torch.float64), k
-        kinds = kinds if isinstance(multiple, Mapping) else None
-    assert costs is not None
-    chunks = reference.bundle(ranking, scores, costs, kinds, minimums, multiples)
-    limit = torch.as_tensor(budget, dtype=torch.float64, device=device)
-    # A count of single units, or on a device a count at all: every chunk costs the same.
-    equal = k is not None and kinds is None and (multiple == 1 or scores.is_cuda)
-    bits = reference.keep_within_budget(chunks, ranking, limit, prefix=multiple != 1, equal=equal)
+    ones = torch.ones_like(scores, dtype=torch.float64) if costs is None else costs
+    chunks = reference.bundle(ranking, scores, ones, kinds, lows, steps)
+    bits = reference.keep_within_budget(
+        chunks, ranking, limits[0], prefix=prefix, equal=equal, segments=count
+    )
     return reference.to_kept(bits, segments, count)
+
+
+def explain_units(
+    scores: Tensor,
+    *,
+    segments: Tensor | None = None,
+    kinds: Tensor | None = None,
+    backend: str = "auto",
+) -> str:
+    """One line: which backend :func:`select_kept` takes, and why."""
+    name, why = choose_units_backend(scores, segments, kinds, backend)
+    return f"select_kept: {name} ({why})"
+
+
+def choose_units_backend(
+    scores: Tensor, segments: Tensor | None, kinds: Tensor | None, backend: str
+) -> tuple[str, str]:
+    """The backend that selects these units, and why."""
+    require_one_of(backend, "backend", UNIT_BACKENDS)
+    asked = _settings.backend() if backend == "auto" else backend
+    if asked == "reference":
+        return asked, "asked for by name"
+    if not reads_host(scores):
+        refusal: str | None = "on a device it sorts with torch and fills with one kernel"
+    elif kinds is not None and segments is None:
+        refusal = "kinds without segments"
+    else:
+        refusal = native.refusal("cpu", "select_units")
+    if backend == "native" and refusal:
+        raise UsageError(f"backend: native cannot serve this call: {refusal}")
+    return ("reference", refusal) if refusal else ("native", "it serves cpu tensors")
+
+
+def _limits(values: float | Tensor | None, count: int, device: torch.device) -> Tensor:
+    """Counts or budgets as float64 ``[count]``, without waiting for a device."""
+    if isinstance(values, Tensor):
+        return values.to(device, torch.float64).reshape(-1).expand(count).contiguous()
+    assert values is not None
+    return torch.full((count,), float(values), dtype=torch.float64, device=device)
+
+
+def _check_counts(
+    scores: Tensor, limits: Tensor, segments: Tensor | None, count: int, k: object
+) -> None:
+    if not reads_host(scores):
+        return
+    owner = torch.zeros(scores.numel(), dtype=torch.int64) if segments is None else segments.long()
+    sizes = torch.bincount(owner, minlength=count)
+    ok = bool(((limits >= 0) & (limits <= sizes)).all())
+    require(ok, "k", f"0 <= k <= units per segment {sizes.tolist()[:8]}", k)
+
+
+def _listed(two: tuple[int, int], kinds: Tensor | None, ranking: reference.Ranking) -> Tensor:
+    """int64, an amount per kind for every listed unit, or ``[1]``."""
+    device = ranking.units.device
+    first = torch.full((1,), two[0], dtype=torch.int64, device=device)
+    if kinds is None or two[0] == two[1]:
+        return first
+    return torch.where(kinds[ranking.units] == 0, two[0], two[1])
 
 
 def _per_segment_budget(
@@ -168,19 +243,23 @@ def _per_segment_budget(
     costs: Tensor | None,
     segments: Tensor | None,
     kinds: Tensor | None,
-    minimum: int | Mapping[int, int],
-    multiple: int | Mapping[int, int],
+    minimum: Amount,
+    multiple: Amount,
+    backend: str,
 ) -> Kept:
     """One budget per segment: each segment is a selection of its own."""
-    require(not scores.is_cuda, "scope", "global for a budget on a device", "per_segment")
+    require(reads_host(scores), "scope", "global for a budget on a device", "per_segment")
     assert costs is not None
     owner = torch.zeros(scores.numel(), dtype=torch.int64) if segments is None else segments.long()
     sizes = torch.bincount(owner).tolist()
     limits = torch.as_tensor(budget, dtype=torch.float64).expand(len(sizes)).tolist()
-    parts = [t.split(sizes) for t in (scores, costs)]
+    parts = [t.split(sizes) for t in (scores, costs, owner)]
     kind_parts = [None] * len(sizes) if kinds is None else kinds.split(sizes)
     bits = [
-        select_kept(s, costs=c, budget=b, kinds=t, minimum=minimum, multiple=multiple).bits
-        for s, c, t, b in zip(*parts, kind_parts, limits, strict=True)
-    ]
+        select_kept(
+            s, costs=c, budget=b, segments=o * 0, kinds=t, minimum=minimum, multiple=multiple,
+            backend=backend,
+        ).bits
+        for s, c, o, t, b in zip(*parts, kind_parts, limits, strict=True)
+    ]  # fmt: skip
     return reference.to_kept(torch.cat(bits), segments, len(sizes))

@@ -78,14 +78,19 @@ def choose_backend(tensors: Sequence[Tensor], backend: str) -> tuple[str, str]:
     if asked == "reference":
         return asked, "asked for by name"
     device = tensors[0].device.type if tensors else "cpu"
-    if asked == "triton":
-        raise UsageError("backend: triton cannot serve this call: there is no Triton kernel for it")
-    refusal = ops.native_refusal(device, {t.dtype for t in tensors})
-    if asked == "native":
-        if refusal:
-            raise UsageError(f"backend: native cannot serve this call: {refusal}")
+    dtypes = {t.dtype for t in tensors}
+    refusals = {
+        "native": ops.native_refusal(device, dtypes),
+        "triton": ops.triton_refusal(device, dtypes),
+    }
+    if asked != "auto":
+        if refusals[asked]:
+            raise UsageError(f"backend: {asked} cannot serve this call: {refusals[asked]}")
         return asked, "asked for by name"
-    return ("reference", refusal) if refusal else ("native", f"it serves {device} tensors")
+    for name in ("native", "triton"):
+        if refusals[name] is None and (name == "native" or device == "cuda"):
+            return name, f"it serves {device} tensors"
+    return "reference", "; ".join(f"{k}: {v}" for k, v in refusals.items())
 
 
 def explain(tensors: Sequence[Tensor], backend: str = "auto") -> str:
@@ -130,7 +135,7 @@ def select_elements(
         k: how many entries; for ``scope="per_tensor"`` an int for each or one per tensor.
         score: ``"value"`` t, ``"abs_value"`` |t|, ``"abs_wg"`` |t·g|, ``"grad_squared"`` g².
         scope: over all tensors together, or in every tensor by itself.
-        backend: ``"auto"``, ``"reference"`` or ``"native"``.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         :class:`KeptElements`: packed bits, threshold and counts.
@@ -161,7 +166,7 @@ def select_elements(
         end += -(-size // (8 * ALIGN)) * ALIGN
     code = list(SCORES).index(score)
     if name != "reference":
-        arena, threshold, counts = ops.launch(tensors, pairs, offsets, end, wanted, code)
+        arena, threshold, counts = ops.launch(tensors, pairs, offsets, end, wanted, code, name)
     else:
         arena, threshold, counts = _reference(
             tensors, pairs, offsets, end, wanted, SCORES[score], scope == "per_tensor"

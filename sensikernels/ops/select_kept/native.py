@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,15 +12,15 @@ from sensikernels import _native
 
 
 @cache
-def refusal(device: str) -> str | None:
-    """Why the extension cannot serve tensors on ``device``; None if it can."""
+def refusal(device: str, op: str = "select_elements") -> str | None:
+    """Why the extension cannot run ``op`` on ``device``; None if it can."""
     if not _native.available():
         return _native.why_not()
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    name = "sensikernels_native::select_elements"
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    if key is None or not hasattr(_native.ops(), "select_elements") or not has(name, key):
-        return f"the extension was built without a kernel for {device}"
+    name = f"sensikernels_native::{op}"
+    if key is None or not hasattr(_native.ops(), op) or not has(name, key):
+        return f"the extension was built without a kernel of {op} for {device}"
     return None
 
 
@@ -35,3 +36,21 @@ def select_elements(
 ) -> None:
     """Exact counts, ties to the lowest entry; one count for all tensors or one each."""
     _native.ops().select_elements(tensors, grads, offsets, k, score, arena, threshold, counts)
+
+
+def select_units(*arguments: Any) -> float:
+    """Fills bits, indices and counts; returns the cost of the minimum."""
+    return cast(float, _native.ops().select_units(*arguments))
+
+
+def fill_in_order(
+    cost: Tensor, segment: Tensor, free: Tensor, left: Tensor, prefix: bool, segments: int
+) -> Tensor:
+    """On a device: what is taken when chunks are met in this order; one launch."""
+    arguments = (cost, segment, free, left.contiguous(), prefix, segments)
+    return cast(Tensor, _native.ops().fill_in_order(*arguments))
+
+
+def select_chain(value: Tensor, own: Tensor, passed: Tensor, bins: int) -> Tensor:
+    """See ``chain.chain_reference``."""
+    return cast(Tensor, _native.ops().select_chain(value, own, passed, bins))

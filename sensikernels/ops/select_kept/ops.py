@@ -1,21 +1,34 @@
-"""The op behind ``select_elements``."""
+"""The ops behind ``select_elements`` and ``select_kept``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sensikernels.ops.select_kept import native
+from sensikernels import _settings
+from sensikernels.ops.select_kept import native, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("sensikernels", "FRAGMENT")
 _library.define(
     "select_elements(Tensor[] tensors, Tensor[] grads, int[] offsets, int bytes, int[] k, "
-    "int score) -> (Tensor, Tensor, Tensor)"
+    'int score, str backend="native") -> (Tensor, Tensor, Tensor)'
 )
+_library.define(
+    "select_units(Tensor scores, Tensor? costs, Tensor? segments, Tensor? kinds, Tensor limits, "
+    "int mode, int[] minimum, int[] multiple, bool prefix, int n_segments) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "fill_in_order(Tensor cost, Tensor segment, Tensor free, Tensor left, bool prefix, "
+    "int segments) -> Tensor"
+)
+PER_SEGMENT, EQUAL, BUDGET = range(3)
+"""Modes of ``select_units``."""
 
 
 def _select_elements(
@@ -25,13 +38,17 @@ def _select_elements(
     size: int,
     k: list[int],
     score: int,
+    backend: str = "native",
 ) -> tuple[Tensor, Tensor, Tensor]:
     values = [t.contiguous() for t in tensors]
     # Without gradients the list repeats the tensors, and so do their copies.
     triples = zip(tensors, values, grads, strict=True)
     pairs = [v if g is t else g.contiguous() for t, v, g in triples]
-    arena, threshold, counts = _fake(tensors, grads, offsets, size, k, score)
-    native.select_elements(values, pairs, offsets, k, score, arena, threshold, counts)
+    arena, threshold, counts = _fake(tensors, grads, offsets, size, k, score, backend)
+    kernels: Any = native
+    if backend == "triton":
+        from sensikernels.ops.select_kept import triton as kernels
+    kernels.select_elements(values, pairs, offsets, k, score, arena, threshold, counts)
     return arena, threshold, counts
 
 
@@ -42,6 +59,7 @@ def _fake(
     size: int,
     k: list[int],
     score: int,
+    backend: str = "native",
 ) -> tuple[Tensor, Tensor, Tensor]:
     device = tensors[0].device if tensors else torch.device("cpu")
     return (
@@ -56,10 +74,86 @@ _library.impl("select_elements", _select_elements, "CUDA")
 torch.library.register_fake("sensikernels::select_elements", _fake, lib=_library)
 
 
+def _select_units(
+    scores: Tensor,
+    costs: Tensor | None,
+    segments: Tensor | None,
+    kinds: Tensor | None,
+    limits: Tensor,
+    mode: int,
+    minimum: list[int],
+    multiple: list[int],
+    prefix: bool,
+    n_segments: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bits, indices, counts, least = _fake_units(scores, n_segments)
+    wide = [None if t is None else t.long().contiguous() for t in (segments, kinds)]
+    least[0] = native.select_units(
+        scores.double().contiguous(),
+        None if costs is None else costs.double().contiguous(),
+        *wide,
+        limits,
+        mode,
+        minimum,
+        multiple,
+        prefix,
+        bits,
+        indices,
+        counts,
+    )
+    return bits, indices, counts, least
+
+
+def _fake_units(scores: Tensor, n_segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        scores.new_empty(scores.shape, dtype=torch.bool),
+        scores.new_empty(scores.shape, dtype=torch.int32),
+        scores.new_empty(n_segments, dtype=torch.int32),
+        scores.new_empty(1, dtype=torch.float64),
+    )
+
+
+_library.impl("select_units", _select_units, "CPU")
+torch.library.register_fake(
+    "sensikernels::select_units",
+    lambda scores, *rest: _fake_units(scores, rest[-1]),
+    lib=_library,
+)
+
+
+def _fill_on_device(
+    cost: Tensor, segment: Tensor, free: Tensor, left: Tensor, prefix: bool, segments: int
+) -> Tensor:
+    if native.refusal("cuda", "fill_in_order") is None:
+        return native.fill_in_order(cost, segment, free, left, prefix, segments)
+    from sensikernels.ops.select_kept import triton
+
+    return triton.fill_in_order(cost, segment, free, left, prefix, segments)
+
+
+_library.impl("fill_in_order", reference.fill_in_order, "CPU")
+_library.impl("fill_in_order", _fill_on_device, "CUDA")
+torch.library.register_fake(
+    "sensikernels::fill_in_order",
+    lambda cost, *_: cost.new_empty(cost.shape, dtype=torch.bool),
+    lib=_library,
+)
+
+
 def native_refusal(device: str, dtypes: set[torch.dtype]) -> str | None:
-    """Why the compiled kernels cannot serve these tensors; None if they can."""
+    """Why the compiled kernels cannot select elements of these tensors; None if they can."""
     other = [d for d in dtypes if d not in DTYPES]
     return f"{other[0]} is served by the reference only" if other else native.refusal(device)
+
+
+def triton_refusal(device: str, dtypes: set[torch.dtype]) -> str | None:
+    """Why Triton cannot select elements of these tensors; None if it can."""
+    other = [d for d in dtypes if d not in DTYPES]
+    if other:
+        return f"{other[0]} is served by the reference only"
+    if device != "cuda" and not _settings.interpreting():
+        return f"Triton runs on CUDA tensors, not on {device}"
+    return None
 
 
 def launch(
@@ -69,9 +163,10 @@ def launch(
     size: int,
     wanted: Sequence[int],
     score: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arena, threshold and counts."""
     arena, threshold, counts = torch.ops.sensikernels.select_elements(
-        list(tensors), list(grads), list(offsets), size, list(wanted), score
+        list(tensors), list(grads), list(offsets), size, list(wanted), score, backend
     )
     return arena, threshold, counts

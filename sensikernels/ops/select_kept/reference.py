@@ -1,4 +1,4 @@
-"""The definition of a budgeted selection, without a host round trip but for the greedy fill."""
+"""The definition of a budgeted selection; on a device nothing is read back."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def bundle(
 def best_first(chunks: Chunks, value: Tensor) -> Tensor:
     """Chunks by infinite part, then ``value``, then position."""
     order = descending(sort_keys(value))
-    if not value.is_cuda and not chunks.infinite.any():
+    if reads_host(value) and not chunks.infinite.any():
         return order
     return order[torch.sort(chunks.infinite[order], descending=True, stable=True).indices]
 
@@ -170,7 +170,7 @@ def fill_two_kinds(chunks: Chunks, left: Tensor) -> Tensor:
     n1 -= ((n1 > 0) & (spent + n1 * price[1] > left)).long()
     score = (sums[0] + sums[1][n1]).masked_fill(~feasible, -torch.inf)
     count = (infinite[0] + infinite[1][n1]).masked_fill(~feasible, -torch.inf)
-    best = score.masked_fill(count < count.max(), -torch.inf).argmax()
+    best = score.masked_fill(count < count.max(), -torch.inf).argmax().view(1)  # [0-d] would sync
     chosen = (ranks[0] <= best) | (ranks[1] <= n1[best])
     return torch.zeros_like(chosen).scatter_(0, order, chosen) & (left >= 0)
 
@@ -186,69 +186,97 @@ def fill_equal(chunks: Chunks, left: Tensor) -> Tensor:
     return torch.zeros_like(chosen).scatter_(0, order, chosen)
 
 
-def fill_greedy(chunks: Chunks, left: float, prefix: bool) -> Tensor:
-    """Best score per cost first; a chunk that does not fit is skipped (CPU).
+def greedy_order(chunks: Chunks, *, prefix: bool) -> Tensor:
+    """Chunks by score per cost; with ``prefix`` by its running minimum inside the segment."""
+    value = torch.where(chunks.cost > 0, chunks.score / chunks.cost, torch.inf)
+    order = descending(sort_keys(value))
+    if prefix:
+        # Places instead of values: with the segment before them, a running maximum starts anew
+        # in each segment (chunks are listed by segment; padding has nothing to lose).
+        n = value.numel()
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(n, device=order.device))
+        base = torch.where(chunks.units > 0, chunks.segment, chunks.segment.max()) * n
+        order = torch.sort((base + place).cummax(0).values - base, stable=True).indices
+    return order[torch.sort(chunks.infinite[order], descending=True, stable=True).indices]
+
+
+def fill_greedy(chunks: Chunks, left: Tensor, prefix: bool, segments: int) -> Tensor:
+    """Best score per cost first; a chunk that does not fit is skipped.
 
     With ``prefix`` a skipped chunk also ends its segment, so that counts stay multiples.
     """
-    cost = chunks.cost.numpy()
-    free = (~chunks.forced & (chunks.units > 0)).numpy()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = np.where(cost > 0, chunks.score.numpy() / cost, np.inf)
-    if prefix:
-        value = falling_within(value, chunks.segment.numpy(), chunks.units.numpy() > 0)
-    order = best_first(chunks, torch.from_numpy(value)).numpy()
-    order = order[free[order]]
-    segment = chunks.segment.numpy()
-    chosen = np.zeros(len(cost), bool)
+    order = greedy_order(chunks, prefix=prefix)
+    free = ~chunks.forced & (chunks.units > 0)
+    chosen: Tensor = torch.ops.sensikernels.fill_in_order(
+        chunks.cost[order], chunks.segment[order], free[order], left, prefix, segments
+    )
+    return torch.zeros_like(chosen).scatter_(0, order, chosen)
+
+
+def fill_in_order(
+    cost: Tensor, segment: Tensor, free: Tensor, left: Tensor, prefix: bool, segments: int
+) -> Tensor:
+    """The op ``fill_in_order`` on the CPU: bool ``[n]``, what is taken when met in this order."""
+    costs, owner = cost.numpy(), segment.numpy()
+    room, order = float(left), np.flatnonzero(free.numpy())
+    chosen = np.zeros(len(costs), bool)
     while order.size:
-        spent = np.cumsum(cost[order])
-        fit = int(np.searchsorted(spent, left, side="right"))
+        spent = np.cumsum(costs[order])
+        fit = int(np.searchsorted(spent, room, side="right"))
         chosen[order[:fit]] = True
-        left -= float(spent[fit - 1]) if fit else 0.0
+        room -= float(spent[fit - 1]) if fit else 0.0
         order = order[fit:]
-        too_dear = cost[order] > left
+        too_dear = costs[order] > room
         if prefix and order.size:
-            first_skip = np.full(segment.max() + 1, order.size)
-            np.minimum.at(first_skip, segment[order[too_dear]], np.flatnonzero(too_dear))
-            too_dear |= np.arange(order.size) > first_skip[segment[order]]
+            first_skip = np.full(segments, order.size)
+            np.minimum.at(first_skip, owner[order[too_dear]], np.flatnonzero(too_dear))
+            too_dear |= np.arange(order.size) > first_skip[owner[order]]
         order = order[~too_dear]
     return torch.from_numpy(chosen)
 
 
-def falling_within(value: np.ndarray, segment: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """The running minimum of ``value`` inside each segment (chunks are listed by segment)."""
-    out = value.copy()
-    ends = np.flatnonzero(np.diff(segment[real])) + 1
-    for part in np.split(np.arange(int(real.sum())), ends):
-        out[part] = np.minimum.accumulate(out[part])
-    return out
-
-
-def one_cost_per_kind(chunks: Chunks) -> bool:
-    """Whether there are two kinds and each kind's chunks cost the same (CPU)."""
-    real = chunks.units > 0
-    prices = [chunks.cost[real & (chunks.kind == kind)] for kind in (0, 1)]
-    return all(p.numel() > 0 and bool((p == p[0]).all()) for p in prices)
+def one_cost_per_kind(chunks: Chunks) -> Tensor:
+    """bool []: whether there are two kinds and each kind's chunks cost the same."""
+    verdicts = []
+    for kind in (0, 1):
+        mine = (chunks.units > 0) & (chunks.kind == kind)
+        low = chunks.cost.masked_fill(~mine, torch.inf).min()
+        verdicts.append(mine.any() & (low == chunks.cost.masked_fill(~mine, -torch.inf).max()))
+    return verdicts[0] & verdicts[1]
 
 
 def keep_within_budget(
-    chunks: Chunks, ranking: Ranking, budget: Tensor, *, prefix: bool, equal: bool
+    chunks: Chunks, ranking: Ranking, budget: Tensor, *, prefix: bool, equal: bool, segments: int
 ) -> Tensor:
     """Bits of the units kept; ``equal``: all chunks cost the same. A CPU budget is checked."""
     forced_cost = chunks.cost.masked_fill(~chunks.forced, 0.0).sum()
     left = budget - forced_cost
-    on_cpu = not left.is_cuda
-    if on_cpu and left < 0:
-        raise UsageError(
-            f"budget: expected at least {forced_cost.item():.17g}, the cost of the minimum, "
-            f"got {budget.item():.17g}"
-        )
+    host = reads_host(left)
+    if host and left < 0:
+        raise infeasible(float(forced_cost), float(budget))
     if equal:
         extra = fill_equal(chunks, left)
-    elif not on_cpu or one_cost_per_kind(chunks):
-        extra = fill_two_kinds(chunks, left)
+    elif host:
+        exact = bool(one_cost_per_kind(chunks))
+        extra = (
+            fill_two_kinds(chunks, left) if exact else fill_greedy(chunks, left, prefix, segments)
+        )
     else:
-        extra = fill_greedy(chunks, left.item(), prefix)
+        # Nothing is read back, so both are made and the device takes one.
+        exact_fill = fill_two_kinds(chunks, left)
+        greedy = fill_greedy(chunks, left, prefix, segments)
+        extra = torch.where(one_cost_per_kind(chunks), exact_fill, greedy)
     listed = (chunks.forced | extra)[chunks.of_unit]
     return torch.zeros_like(listed).scatter_(0, ranking.units, listed)
+
+
+def reads_host(t: Tensor) -> bool:
+    """Whether the values of ``t`` can be looked at without waiting for a device."""
+    return t.device.type == "cpu"
+
+
+def infeasible(least: float, budget: float) -> UsageError:
+    """The error for a budget below the cost of the minimum."""
+    return UsageError(
+        f"budget: expected at least {least:.17g}, the cost of the minimum, got {budget:.17g}"
+    )

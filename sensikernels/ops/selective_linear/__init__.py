@@ -2,5 +2,13 @@
 
 from sensikernels.ops.selective_linear.api import ACTIVATIONS, selective_linear
 from sensikernels.ops.selective_linear.dispatch import explain
+from sensikernels.ops.selective_linear.grouped import Selected, selective_linear_grouped, why_apart
 
-__all__ = ["ACTIVATIONS", "explain", "selective_linear"]
+__all__ = [
+    "ACTIVATIONS",
+    "Selected",
+    "explain",
+    "selective_linear",
+    "selective_linear_grouped",
+    "why_apart",
+]

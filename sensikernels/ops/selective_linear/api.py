@@ -48,9 +48,9 @@ def selective_linear(
     Raises:
         UsageError: shapes, dtypes or devices disagree, or a named backend cannot serve.
     """
-    _check(x, weight, values, layout, bias, activation)
+    check(x, weight, values, layout, bias, activation)
     choice = dispatch.choose(layout, x, _settings.backend() if backend == "auto" else backend)
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, values = x.to(dtype), weight.to(dtype), values.to(dtype)
@@ -78,7 +78,7 @@ def _run(
     return SelectiveLinear.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
-def _check(
+def check(
     x: Tensor,
     weight: Tensor,
     values: Tensor,
@@ -86,6 +86,7 @@ def _check(
     bias: Tensor | None,
     activation: str,
 ) -> None:
+    """Raise UsageError where shapes, dtypes or devices disagree."""
     if activation not in ACTIVATIONS:
         require_one_of(activation, "activation", ACTIVATIONS)
     if weight.shape != layout.shape:

@@ -47,21 +47,28 @@ class SelectiveLinear(torch.autograd.Function):
         return y.view(*ctx.leading, weight.shape[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        read, weight, pre = ctx.saved_tensors
-        x_needed, _, values_needed, bias_needed = ctx.needs_input_grad[:4]
-        dy = matrix(grad)
-        dx = dvalues = dbias = None
-        if pre is not None:
-            dy, dbias = _through_gelu(dy, pre, ctx.backend, bias_needed)
-        elif bias_needed:
-            dbias = dy.sum(0)
-        if x_needed:
-            dx = (dy @ weight).view(*ctx.leading, weight.shape[1])
-        if values_needed:
-            dvalues = _grad_values(dy, read, ctx.layout, ctx.backend)
-        return dx, None, dvalues, dbias if bias_needed else None, None, None, None
+        # The wrapper costs as much as a small product; it says no to a second derivative.
+        return (_once if torch.is_grad_enabled() else _backward)(ctx, grad)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    read, weight, pre = ctx.saved_tensors
+    bias_needed = ctx.needs_input_grad[3]
+    dy = matrix(grad)
+    dx = dvalues = dbias = None
+    if pre is not None:
+        dy, dbias = _through_gelu(dy, pre, ctx.backend, bias_needed)
+    elif bias_needed:
+        dbias = dy.sum(0)
+    if weight is not None:
+        dx = (dy @ weight).view(*ctx.leading, weight.shape[1])
+    if read is not None:
+        dvalues = _grad_values(dy, read, ctx.layout, ctx.backend)
+    return dx, None, dvalues, dbias if bias_needed else None, None, None, None
+
+
+_once = once_differentiable(_backward)
 
 
 def _through_gelu(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sensikernels import _blocks
 from sensikernels._checks import require
-from sensikernels.layouts import BlockLayout, PackedLayout, from_arguments
+from sensikernels.layouts import BlockLayout, PackedLayout, from_arguments, to_arguments
 
 _LIB = torch.library.Library("sensikernels", "FRAGMENT")
 _LIB.define(
     "selective_grad_values(Tensor dy, Tensor x, int[] sizes, Tensor[] index, str backend) -> Tensor"
+)
+_LIB.define(
+    "selective_grad_values_grouped(Tensor[] dys, Tensor x, int[] sizes, Tensor[] index, "
+    "str backend) -> Tensor[]"
 )
 _LIB.define("selective_grad_activation(Tensor dy, Tensor pre, str backend) -> (Tensor, Tensor)")
 
@@ -32,6 +37,50 @@ def grad_values(dy: Tensor, x: Tensor, layout: PackedLayout | BlockLayout, backe
         require(False, "backend", "triton for this layout and device", "native")
     assert isinstance(layout, BlockLayout)
     return _blocks.grad_values(dy, x, layout)
+
+
+def grad_values_grouped(
+    dys: Sequence[Tensor], x: Tensor, layouts: Sequence[PackedLayout | BlockLayout], backend: str
+) -> list[Tensor]:
+    """``dy^T @ x`` at the kept entries of each layout; the dys are those of kept rows alone."""
+    if backend == "triton":
+        from sensikernels.ops.selective_linear.triton import selective_grad_values_grouped
+
+        return selective_grad_values_grouped(dys, x, layouts)
+    if isinstance(layouts[0], BlockLayout):
+        return [grad_values(dy, x, one, backend) for dy, one in zip(dys, layouts, strict=True)]
+    product = (dys[0] if len(dys) == 1 else torch.cat(list(dys), 1)).T @ x
+    return list(product.split([dy.shape[1] for dy in dys]))
+
+
+def grouped_through_dispatcher(
+    dys: Sequence[Tensor], x: Tensor, layouts: Sequence[PackedLayout | BlockLayout], backend: str
+) -> list[Tensor]:
+    """``grad_values_grouped`` where something watches operators."""
+    sizes, index = zip(*map(to_arguments, layouts), strict=True)
+    flat = [i for one in sizes for i in one], [t for one in index for t in one]
+    got: list[Tensor] = torch.ops.sensikernels.selective_grad_values_grouped(
+        list(dys), x, *flat, backend
+    )
+    return got
+
+
+def _apart(sizes: list[int], index: list[Tensor], n: int) -> list[PackedLayout | BlockLayout]:
+    """The layouts that ``grouped_through_dispatcher`` wrote one after the other."""
+    each, rest, layouts = len(sizes) // n, iter(index), []
+    for i in range(n):
+        mine = sizes[i * each : (i + 1) * each]
+        count = sum(mine[5:7]) + (8 if each > 7 else 0)
+        layouts.append(from_arguments(mine, [next(rest) for _ in range(count)]))
+    return layouts
+
+
+def _grad_values_grouped(
+    dys: list[Tensor], x: Tensor, sizes: list[int], index: list[Tensor], backend: str
+) -> list[Tensor]:
+    got = grad_values_grouped(dys, x, _apart(sizes, index, len(dys)), backend)
+    # An operator's results may not share memory.
+    return [one if one.untyped_storage().nbytes() == one.nbytes else one.clone() for one in got]
 
 
 def grad_activation(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -52,6 +101,7 @@ def _grad_values(
 
 for _device in ("CPU", "CUDA"):
     _LIB.impl("selective_grad_values", _grad_values, _device)
+    _LIB.impl("selective_grad_values_grouped", _grad_values_grouped, _device)
     _LIB.impl("selective_grad_activation", grad_activation, _device)
 
 
@@ -68,3 +118,15 @@ def _(dy: Tensor, x: Tensor, sizes: list[int], index: list[Tensor], backend: str
 @register_flop_formula(torch.ops.sensikernels.selective_grad_values)
 def _(dy: Any, x: Any, sizes: list[int], *_: Any, **__: Any) -> int:
     return int(2 * dy[0] * sizes[0])
+
+
+@torch.library.register_fake("sensikernels::selective_grad_values_grouped")
+def _(
+    dys: list[Tensor], x: Tensor, sizes: list[int], index: list[Tensor], backend: str
+) -> list[Tensor]:
+    return [x.new_empty(one.values_shape) for one in _apart(sizes, index, len(dys))]
+
+
+@register_flop_formula(torch.ops.sensikernels.selective_grad_values_grouped)
+def _(dys: Any, x: Any, sizes: list[int], *_: Any, **__: Any) -> int:
+    return int(2 * x[0] * sum(sizes[:: len(sizes) // len(dys)]))

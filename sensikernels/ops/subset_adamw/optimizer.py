@@ -271,7 +271,8 @@ class SubsetAdamW(Optimizer):
             if self._hyper is None:
                 self._hyper = values.to(device)
             else:
-                self._hyper.copy_(values)
+                pinned = values.pin_memory() if device.type == "cuda" else values
+                self._hyper.copy_(pinned, non_blocking=True)
             self._hyper_values = rows
         for place, lr in tensors:
             self._hyper[place, 0].copy_(lr.squeeze())

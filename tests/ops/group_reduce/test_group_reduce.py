@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 from sensikernels import _native
 from sensikernels.errors import UsageError
-from sensikernels.ops.group_reduce import STATISTICS, GroupTable, explain, group_reduce
+from sensikernels.ops.group_reduce import (
+    STATISTICS,
+    GroupTable,
+    explain,
+    group_reduce,
+    reference,
+)
 from sensikernels.ops.group_reduce.api import zeros
 from sensikernels.ops.group_reduce.table import make_layout, plan_tensor
 from tests.ops.group_reduce.cases import GROUPS, assert_sums, inputs
@@ -236,3 +242,16 @@ def test_op_contract_and_compile():
         return torch.ops.sensikernels.group_reduce([w], [g], *arguments[2:])
 
     assert torch.equal(torch.compile(step, fullgraph=True)(w, g), step(w, g))
+
+
+@pytest.mark.slow
+def test_hundred_million_entries():
+    """Small integers of period 35: every sum is known."""
+    w = (torch.arange(35) % 7 - 3).float()
+    g = (torch.arange(35) % 5 - 2).float()
+    names = ("sum_abs_wg", "sum_wg", "sum_batch_grad_squared", "max_abs_grad")
+    once = reference.group_reduce([w.double()], [g.double()], names, ["tensor"])[:, 0]
+    periods = 2_857_143
+    got = group_reduce([w.repeat(periods)], [g.repeat(periods)], names, backend="native")
+    want = once * torch.tensor([periods] * 3 + [1], dtype=torch.float64)
+    torch.testing.assert_close(got.arena[:, 0].double(), want, rtol=1e-7, atol=0)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from sensikernels import _native
 from sensikernels.errors import UsageError
 from sensikernels.layouts import (
     BlockLayout,
@@ -179,6 +180,31 @@ def test_compiles_without_a_break(name: str, activation: str):
     mine = torch.autograd.grad(y, given[:3], given[3])
     for a, b in zip(mine, torch.autograd.grad(expected, given[:3], given[3]), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(not _native.available(), reason="no compiled extension")
+def test_the_compiled_kernels_are_poisoned_too():
+    """A gather of nothing from no row leaves its memory as it came."""
+    rows, none = torch.empty(0, 3), torch.empty(0, dtype=torch.int32)
+    untouched = _native.ops().block_grad_input(
+        torch.zeros(4, 0), torch.zeros(0, 16, 16), none.new_zeros(1), none, none, 8
+    )
+    assert untouched.isnan().all()
+    assert _native.ops().gather_columns(rows, none).shape == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_second_derivative_is_refused(create_graph: bool, dtype: torch.dtype):
+    for name in ("rows", "blocks"):
+        layout = make_layout(name)
+        x, values, bias, dy = inputs(layout, 3, dtype)
+        y = masked_linear(x, values, layout, bias)
+        (dx,) = torch.autograd.grad(y, x, dy.requires_grad_(), create_graph=create_graph)
+        assert dx.requires_grad == create_graph
+        if create_graph:
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                dx.sum().backward()
 
 
 @pytest.mark.parametrize("name", ["odd-blocks"])

@@ -160,6 +160,11 @@ def test_opcheck(name: str):
     layout = make_layout(name)
     assert isinstance(layout, BlockLayout)
     x, _, _, _, dy = (t.detach() for t in inputs(layout, 6))
+    for a in (dy, dy.t().contiguous().t()):
+        torch.library.opcheck(
+            torch.ops.sensikernels.selective_grad_activation.default,
+            (a, torch.randn_like(dy), "native"),
+        )
     for a, b in ((dy, x), (dy.t().contiguous().t(), x.t().contiguous().t())):
         torch.library.opcheck(
             torch.ops.sensikernels.selective_grad_values.default,

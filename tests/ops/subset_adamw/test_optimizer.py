@@ -136,6 +136,36 @@ def test_grad_scaler(backend: str) -> None:
     assert same_state(before, (scaled.state_dict(), optimizers[1].state_dict()))
 
 
+def test_grad_scaler_after_unscaling_and_clipping_by_hand() -> None:
+    plain, scaled = net(), net()
+    optimizers = [SubsetAdamW(m.parameters(), lr=1e-2) for m in (plain, scaled)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for seed in range(3):
+        backward(plain, seed)
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
+        optimizers[0].step()
+        backward(scaled, seed, float(scaler.scale(torch.ones(()))))
+        scaler.unscale_(optimizers[1])
+        torch.nn.utils.clip_grad_norm_(scaled.parameters(), 0.01)
+        scaler.step(optimizers[1])
+        scaler.update()
+    for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_scheduler_writes_a_tensor_rate_in_place() -> None:
+    """The tensor a captured graph reads keeps its address through scheduler and checkpoint."""
+    model, rate = net(), torch.tensor(1e-2)
+    optimizer = SubsetAdamW(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for seed in range(3):
+        backward(model, seed)
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == pytest.approx(1e-2 / 8)
+
+
 def test_closure_schedulers_and_groups() -> None:
     model = net()
     optimizer = SubsetAdamW(model[0].parameters(), lr=1.0, weight_decay=0.0)

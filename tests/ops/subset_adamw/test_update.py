@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sensikernels._bits import unpack_bits
 from sensikernels.ops.subset_adamw import SubsetAdamW
 from tests.ops.subset_adamw.cases import BACKENDS, KINDS, bits, kept_of, same_bits
 from tests.tolerance import assert_close_to_reference
@@ -264,3 +265,27 @@ def test_more_than_256_changes_of_the_kept_rows() -> None:
     assert optimizer.state[param]["cohort_start"].numel() == 256
     assert optimizer.state[param]["cohort_start"][-1] == 299
     assert bool((param[2:].sub(param[2]).abs() < 1e-5).all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+def test_hundred_million_entries(threads: int) -> None:
+    """A step from a gradient of ones, a quarter kept by bits, bound by bound with the formula."""
+    count, before = 100_000_003, torch.get_num_threads()
+    packed = torch.randint(0, 256, (-(-count // 8),), dtype=torch.uint8)
+    packed &= torch.randint(0, 256, packed.shape, dtype=torch.uint8)
+    packed[-1] &= (1 << count % 8) - 1
+    weight = nn.Parameter(torch.full((count,), 2.0))
+    weight.grad = torch.ones(count)
+    optimizer = SubsetAdamW([weight], lr=0.5, weight_decay=0.5, backend="native")
+    optimizer.set_kept(weight, ("elements", packed))
+    torch.set_num_threads(threads)
+    try:
+        optimizer.step()
+    finally:
+        torch.set_num_threads(before)
+    kept = unpack_bits(packed, count)
+    torch.testing.assert_close(
+        weight.detach(), torch.where(kept, 2.0 * 0.75 - 0.5, 2.0), rtol=1e-6, atol=0
+    )
+    assert optimizer.state[weight]["exp_avg"].numel() == int(kept.sum())

@@ -1,0 +1,196 @@
+"""Who races in a training step: HuggingFace's model as it is, ours dense, ours under each plan.
+
+All see the same sentences. HuggingFace's are padded, to the longest of the batch (``hf-dynamic``,
+``hf-compiled``) or to 128 tokens (``hf-padded``, as ``run_glue`` does by default); ours run on
+packed tokens, on a GPU as CUDA graphs. Dropout as in the model; gradient clipping and AdamW
+included everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sensikernels.glue import collate, collate_packed
+from sensikernels.glue.batching import Row
+from sensikernels.hf import (
+    apply,
+    encoder_layers,
+    sensitivity,
+    use_counter_dropout,
+    use_packed,
+)
+from sensikernels.hf.targets import PARTS
+from sensikernels.masks import Budget, Mask, Plan, plan
+from sensikernels.methods import DPS, BitFit, Method, Run
+from sensikernels.ops.select_kept import select_kept
+from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.training.graph import GraphedStep
+
+Batch = dict[str, Any]
+Collate = Callable[[Sequence[Row]], Batch]
+
+PADDED = 128
+ROWS_SHARE, FROZEN_SHARE, FLOPS_SHARE = 0.1, 2 / 3, 0.5
+HF = ("hf-padded", "hf-dynamic", "hf-compiled")
+OURS = ("dense", "sensi-bert-0.5", "bitfit", "dps", "rows-0.1", "freeze-0.67")
+
+
+@dataclass(kw_only=True, eq=False)
+class Contestant:
+    """One model, its optimizer and its own view of the batches; a call takes one step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Sequence[Batch]
+    clip: bool = False
+    graphs: GraphedStep | None = None
+    method: Method | None = None
+    run: Run | None = None
+    _turn: Iterator[Batch] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._turn = cycle(self.batches)
+
+    def __call__(self) -> None:
+        """Forward, backward, clipping, update on the next batch."""
+        if self.graphs is not None:
+            self.graphs(next(self._turn))
+            return
+        self.model(**next(self._turn)).loss.backward()
+        if self.method is not None and self.run is not None:
+            self.method.before_step(self.run)
+            self.run.step += 1
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """What all contestants share: a model to copy, rows of each batch, and the device."""
+
+    base: nn.Module
+    rows: Sequence[Sequence[Row]]
+    device: str
+
+    def batches(self, how: Collate) -> list[Batch]:
+        """Every batch as ``how`` collates it, on the device."""
+        return [
+            {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in how(rows).items()}
+            for rows in self.rows
+        ]
+
+    @property
+    def tokens(self) -> float:
+        """Mean real tokens of a batch."""
+        return sum(len(r.input_ids) for rows in self.rows for r in rows) / len(self.rows)
+
+    @property
+    def mean_length(self) -> float:
+        """Σ S² / Σ S of the sentences: what attention costs on packed tokens."""
+        lengths = [len(r.input_ids) for rows in self.rows for r in rows]
+        return sum(n * n for n in lengths) / sum(lengths)
+
+    def make(self, name: str) -> Contestant:
+        """The contestant of this name on a copy of ``base``."""
+        model = copy.deepcopy(self.base)
+        if name in HF:
+            return self._hugging_face(model, name)
+        made = self._planned(ours(model, self.batches(packed)), name)
+        if self.device == "cuda" and made.method is None:
+            made.graphs = GraphedStep(made.model, made.optimizer)
+        return made
+
+    def _hugging_face(self, model: nn.Module, name: str) -> Contestant:
+        how = partial(padded, multiple=PADDED if name == "hf-padded" else 1)
+        batches = self.batches(how)
+        contestant = hugging_face(model, batches)
+        if name == "hf-compiled":
+            mode = "reduce-overhead" if self.device == "cuda" else None
+            compiled: Any = torch.compile(model, dynamic=True, mode=mode)
+            contestant.model = compiled
+        return contestant
+
+    def _planned(self, one: Contestant, name: str) -> Contestant:
+        length = self.mean_length
+        if name == "sensi-bert-0.5":
+            scores = sensitivity(one.model, self.batches(partial(padded, multiple=8))[:4])
+            made = plan(scores, Budget(flops=FLOPS_SHARE), sequence_length=length)
+            apply(one.model, made, optimizer=one.optimizer)
+        elif name == "rows-0.1":
+            apply(one.model, largest_rows(one.model, ROWS_SHARE))
+            one.optimizer = our_optimizer(one.model)
+        elif name == "freeze-0.67":
+            apply(one.model, frozen_lowest(one.model, FROZEN_SHARE))
+        elif name in ("bitfit", "dps"):
+            method: Method = BitFit() if name == "bitfit" else DPS()
+            run = Run(
+                model=one.model, optimizer=one.optimizer, max_steps=200, batches=list,
+                sequence_length=length,
+            )  # fmt: skip
+            method.begin(run)
+            if name == "dps":  # the other one is done once it has begun
+                one.method, one.run = method, run
+        return one
+
+
+def padded(rows: Sequence[Row], *, multiple: int = 1) -> Batch:
+    """HuggingFace's form, padded to the longest row rounded up to ``multiple``."""
+    return dict(collate(rows, pad_token_id=0, pad_to_multiple=multiple))
+
+
+def packed(rows: Sequence[Row]) -> Batch:
+    """Tokens end to end."""
+    return dict(collate_packed(rows, pad_token_id=0))
+
+
+def hugging_face(model: nn.Module, batches: Sequence[Batch]) -> Contestant:
+    """The stock model with torch's fused AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    return Contestant(model=model, optimizer=optimizer, batches=batches, clip=True)
+
+
+def ours(model: nn.Module, batches: Sequence[Batch]) -> Contestant:
+    """Our dense step: packed tokens, counter dropout, row-sparse words, clipping folded in.
+
+    On a GPU word gradients are dense: a graph wants one size.
+    """
+    use_counter_dropout(model)
+    use_packed(model)
+    words: Any = model.get_input_embeddings()  # type: ignore[operator]
+    words.sparse = words.weight.device.type == "cpu"
+    return Contestant(model=model, optimizer=our_optimizer(model), batches=batches)
+
+
+def our_optimizer(model: nn.Module) -> SubsetAdamW:
+    return SubsetAdamW(model.parameters(), lr=1e-5, max_grad_norm=1.0)
+
+
+def largest_rows(model: nn.Module, share: float) -> Plan:
+    """An update mask on every encoder linear: the rows with the largest Σ|w|."""
+    masks = {}
+    for layer in encoder_layers(model):
+        for part in PARTS:
+            weight: Any = layer.linear(part).weight
+            kept = select_kept(weight.detach().float().abs().sum(1).cpu(),
+                               k=max(1, round(share * len(weight))))  # fmt: skip
+            masks[layer.name(part)] = Mask.rows(kept.bits, tuple(weight.shape))
+    return Plan(method=f"rows-{share:g}", update_masks=masks)
+
+
+def frozen_lowest(model: nn.Module, share: float) -> Plan:
+    """Embeddings and the lowest ``share`` of the layers frozen."""
+    layers = encoder_layers(model)
+    frozen = tuple(f"{layer.prefix}." for layer in layers[: round(share * len(layers))])
+    names = [name for name, _ in model.named_parameters()]
+    kept = [n for n in names if not n.startswith(frozen) and ".embeddings." not in n]
+    return Plan(method=f"freeze-{share:.2f}", trainable=tuple(kept))

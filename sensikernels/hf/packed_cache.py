@@ -1,0 +1,120 @@
+"""Hidden states of a frozen prefix, computed once for each sentence and kept across epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sensikernels._checks import require
+from sensikernels.hf.packed_tokens import Tokens
+
+MIB = 2**20
+
+
+class FrozenPrefixCache:
+    """What embeddings and the lowest ``depth`` layers make of each sentence, by its token ids.
+
+    Right only while nothing there trains and no dropout is active there: both are checked at
+    every use, and a change of the frozen values empties the cache. Beyond ``limit_mib`` nothing
+    more is kept and sentences are computed again. Reading ids waits for the device once a step.
+    Made by ``cache_frozen_prefix``.
+    """
+
+    def __init__(self, prefix: Sequence[nn.Module], *, limit_mib: float) -> None:
+        self.depth = len(prefix) - 1
+        self._prefix, self._limit = prefix, limit_mib * MIB
+        self._kept: dict[bytes, Tensor] = {}
+        self._held = 0
+        self._version: tuple[int, ...] = ()
+        self.hits = self.misses = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model computes its own prefix: it may train what this one holds frozen."""
+        return
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tokens, compute: Callable[[Tokens], Tensor]) -> Tensor:
+        """Hidden states ``[tokens, hidden]`` after the prefix; ``compute`` makes absent ones."""
+        self._check()
+        keys, bounds = _keys(tokens)
+        absent = list({key: i for i, key in enumerate(keys) if key not in self._kept}.values())
+        made: dict[bytes, Tensor] = {}
+        if absent:
+            part, ends = _chosen(tokens, [bounds[i] for i in absent])
+            hidden = compute(part)
+            pieces = [hidden[a:b] for a, b in ends]
+            made = {keys[i]: piece for i, piece in zip(absent, pieces, strict=True)}
+            self._keep(made)
+        self.misses += len(absent)
+        self.hits += len(keys) - len(absent)
+        rows = [made[key] if key in made else self._kept[key] for key in keys]
+        filling = len(tokens.input_ids) - bounds[-1][1]
+        return torch.cat([*rows, rows[0].new_zeros(filling, rows[0].shape[-1])])
+
+    def _keep(self, made: dict[bytes, Tensor]) -> None:
+        for key, piece in made.items():
+            size = piece.numel() * piece.element_size()
+            if self._held + size <= self._limit:
+                self._kept[key] = piece.clone()
+                self._held += size
+
+    def _check(self) -> None:
+        trained = [p for module in self._prefix for p in module.parameters() if p.requires_grad]
+        require(not trained, "model", "a frozen prefix", f"{len(trained)} trained parameters in it")
+        active = [d for d in _dropouts(self._prefix) if d.training and d.p > 0]
+        require(not active, "model", "no dropout in the frozen prefix", f"p={_rate(active)}")
+        version = tuple(
+            v for module in self._prefix for p in module.parameters() for v in (id(p), p._version)
+        )
+        if version != self._version:
+            self._kept.clear()
+            self._held, self._version = 0, version
+
+
+def frozen_depth(embeddings: nn.Module, layers: Sequence[nn.Module]) -> int:
+    """How many of the lowest layers train nothing; 0 if the embeddings train."""
+    if any(p.requires_grad for p in embeddings.parameters()):
+        return 0
+    trained = (any(p.requires_grad for p in layer.parameters()) for layer in layers)
+    return next((i for i, trains in enumerate(trained) if trains), len(layers))
+
+
+def _keys(tokens: Tokens) -> tuple[list[bytes], list[tuple[int, int]]]:
+    every = (tokens.input_ids, tokens.position_ids, tokens.token_type_ids)
+    table = torch.stack(every, 1).cpu().numpy()
+    ends = tokens.cu_seqlens.tolist()
+    bounds = list(zip(ends[:-1], ends[1:], strict=True))
+    return [table[a:b].tobytes() for a, b in bounds], bounds
+
+
+def _chosen(
+    tokens: Tokens, bounds: Sequence[tuple[int, int]]
+) -> tuple[Tokens, list[tuple[int, int]]]:
+    """Those sequences alone, and where they lie then."""
+    device = tokens.input_ids.device
+    rows = torch.cat([torch.arange(a, b) for a, b in bounds]).to(device)
+    ends = [0]
+    for a, b in bounds:
+        ends.append(ends[-1] + b - a)
+    part = Tokens(
+        input_ids=tokens.input_ids[rows],
+        position_ids=tokens.position_ids[rows],
+        token_type_ids=tokens.token_type_ids[rows],
+        cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device),
+        max_length=tokens.max_length,
+        places=rows,
+        shape=(len(bounds), tokens.max_length),
+    )
+    return part, list(zip(ends[:-1], ends[1:], strict=True))
+
+
+def _dropouts(modules: Sequence[nn.Module]) -> Iterator[nn.Dropout]:
+    for module in modules:
+        yield from (m for m in module.modules() if isinstance(m, nn.Dropout))
+
+
+def _rate(active: Sequence[nn.Dropout]) -> float:
+    return active[0].p if active else 0.0

@@ -1,0 +1,129 @@
+"""One BERT layer, and the embeddings, on packed tokens: HuggingFace's modules, fewer passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import GELUActivation
+
+from sensikernels.hf.packed_tokens import Tokens
+from sensikernels.hf.packed_weights import plain, project
+from sensikernels.ops.bias_gelu import bias_gelu
+from sensikernels.ops.dropout_add_norm import dropout_add_norm
+from sensikernels.ops.embed_norm import embed_norm
+from sensikernels.ops.varlen_attention import varlen_attention
+
+
+def embed(embeddings: Any, tokens: Tokens, *, fused: bool) -> Tensor:
+    """Hidden states ``[tokens, hidden]`` of the embedding block."""
+    words, norm = embeddings.word_embeddings, embeddings.LayerNorm
+    tables = (words, embeddings.position_embeddings, embeddings.token_type_embeddings)
+    ids = (tokens.input_ids, tokens.position_ids, tokens.token_type_ids)
+    if fused and _is_norm(norm) and all(_is_table(table) for table in tables):
+        weights = [table.weight for table in tables]
+        return embed_norm(
+            ids[0],
+            ids[1],
+            ids[2],
+            weights[0],
+            weights[1],
+            weights[2],
+            norm.weight,
+            norm.bias,
+            dropout=_rate(embeddings.dropout),
+            eps=norm.eps,
+            sparse=words.sparse,
+        )
+    word, position, kind = (table(i) for table, i in zip(tables, ids, strict=True))
+    hidden: Tensor = embeddings.dropout(norm(word + kind + position))
+    return hidden
+
+
+def run_layer(
+    layer: Any, hidden: Tensor, tokens: Tokens, *, fused: bool, first_only: bool = False
+) -> Tensor:
+    """``[tokens, hidden]`` to the same, or to ``[rows, hidden]`` with ``first_only``.
+
+    ``first_only``: queries, output projection and FFN for each sequence's first token alone.
+    """
+    attention = layer.attention.self
+    residual = hidden.index_select(0, tokens.first) if first_only else hidden
+    context = _attend(attention, hidden, residual, tokens, fused=fused, first_only=first_only)
+    hidden = _close(layer.attention.output, context, residual, fused=fused)
+    return _close(layer.output, _activate(layer.intermediate, hidden, fused=fused), hidden,
+                  fused=fused)  # fmt: skip
+
+
+def _attend(
+    attention: Any, hidden: Tensor, asking: Tensor, tokens: Tokens, *, fused: bool, first_only: bool
+) -> Tensor:
+    """``[asking rows, heads · value size]``."""
+    linears = (attention.query, attention.key, attention.value)
+    if first_only:
+        query = attention.query(asking)
+        key, value = project(linears[1:], hidden) if fused else [m(hidden) for m in linears[1:]]
+    elif fused:
+        query, key, value = project(linears, hidden)
+    else:
+        query, key, value = (linear(hidden) for linear in linears)
+    qk_size = getattr(attention, "qk_head_size", attention.attention_head_size)
+    vo_size = getattr(attention, "vo_head_size", attention.attention_head_size)
+    one_each = None
+    if first_only:
+        one_each = torch.arange(len(tokens.cu_seqlens), dtype=torch.int32, device=hidden.device)
+    context = varlen_attention(
+        query.unflatten(-1, (-1, qk_size)),
+        key.unflatten(-1, (-1, qk_size)),
+        value.unflatten(-1, (-1, vo_size)),
+        tokens.cu_seqlens,
+        max_length=tokens.max_length,
+        cu_seqlens_query=one_each,
+        max_length_query=1 if first_only else None,
+        dropout=_rate(attention.dropout),
+        scale=attention.scaling,
+    )
+    return context.flatten(1)
+
+
+def _activate(intermediate: Any, x: Tensor, *, fused: bool) -> Tensor:
+    dense, act = intermediate.dense, intermediate.intermediate_act_fn
+    if fused and plain(dense) and dense.bias is not None and _is_exact_gelu(act):
+        return bias_gelu(F.linear(x, dense.weight), dense.bias)
+    out: Tensor = act(dense(x))
+    return out
+
+
+def _close(block: Any, x: Tensor, residual: Tensor, *, fused: bool) -> Tensor:
+    """LayerNorm(dropout(dense(x)) + residual)."""
+    x, norm = block.dense(x), block.LayerNorm
+    if fused and _is_norm(norm):
+        # Under autocast the residual stays wide and the product is narrow: add as PyTorch would.
+        x = x.to(torch.promote_types(x.dtype, residual.dtype))
+        residual = residual.to(x.dtype)
+        return dropout_add_norm(
+            x, residual, norm.weight, norm.bias, dropout=_rate(block.dropout), eps=norm.eps
+        )
+    out: Tensor = norm(block.dropout(x) + residual)
+    return out
+
+
+def _rate(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0
+
+
+def _is_norm(norm: nn.Module) -> bool:
+    return type(norm) is nn.LayerNorm and not (norm._forward_hooks or norm._forward_pre_hooks)
+
+
+def _is_table(table: Any) -> bool:
+    bare = type(table) is nn.Embedding and not (table._forward_hooks or table._forward_pre_hooks)
+    return bare and table.max_norm is None and not table.scale_grad_by_freq
+
+
+def _is_exact_gelu(act: Any) -> bool:
+    if isinstance(act, nn.GELU):
+        return act.approximate == "none"
+    return (act.act if isinstance(act, GELUActivation) else act) is F.gelu

@@ -1,0 +1,53 @@
+"""Selective linears that read the same input, run as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sensikernels.nn.selective import SelectiveLinear
+from sensikernels.ops.selective_linear import Selected, selective_linear_grouped, why_apart
+
+
+def grouped_selective_linear(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """``tuple(layer(x) for layer in layers)``; where they can share it, the backward is one.
+
+    Query, key and value of an attention read the same ``x [..., in_features]``: their kept entries
+    get their gradients from one product, x is saved once, and its three gradients are summed by
+    the GEMMs that make them. Layers that cannot share (``explain_group`` says why) run alone.
+    """
+    if explain_group(x, layers) is not None:
+        return tuple(layer(x) for layer in layers)
+    linears = []
+    for layer in layers:
+        assert isinstance(layer, SelectiveLinear)
+        layer._carry()
+        linears.append(Selected(layer.weight, layer.values, layer.layout, layer.bias))
+    first = layers[0]
+    assert isinstance(first, SelectiveLinear)
+    return selective_linear_grouped(x, linears, backend=first.backend)
+
+
+def explain_group(x: Tensor, layers: Sequence[nn.Module]) -> str | None:
+    """Why ``layers`` run alone on ``x``; None if they run as one."""
+    selective = [layer for layer in layers if isinstance(layer, SelectiveLinear)]
+    if len(selective) < 2 or len(selective) != len(layers):
+        return "a group is two or three SelectiveLinear"
+    if not torch.is_grad_enabled() or not all(layer.values.requires_grad for layer in selective):
+        return "nothing of some layer's weight is trained"
+    backends = {layer.backend for layer in selective}
+    if any(layer.activation != "none" for layer in selective) or len(backends) > 1:
+        return "they differ in backend, or have an activation"
+    if backends == {"reference"}:
+        return "backend reference runs layers alone"
+    layouts = tuple(layer.layout for layer in selective)
+    memo = getattr(layouts[0], "chosen", None)
+    if memo is None or torch.compiler.is_compiling():
+        return why_apart(layouts, x.dtype)
+    known, reason = memo.get(("group", x.dtype), ((), None))
+    if len(known) != len(layouts) or any(a is not b for a, b in zip(known, layouts, strict=True)):
+        reason = why_apart(layouts, x.dtype)
+        memo["group", x.dtype] = layouts, reason
+    return reason

@@ -1,0 +1,209 @@
+"""``varlen_attention``: the public function, its checks, its autocast rule, its choice."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sensikernels import _settings
+from sensikernels._checks import require, require_one_of
+from sensikernels._compile import constant_when_traced
+from sensikernels.errors import UsageError
+from sensikernels.ops.varlen_attention import flash, native, reference
+from sensikernels.ops.varlen_attention.autograd import VarlenAttention
+
+Call = tuple[Tensor, Tensor, Tensor, "Tensor | None", Tensor, Tensor]
+BACKENDS = ("auto", "reference", "native", "flash", "buckets")
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_length: int,
+    cu_seqlens_query: Tensor | None = None,
+    max_length_query: int | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """dropout(softmax(scale Q Kᵀ)) V of each packed sequence and head, in both directions.
+
+    Sequence s has keys ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``, its queries likewise by
+    ``cu_seqlens_query``. Rows after the last offset are padding: output and gradients are zero
+    there. A sequence without keys gives zero. Dropout zeroes probabilities and scales the others
+    by 65536 / k, k = round((1 - dropout) 65536); except with ``flash`` the mask depends on seed,
+    head, query row and key alone: not on dtype, device, threads, strides or backend.
+
+    Args:
+        query: ``[tokens_q, heads, qk_size]``; slices of a fused projection are read in place.
+        key: ``[tokens, heads, qk_size]``.
+        value: ``[tokens, heads, vo_size]``.
+        cu_seqlens: int32 ``[sequences + 1]``, ascending from 0 to at most ``tokens``.
+        max_length: at least the longest sequence (on the CPU that is checked).
+        cu_seqlens_query: where queries are counted otherwise; ``cu_seqlens`` if absent.
+        max_length_query: as ``max_length``, with ``cu_seqlens_query`` only.
+        dropout: probability in [0, 1].
+        scale: 1 / sqrt(qk_size) if absent.
+        seed: int64 ``[]`` on query's device; drawn from torch's generator of it if absent.
+        backend: "auto" (``explain`` says what), "reference", "native", "flash" or "buckets".
+
+    Returns:
+        ``[tokens_q, heads, vo_size]``, contiguous, in query's dtype; under autocast in its dtype.
+        Differentiable once; with "reference" as often as PyTorch.
+
+    Raises:
+        UsageError: shapes, dtypes, devices or offsets disagree, or a named backend cannot serve.
+    """
+    if cu_seqlens_query is None:
+        if max_length_query is not None:
+            require(False, "max_length_query", "None for self attention", max_length_query)
+        if query.shape[0] != key.shape[0]:
+            require(False, "query", f"{key.shape[0]} rows as key", query.shape[0])
+        max_length_query = max_length
+    if max_length_query is None:
+        raise UsageError("max_length_query: expected the longest query count, got None")
+    _check_operands(query, key, value)
+    _check_offsets(cu_seqlens, cu_seqlens_query, query.device)
+    _check_numbers(max_length, max_length_query, dropout, seed, query.device)
+    device = query.device.type
+    casts = device != "meta" and torch.is_autocast_enabled(device)
+    if casts and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if not query.dtype == key.dtype == value.dtype:
+        require(False, "key, value", f"{query.dtype} as query", f"{key.dtype}, {value.dtype}")
+    threshold = round((1.0 - dropout) * reference.DRAWS)
+    drops = threshold < reference.DRAWS
+    seeded = drops and seed is not None
+    chosen, _ = choose(query, value, backend, seeded=seeded)
+    if scale is None:
+        scale = query.shape[2] ** -0.5 if query.shape[2] else 1.0
+    if seed is None:
+        if drops and chosen != "flash":
+            seed = torch.randint(1 << 62, (), device=query.device)
+        else:
+            seed = cu_seqlens.new_zeros((), dtype=torch.int64)
+    call = (query, key, value, cu_seqlens_query, cu_seqlens, seed)
+    lengths = (max_length_query, max_length)
+    if casts:
+        with torch.autocast(device, enabled=False):
+            return _run(call, lengths, threshold, scale, chosen)
+    return _run(call, lengths, threshold, scale, chosen)
+
+
+def _run(
+    call: Call, lengths: tuple[int, int], threshold: int, scale: float, backend: str
+) -> Tensor:
+    if backend == "reference":
+        query, key, value, cu_query, cu_key, seed = call
+        where = (cu_key if cu_query is None else cu_query, cu_key, seed)
+        return reference.varlen_attention(query, key, value, *where, *lengths, threshold, scale)
+    rest = (lengths, threshold, scale, backend)
+    return VarlenAttention.apply(*call, *rest)  # type: ignore[no-untyped-call]
+
+
+def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.dim() != 3:
+        require(False, "query", "[tokens_q, heads, qk_size]", list(query.shape))
+    if not query.is_floating_point():
+        require(False, "query", "a floating dtype", query.dtype)
+    _, heads, size = query.shape
+    if key.dim() != 3 or key.shape[1] != heads or key.shape[2] != size:
+        require(False, "key", f"[tokens, {heads}, {size}]", list(key.shape))
+    if value.dim() != 3 or value.shape[0] != key.shape[0] or value.shape[1] != heads:
+        require(False, "value", f"[{key.shape[0]}, {heads}, vo_size]", list(value.shape))
+    for name, x in (("key", key), ("value", value)):
+        if x.device != query.device:
+            require(False, name, f"a tensor on {query.device}", x.device)
+
+
+def _check_offsets(
+    cu_seqlens: Tensor, cu_seqlens_query: Tensor | None, device: torch.device
+) -> None:
+    for name, cu in (("cu_seqlens", cu_seqlens), ("cu_seqlens_query", cu_seqlens_query)):
+        if cu is None:
+            return
+        if cu.dtype != torch.int32 or cu.dim() != 1 or cu.shape[0] < 1 or cu.device != device:
+            got = f"{cu.dtype} {list(cu.shape)} on {cu.device}"
+            require(False, name, f"int32 [sequences + 1] on {device}", got)
+        if cu.shape != cu_seqlens.shape:
+            require(False, name, list(cu_seqlens.shape), list(cu.shape))
+
+
+def _check_numbers(
+    max_length: int, max_query: int, dropout: float, seed: Tensor | None, device: torch.device
+) -> None:
+    for name, length in (("max_length", max_length), ("max_length_query", max_query)):
+        if length < 0:
+            require(False, name, "a length", length)
+    if not 0.0 <= dropout <= 1.0:
+        require(False, "dropout", "a probability in [0, 1]", dropout)
+    if seed is not None and not (
+        seed.dtype == torch.int64 and seed.dim() == 0 and seed.device == device
+    ):
+        got = f"{seed.dtype} {list(seed.shape)} on {seed.device}"
+        require(False, "seed", f"int64 [] on {device}", got)
+
+
+def choose(
+    query: Tensor,
+    value: Tensor,
+    backend: str = "auto",
+    *,
+    seeded: bool = False,
+) -> tuple[str, str]:
+    """The backend that serves such tensors and why; ``seeded``: dropout with a given seed.
+
+    Raises UsageError for a named one that cannot.
+    """
+    require_one_of(backend, "backend", BACKENDS)
+    size = max(int(query.shape[2]), int(value.shape[2]))
+    return _choose(str(query.device), query.dtype, size, seeded, backend)
+
+
+@constant_when_traced
+def _choose(
+    device: str, dtype: torch.dtype, size: int, seeded: bool, backend: str
+) -> tuple[str, str]:
+    return _chosen(device, dtype, size, seeded, backend)
+
+
+@cache
+def _chosen(
+    device: str, dtype: torch.dtype, size: int, seeded: bool, backend: str
+) -> tuple[str, str]:
+    asked = _settings.backend() if backend == "auto" else backend
+    where = torch.device(device)
+    refusals = {
+        "reference": None,
+        "buckets": None,
+        "native": native.refusal(where.type, dtype),
+        "flash": flash.refusal(where, dtype, size, seeded=seeded),
+    }
+    # There is no Triton kernel here: the variable leaves the choice to auto.
+    if asked not in ("auto", "triton"):
+        if refusals[asked]:
+            raise UsageError(f"backend: {asked} cannot serve this call: {refusals[asked]}")
+        return asked, "asked for by name"
+    for name in ("native", "flash"):
+        if refusals[name] is None:
+            return name, f"the fastest for {where.type}"
+    return "buckets", "; ".join(f"{name}: {why}" for name, why in refusals.items() if why)
+
+
+def explain(
+    query: Tensor,
+    value: Tensor,
+    backend: str = "auto",
+    *,
+    seeded: bool = False,
+) -> str:
+    """One line: which backend serves such tensors, and why."""
+    name, why = choose(query, value, backend, seeded=seeded)
+    return f"varlen_attention: {name} ({why})"

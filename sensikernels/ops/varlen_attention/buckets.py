@@ -1,0 +1,135 @@
+"""Sequences of about one length together: two products, a softmax and counter dropout.
+
+On the CPU one bucket per length rounded up to 8, or views of the operands where all sequences have
+one length; elsewhere one bucket in all, for lengths are not read back from a device.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sensikernels import _native
+from sensikernels.ops.varlen_attention import reference
+from sensikernels.ops.varlen_attention.layout import Padded, Whole, pad
+
+ROUND = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Some sequences: where their queries and keys lie, and their first query rows."""
+
+    queries: Padded | Whole
+    keys: Padded | Whole
+    starts: Tensor
+
+    def probabilities(self, query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, ...]:
+        """``(P, Q, K)``, padded."""
+        q, k = self.queries.gather(query), self.keys.gather(key)
+        scores = torch.matmul(q * scale, k.transpose(2, 3))
+        if isinstance(self.keys, Padded):
+            outside = ~self.keys.inside[:, None, None, :]
+            scores = scores.masked_fill_(outside, torch.finfo(scores.dtype).min)
+        return torch.softmax(scores, -1), q, k
+
+
+def buckets(
+    cu_query: Tensor, cu_key: Tensor, max_query: int, max_key: int, tokens: tuple[int, int]
+) -> Iterator[Bucket]:
+    """The non-empty sequences, bucket by bucket."""
+    spans = [cu_query[:-1], cu_query[1:], cu_key[:-1], cu_key[1:]]
+    groups: dict[tuple[int, int], list[int] | None] = {(max_query, max_key): None}
+    if cu_query.device.type == "cpu":
+        lengths = [(spans[i + 1] - spans[i]).tolist() for i in (0, 2)]
+        if all(lengths) and all(min(one) == max(one) > 0 for one in lengths):
+            whole = (Whole(n=len(one), length=one[0]) for one in lengths)
+            yield Bucket(queries=next(whole), keys=next(whole), starts=spans[0])
+            return
+        groups = _by_length(*lengths)
+    for (queries, keys), which in groups.items():
+        mine = spans
+        if which is not None:
+            index = torch.tensor(which)
+            mine = [span[index] for span in spans]
+        if queries and keys and mine[0].numel():
+            yield Bucket(
+                queries=pad(mine[0], mine[1], queries, tokens[0]),
+                keys=pad(mine[2], mine[3], keys, tokens[1]),
+                starts=mine[0],
+            )
+
+
+def _by_length(queries: list[int], keys: list[int]) -> dict[tuple[int, int], list[int] | None]:
+    grouped: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for s, pair in enumerate(zip(queries, keys, strict=True)):
+        a, b = (-(-length // ROUND) * ROUND for length in pair)
+        grouped[min(a, max(queries)), b].append(s)
+    return dict(grouped)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_query: Tensor,
+    cu_key: Tensor,
+    seed: Tensor,
+    max_query: int,
+    max_key: int,
+    threshold: int,
+    scale: float,
+) -> Tensor:
+    """As the reference, without autograd."""
+    out = _rows_and_one(query, value.shape[2])
+    for bucket in buckets(cu_query, cu_key, max_query, max_key, (len(query), len(key))):
+        p, _, _ = bucket.probabilities(query, key, scale)
+        p = _dropped(p, seed, bucket.starts, threshold)
+        bucket.queries.scatter(torch.matmul(p, bucket.keys.gather(value)), out)
+    return out[:-1]
+
+
+def backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_query: Tensor,
+    cu_key: Tensor,
+    seed: Tensor,
+    max_query: int,
+    max_key: int,
+    threshold: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv)``: P is computed again."""
+    dq, dk, dv = (_rows_and_one(x, x.shape[2]) for x in (query, key, value))
+    for bucket in buckets(cu_query, cu_key, max_query, max_key, (len(query), len(key))):
+        p, q, k = bucket.probabilities(query, key, scale)
+        d, v = bucket.queries.gather(dout), bucket.keys.gather(value)
+        g = _dropped(torch.matmul(d, v.transpose(2, 3)), seed, bucket.starts, threshold)
+        ds = torch.ops.aten._softmax_backward_data(g, p, -1, p.dtype).mul_(scale)
+        p = _dropped(p, seed, bucket.starts, threshold)
+        bucket.queries.scatter(torch.matmul(ds, k), dq)
+        bucket.keys.scatter(torch.matmul(ds.transpose(2, 3), q), dk)
+        bucket.keys.scatter(torch.matmul(p.transpose(2, 3), d), dv)
+    return dq[:-1], dk[:-1], dv[:-1]
+
+
+def _rows_and_one(like: Tensor, size: int) -> Tensor:
+    """Zeros ``[tokens + 1, heads, size]``: the last row takes what belongs nowhere."""
+    return like.new_zeros(like.shape[0] + 1, like.shape[1], size)
+
+
+def _dropped(p: Tensor, seed: Tensor, starts: Tensor, threshold: int) -> Tensor:
+    """``reference.dropped``; the compiled kernel overwrites ``p``."""
+    compiled = p.device.type == "cpu" and p.dtype in (torch.float32, torch.bfloat16)
+    if threshold == reference.DRAWS or not (compiled and _native.available()):
+        return reference.dropped(p, seed, starts, threshold)
+    p = p.contiguous()
+    _native.ops().varlen_attention_drop(p, starts.contiguous(), seed, threshold)
+    return p

@@ -1,0 +1,234 @@
+"""Several processes, one run: who takes which rows, what they average, what the first one does.
+
+Every process sees the order of global batches that a single one would see and takes every
+``size``-th row of each. Its mean loss is weighted by its number of rows, so that the average of
+gradients is the global batch's, whatever the division leaves over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sensikernels._checks import require
+from sensikernels.errors import SensiError
+from sensikernels.glue import Batches
+from sensikernels.masks import Plan
+from sensikernels.methods import Run
+from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.training.config import Settings
+
+T = TypeVar("T")
+
+
+class Part(NamedTuple):
+    """What one process does of a global batch.
+
+    ``weight``: its mean loss times this, averaged over processes, is the global mean loss.
+    ``tokens``: real tokens of the whole batch.
+    """
+
+    batch: dict[str, Any]
+    weight: float
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The processes of a run, as one of them sees them; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+    parallel: str = "ddp"
+
+    @classmethod
+    def join(cls, settings: Settings) -> World:
+        """Meet the other processes that ``torchrun`` or ``accelerate launch`` started, if any.
+
+        Raises:
+            UsageError: there are more processes than rows in a batch.
+        """
+        from accelerate import PartialState
+
+        state = PartialState(cpu=settings.device == "cpu")
+        size = state.num_processes
+        require(settings.batch_size >= size, "batch_size", f"a row for each of {size} processes",
+                settings.batch_size)  # fmt: skip
+        return cls(rank=state.process_index, size=size, parallel=settings.parallel)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and tells."""
+        return self.rank == 0
+
+    def parts(self, batches: Batches) -> Iterator[Part]:
+        """This process's rows of every batch. Who is left without one takes a row of no weight."""
+        lengths = batches.order.lengths
+        orders = list(batches.order)
+        mine = [rows[self.rank :: self.size] for rows in orders]
+        taken = [own or rows[:1] for own, rows in zip(mine, orders, strict=True)]
+        for batch, own, rows in zip(_loader(batches, taken), mine, orders, strict=True):
+            yield Part(batch, len(own) * self.size / len(rows), int(lengths[rows].sum()))
+
+    def turns(self, batches: Batches, *, even: bool = False) -> DataLoader[Any]:
+        """Every ``size``-th batch, whole. ``even``: the same number for all, the last one again."""
+        orders = list(batches.order)
+        mine = orders[self.rank :: self.size]
+        if even and len(mine) < -(-len(orders) // self.size):
+            mine.append(orders[-1])
+        return _loader(batches, mine)
+
+    def interleave(self, own: Sequence[T], count: int) -> list[T]:
+        """What all made of their even turns, in the order of the ``count`` batches."""
+        return [one for turn in zip(*self.gather(own), strict=True) for one in turn][:count]
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank; plain objects and CPU tensors."""
+        if self.size == 1:
+            return [value]
+        every: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(every, value)
+        return every
+
+    def agree(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns, or raises, on the first process: for all."""
+        if self.size == 1:
+            return make()
+        told: list[Any] = [None, None]
+        if self.first:
+            try:
+                told[0] = make()
+            except SensiError as error:
+                told[1] = error
+        torch.distributed.broadcast_object_list(told, src=0)
+        if told[1] is not None:
+            raise told[1]
+        result: T = told[0]
+        return result
+
+    def mean(self, value: Tensor) -> float:
+        """The average of a number over processes."""
+        if self.size == 1:
+            return float(value.detach())
+        total = value.detach().double()
+        torch.distributed.all_reduce(total)
+        return float(total) / self.size
+
+    def require_same(self, plan: Plan | None) -> None:
+        """Raise SensiError, everywhere, unless all processes hold this plan."""
+        if self.size == 1 or plan is None:
+            return
+        digests = self.gather(_digest(plan))
+        if len(set(digests)) > 1:
+            raise SensiError(f"plan: expected the same on {self.size} processes, got {digests}")
+
+    def wrap(self, run: Run, *, settled: bool) -> nn.Module:
+        """``run.model`` with its gradients averaged in backward; itself if there is one process.
+
+        A table with row-sparse gradients is left to ``average_rows``. With ``parallel`` "fsdp" the
+        model and its optimizer are sharded once they are ``settled``: no layer will be swapped.
+        """
+        model = run.model
+        if self.size == 1:
+            return model
+        if self.parallel == "fsdp" and settled:
+            from sensikernels.training.sharded import shard
+
+            assert isinstance(run.optimizer, SubsetAdamW)
+            run.optimizer = shard(model, run.optimizer)
+            return model
+        from torch.nn.parallel import DistributedDataParallel
+
+        # No buffer changes in training: nothing to send before each forward.
+        ignored = [f"{n}.weight" for n, m in model.named_modules() if _is_sparse(m)]
+        ignored += [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+        return DistributedDataParallel(model)
+
+    def shards(self, model: nn.Module) -> bool:
+        """Whether ``model`` is in parts now."""
+        if self.parallel == "ddp" or self.size == 1:
+            return False
+        from sensikernels.training.sharded import is_sharded
+
+        return is_sharded(model)
+
+    def whole(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's state dict, not sharded."""
+        values = model.state_dict()
+        if not self.shards(model):
+            return dict(values)
+        from sensikernels.training.sharded import whole
+
+        return whole(values)
+
+    def average_rows(self, model: nn.Module) -> None:
+        """Average row-sparse gradients: what was added to a row is added up, rows are joined."""
+        if self.size == 1:
+            return
+        from accelerate.utils import gather, pad_across_processes
+
+        for table in filter(_is_sparse, model.modules()):
+            weight: Any = table.weight
+            if weight.grad is None:
+                continue
+            grad = weight.grad.coalesce()
+            rows = gather(pad_across_processes(grad.indices()[0], pad_index=-1))
+            values = gather(pad_across_processes(grad.values() / self.size))
+            real = rows >= 0
+            weight.grad = torch.sparse_coo_tensor(
+                rows[real][None], values[real], weight.shape, check_invariants=False
+            )
+
+
+ALONE = World()
+
+
+@contextmanager
+def one_for_all(world: World) -> Iterator[None]:
+    """Say in one line that another process ended, where a collective call finds out."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+        if world.size == 1 or not lost:
+            raise
+        why = " ".join(str(error).split())[:160]
+        where = f"process {world.rank} of {world.size}"
+        raise SensiError(f"{where}: lost the others: {why}") from error
+
+
+def leave() -> None:
+    """Part from the other processes, if there are any."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _is_sparse(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and module.sparse and module.weight.requires_grad
+
+
+def _loader(batches: Batches, orders: list[list[int]]) -> DataLoader[Any]:
+    # A generator of its own: without one, iterating draws from the global random state.
+    return DataLoader(
+        batches.dataset,
+        batch_sampler=orders,
+        collate_fn=batches.collate_fn,
+        generator=torch.Generator(),
+    )
+
+
+def _digest(plan: Plan) -> str:
+    digest = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True, default=str).encode())
+    for masks in (plan.weight_masks, plan.update_masks):
+        for name in sorted(masks):
+            digest.update(name.encode() + masks[name].grid.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
