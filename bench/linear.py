@@ -30,9 +30,8 @@ SHAPES = {
 TOKENS = (1, 128, 1280, 4096, 16384)
 CPU_TOKENS = (1, 128, 1280, 4096)
 DENSITIES = (1.0, 0.75, 0.5, 0.25, 0.1)
-BASELINES = (
-    "dense", "masked-dense", "hand-packed", "torch-bsr", "compiled-masked", "semi-structured",
-)  # fmt: skip
+BASELINES = ("dense", "masked-dense", "hand-packed", "torch-bsr", "compiled-masked",
+             "semi-structured")  # fmt: skip
 QUICK_SECONDS = 55.0
 HEAD = 64
 
@@ -328,17 +327,17 @@ def _linears(
     def masked(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(x, weight * mask, bias)
 
-    def compiled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return _compiled()(x, weight, mask, bias)
-
     named = "native" if x.is_cpu else "triton"
     makers: dict[str, Callable[[], Callable[[], object]]] = {
         "auto": module,
         "packed": lambda: mine("auto"),
         "block-sparse": lambda: mine(named),
-        "dense": lambda: _step(F.linear, x, weight, bias, dy, backward),
+        # A copy of its own, like everybody's: one that many read is warmer in the cache.
+        "dense": lambda: _step(F.linear, x, weight.clone(), bias, dy, backward),
         "masked-dense": lambda: _step(masked, x, weight, bias, dy, backward),
-        "compiled-masked": lambda: _step(compiled, x, weight, bias, dy, backward),
+        "compiled-masked": lambda: _step(
+            lambda x, w, b: _compiled()(x, w, mask, b), x, weight, bias, dy, backward
+        ),
     }
     if isinstance(layout, PackedLayout):
         makers["hand-packed"] = lambda: _step(
@@ -395,6 +394,7 @@ def _gate(got: Tensor, expected: Tensor, case: Case) -> None:
     """No timing of a wrong result: RMS of the difference against RMS of the result."""
     error = (got.double() - expected.double()).square().mean().sqrt()
     size = expected.double().square().mean().sqrt()
-    bound = 0.02 if case.dtype == torch.bfloat16 else 1e-4
+    # A GPU's float32 products are TF32's.
+    bound = 0.02 if case.dtype == torch.bfloat16 else 2e-3 if got.is_cuda else 1e-4
     if got.numel() and not error <= bound * size:
         raise AssertionError(f"{case}: relative RMS error {float(error / size):.2e} > {bound}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sensikernels.layouts import PackedLayout
-from sensikernels.nn import MaskedLinear
+from sensikernels.nn import MaskedLinear, grouped_selective_linear
 
 
 def plain(module: nn.Module) -> bool:
@@ -29,9 +29,12 @@ def plain(module: nn.Module) -> bool:
 
 
 def project(linears: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
-    """Every linear of ``x [tokens, in]``: one product where all are plain, else one each."""
+    """Every linear of ``x [tokens, in]``: one product where all are plain, else one each.
+
+    Selective linears share the gradient of their kept entries where they can.
+    """
     if not all(plain(linear) and linear.bias is not None for linear in linears):
-        return [linear(x) for linear in linears]
+        return grouped_selective_linear(x, linears)
     weights = [linear.weight for linear in linears]
     y = F.linear(x, joined(weights), joined([linear.bias for linear in linears]))
     return y.split([len(weight) for weight in weights], -1)

@@ -110,6 +110,10 @@ class MaskedLinear(MaskedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         layout = self.layout
+        dense = self._unpacked.serving(self.weight, x)
+        if dense is not None and self.backend == _settings.backend() == "auto":
+            y = F.linear(x, dense, self.bias)
+            return F.gelu(y) if self.activation == "gelu" else y
         if (
             isinstance(layout, PackedLayout)
             and layout.direct
@@ -121,7 +125,7 @@ class MaskedLinear(MaskedModule):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._unpacked.weight = None
         elif self._infers_dense(x):
-            weight = self._unpacked.of(self.weight, self.layout)
+            weight = self._unpacked.of(self.weight, self.layout, x)
             y = F.linear(x, weight, self.bias)
             return F.gelu(y) if self.activation == "gelu" else y
         return masked_linear(
@@ -191,17 +195,27 @@ class MaskedLinear(MaskedModule):
 class _Unpacked:
     """A dense copy of the weight, and of which state of which tensor it is one."""
 
-    __slots__ = ("source", "state", "weight")
+    __slots__ = ("input", "source", "state", "weight")
 
     def __init__(self) -> None:
         self.weight: Tensor | None = None
         self.source: Callable[[], Tensor | None] = lambda: None
         self.state = (0, 0)
+        self.input: tuple[torch.Size, torch.dtype] | None = None
 
     def __reduce__(self) -> tuple[type[_Unpacked], tuple[()]]:
         return _Unpacked, ()
 
-    def of(self, values: Tensor, layout: Layout) -> Tensor:
+    def serving(self, values: Tensor, x: Tensor) -> Tensor | None:
+        """The copy, where it is of ``values`` as they are and served an ``x`` like this before."""
+        if self.weight is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        known = self.input == (x.shape, x.dtype) and self.source() is values
+        fresh = known and self.state == (values._version, values.data_ptr())
+        return self.weight if fresh and not torch.is_autocast_enabled(x.device.type) else None
+
+    def of(self, values: Tensor, layout: Layout, x: Tensor) -> Tensor:
+        self.input = x.shape, x.dtype
         state = (values._version, values.data_ptr())
         if self.weight is None or self.source() is not values or self.state != state:
             self.source, self.state = weakref.ref(values), state

@@ -22,6 +22,7 @@ from sensikernels.ops.subset_adamw import SubsetAdamW
 from sensikernels.training.config import Settings
 from sensikernels.training.data import Data
 from sensikernels.training.distributed import ALONE, World
+from sensikernels.training.graph import GraphedStep
 
 
 @dataclass(kw_only=True, eq=False)
@@ -50,6 +51,7 @@ class Runner:
     def __post_init__(self) -> None:
         self._random = _seeded(self.seed, self.device, self.world.rank)
         self._together: nn.Module | None = None
+        self._graphed = self._graphs()
 
     @property
     def model(self) -> nn.Module:
@@ -86,12 +88,8 @@ class Runner:
             self._synchronize()
             start = time.perf_counter()
             self._together.train()
-            loss = self._together(**batch).loss
-            loss = loss if weight == 1 else loss * weight
-            loss.backward()
-            self.world.average_rows(run.model)
-            self.method.before_step(run)
-            self._update()
+            self._set_rate()
+            loss = self._graphed(batch) if self._graphed else self._eager(batch, weight)
             value = self.world.mean(loss)
             self._synchronize()
             self.step_ms.append((time.perf_counter() - start) * 1e3)
@@ -103,15 +101,36 @@ class Runner:
         self.losses.append(value)
         return value
 
-    def _update(self) -> None:
+    def _set_rate(self) -> None:
         run = self.run
         rate = self.learning_rate * schedule(self.method.schedule, run.step, run.max_steps)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
+
+    def _eager(self, batch: Mapping[str, Tensor], weight: float) -> Tensor:
+        assert self._together is not None
+        run = self.run
+        loss: Tensor = self._together(**batch).loss
+        loss = loss if weight == 1 else loss * weight
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.world.average_rows(run.model)
+        self.method.before_step(run)
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(run.model.parameters(), self.max_grad_norm)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def _graphs(self) -> GraphedStep | None:
+        """Captured steps, where one process trains on a GPU and no method acts within a step."""
+        run = self.run
+        between = type(self.method).before_step is not Method.before_step
+        ours = isinstance(run.optimizer, SubsetAdamW) and self.max_grad_norm is None
+        if self.device.type != "cuda" or self.world.size > 1 or between or not ours:
+            return None
+        graphed = GraphedStep(run.model, run.optimizer)
+        run.events.append(f"step 0: {graphed.explain()}")
+        return graphed
 
     @torch.no_grad()
     def evaluate(self, data: Data) -> dict[str, float]:

@@ -18,6 +18,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
 
 
+@pytest.fixture(scope="session")
+def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with dropout 0: what draws masks in another order loses the same."""
+    from transformers import BertConfig
+
+    path = save_tiny(tmp_path_factory.mktemp("still") / "model")
+    config = BertConfig.from_pretrained(path)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    config.save_pretrained(path)
+    return path
+
+
 @pytest.fixture
 def settings(tiny: Path, tmp_path: Path) -> Callable[..., Settings]:
     """``Settings`` of a run of a few steps into ``tmp_path / "out"``."""

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig
 
 from sensikernels.errors import UsageError
 from sensikernels.hf import sensitivity
@@ -24,7 +23,6 @@ from sensikernels.training.data import Data
 from sensikernels.training.distributed import World
 from tests.training.children import STEP, run
 from tests.training.processes import free_port, run_together
-from tests.training.tiny import save_tiny
 
 
 def slow(*values):
@@ -33,16 +31,6 @@ def slow(*values):
 
 OPTIONS = {"sensi-bert": {"warmup": 0.35}, "dps": {"update_ratio": 0.25}}
 TIMES = {"step_ms", "step_speedup", "tokens_per_s", "seconds", "settings", "events", "losses"}
-
-
-@pytest.fixture(scope="module")
-def still(tmp_path_factory):
-    """The tiny model with dropout 0: two processes draw other masks than one."""
-    path = save_tiny(tmp_path_factory.mktemp("still") / "model")
-    config = BertConfig.from_pretrained(path)
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    config.save_pretrained(path)
-    return path
 
 
 @pytest.fixture

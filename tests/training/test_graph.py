@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from sensikernels import Mask, MaskedLinear
 from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.training import finetune
 from sensikernels.training.graph import GraphedStep, fingerprint
+from sensikernels.training.runner import Runner
 from tests.graph_replay import acted_graphs  # noqa: F401
 
 Batch = dict[str, Tensor]
@@ -163,3 +165,21 @@ def test_writing_in_place_moves_nothing():
     plain(model, optimizer, batches(1)[0])
     model.mask.zero_()
     assert fingerprint(model, optimizer) == before
+
+
+@pytest.mark.usefixtures("acted_graphs")
+@pytest.mark.parametrize("method", ["dense", "sensi-bert", "bitfit"])
+def test_a_run_captures_its_steps(settings, still, tmp_path, monkeypatch, method):
+    common = {"model": str(still), "method": method, "embeddings": "dense", "epochs": 2}
+    wanted = finetune(settings(**common, output=tmp_path / "eager"))
+    made: list[GraphedStep] = []
+
+    def graphs(runner: Runner) -> GraphedStep:
+        made.append(GraphedStep(runner.run.model, runner.run.optimizer))
+        return made[-1]
+
+    monkeypatch.setattr(Runner, "_graphs", graphs)
+    report = finetune(settings(**common, output=tmp_path / "captured"))
+    assert made[0].explain().startswith("step: CUDA graphs")
+    assert sum(one.tail.replays for one in made[0]._graphs.values()) > 0
+    assert report["losses"]["planned"] == pytest.approx(wanted["losses"]["planned"], rel=1e-4)
