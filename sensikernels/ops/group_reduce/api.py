@@ -11,7 +11,7 @@ from torch import Tensor
 from sensikernels import _settings
 from sensikernels._checks import require, require_one_of
 from sensikernels.errors import UsageError
-from sensikernels.ops.group_reduce import ops, reference
+from sensikernels.ops.group_reduce import ops, reference, repeat
 from sensikernels.ops.group_reduce.table import (
     DTYPE_CODE,
     NEEDS_GRAD,
@@ -183,22 +183,35 @@ def group_reduce(
             named backend that cannot serve the call.
     """
     statistics = ordered_statistics(statistics)
-    check_tensors(weights, grads, statistics)
-    chosen, _ = choose_backend(weights, grads, backend)
+    asked, brought = (backend, _settings.backend()), table is not None
+    pairs = weights if grads is None and NEEDS_GRAD.isdisjoint(statistics) else grads
     if table is None:
-        table = GroupTable(weights, grads, groups=groups, names=names)
-    else:
+        table = repeat.known_table(weights, groups, names)
+    bound = None
+    if table is not None and pairs is not None:
+        bound = repeat.again(table, weights, pairs, asked)
+    if bound is None:
+        check_tensors(weights, grads, statistics)
+        chosen, _ = choose_backend(weights, grads, backend)
+        if not brought or table is None:
+            table = GroupTable(weights, grads, groups=groups, names=names)
         fits = [w.shape for w in weights] == table.shapes
         require(fits, "table", "a table of these tensors", "other shapes")
+    assert table is not None
     decay = 0.0 if ema is None else float(ema[1])
     require(0.0 <= decay <= 1.0, "ema", "a decay in [0, 1]", decay)
     running_arena = check_state("running", running, table, statistics)
     ema_arena = check_state("ema", ema[0] if ema else None, table, statistics)
-    if chosen == "reference":
+    states = (running_arena, ema_arena, decay)
+    if bound is not None:
+        arena = ops.launch_bound(bound, table, statistics, *states)
+    elif chosen == "reference":
         arena = reference.group_reduce(weights, grads, statistics, table.groups)
-        reference.update_states(arena, statistics, running_arena, ema_arena, decay)
+        reference.update_states(arena, statistics, *states)
     else:
-        arena = ops.launch(
-            chosen, table, weights, grads, statistics, running_arena, ema_arena, decay
-        )
+        arena = ops.launch(chosen, table, weights, grads, statistics, *states)
+        if chosen == "native":
+            repeat.remember(table, weights, weights if grads is None else grads, asked)
+            if not brought:
+                repeat.keep_table(table, weights, groups, names)
     return GroupSums(arena=arena, statistics=statistics, spans=table.layout.spans)

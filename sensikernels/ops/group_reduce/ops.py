@@ -140,3 +140,21 @@ def launch(
         table.order, table.members, table.host_descriptors, table.descriptors,
         table.partials(len(statistics)), bits, running, ema, decay, backend,
     )  # fmt: skip
+
+
+def launch_bound(
+    descriptors: Tensor,
+    table: GroupTable,
+    statistics: Sequence[str],
+    running: Tensor | None,
+    ema: Tensor | None,
+    decay: float,
+) -> Tensor:
+    """The compiled kernels on descriptors ready-made; see ``launch``."""
+    bits = sum(1 << STATISTICS.index(name) for name in statistics)
+    out = torch.empty(len(statistics), table.layout.groups, device=table.device)
+    native.group_reduce(
+        descriptors, table.chunks, table.starts, table.order, table.members, bits,
+        table.partials(len(statistics)), out, running, ema, decay,
+    )  # fmt: skip
+    return out

@@ -333,6 +333,7 @@ class GroupTable:
             self.host_descriptors = self.host_descriptors.pin_memory()
             self.descriptors = self.host_descriptors.to(self.device)
         self._partials: dict[int, Tensor] = {}
+        self.binding: Any = None  # what ``repeat`` remembers of the last call
 
     chunks: Tensor
     starts: Tensor

@@ -113,7 +113,7 @@ def select_kept(
         k: units to keep; for ``scope="per_segment"`` an int for each or integers ``[segments]``.
         costs: ``[n]``, finite, >= 0.
         budget: the highest sum of costs; for ``scope="per_segment"`` one for each or
-            ``[segments]`` (CPU).
+            ``[segments]``.
         segments: non-decreasing segment ids ``[n]``, one segment if absent.
         n_segments: number of segments, needed for segments on a device.
         kinds: 0 or 1 ``[n]``, one kind per segment.
@@ -140,9 +140,9 @@ def select_kept(
     chosen, _ = choose_units_backend(scores, segments, kinds, backend)
     if n == 0:
         return reference.to_kept(scores.new_zeros(0, dtype=torch.bool), segments, count)
-    if scope == "per_segment" and budget is not None:
+    if scope == "per_segment" and budget is not None and reads_host(scores):
         return _per_segment_budget(
-            scores, budget, costs, segments, kinds, minimum, multiple, backend
+            scores, budget, costs, segments, count, kinds, minimum, multiple, backend
         )
     wanted = k if budget is None else budget
     limits = _limits(wanted, count if scope == "per_segment" else 1, device)
@@ -167,11 +167,14 @@ def select_kept(
         return Kept(bits=bits, indices=indices, counts=counts)
     ranking = reference.rank_units(reference.sort_keys(scores), segments, count)
     lows, steps = (_listed(two, kinds, ranking) for two in (minimums, multiples))
-    if scope == "per_segment":
+    if scope == "per_segment" and budget is None:
         bits = reference.keep_per_segment(ranking, limits.long(), lows, steps)
         return reference.to_kept(bits, segments, count)
     ones = torch.ones_like(scores, dtype=torch.float64) if costs is None else costs
     chunks = reference.bundle(ranking, scores, ones, kinds, lows, steps)
+    if scope == "per_segment":
+        bits = reference.keep_within_budgets(chunks, ranking, limits, prefix=prefix)
+        return reference.to_kept(bits, segments, count)
     bits = reference.keep_within_budget(
         chunks, ranking, limits[0], prefix=prefix, equal=equal, segments=count
     )
@@ -242,17 +245,17 @@ def _per_segment_budget(
     budget: float | Tensor,
     costs: Tensor | None,
     segments: Tensor | None,
+    count: int,
     kinds: Tensor | None,
     minimum: Amount,
     multiple: Amount,
     backend: str,
 ) -> Kept:
-    """One budget per segment: each segment is a selection of its own."""
-    require(reads_host(scores), "scope", "global for a budget on a device", "per_segment")
+    """One budget per segment on the CPU: each segment is a selection of its own."""
     assert costs is not None
     owner = torch.zeros(scores.numel(), dtype=torch.int64) if segments is None else segments.long()
-    sizes = torch.bincount(owner).tolist()
-    limits = torch.as_tensor(budget, dtype=torch.float64).expand(len(sizes)).tolist()
+    sizes = torch.bincount(owner, minlength=count).tolist()
+    limits = torch.as_tensor(budget, dtype=torch.float64).expand(count).tolist()
     parts = [t.split(sizes) for t in (scores, costs, owner)]
     kind_parts = [None] * len(sizes) if kinds is None else kinds.split(sizes)
     bits = [
@@ -262,4 +265,4 @@ def _per_segment_budget(
         ).bits
         for s, c, o, t, b in zip(*parts, kind_parts, limits, strict=True)
     ]  # fmt: skip
-    return reference.to_kept(torch.cat(bits), segments, len(sizes))
+    return reference.to_kept(torch.cat(bits), segments, count)

@@ -270,6 +270,31 @@ def keep_within_budget(
     return torch.zeros_like(listed).scatter_(0, ranking.units, listed)
 
 
+def keep_within_budgets(
+    chunks: Chunks, ranking: Ranking, budgets: Tensor, *, prefix: bool
+) -> Tensor:
+    """Bits of the units kept under one budget per segment; nothing is checked or read back.
+
+    A segment has one kind, so the fill is the greedy one: a launch per segment.
+    """
+    segments, real = budgets.numel(), chunks.units > 0
+    sizes = torch.zeros(segments, dtype=torch.int64, device=budgets.device)
+    sizes.index_add_(0, chunks.segment, real.long())
+    spent = torch.segment_reduce(  # in a fixed order, unlike a floating index_add_
+        chunks.cost.masked_fill(~chunks.forced, 0.0), "sum", lengths=sizes, unsafe=True, initial=0.0
+    )
+    left, order = budgets - spent, greedy_order(chunks, prefix=prefix)
+    cost, owner, free = (t[order] for t in (chunks.cost, chunks.segment, real & ~chunks.forced))
+    chosen = torch.zeros_like(free)
+    for s in range(segments):
+        chosen |= torch.ops.sensikernels.fill_in_order(
+            cost, owner, free & (owner == s), left[s], prefix, segments
+        )
+    extra = torch.zeros_like(chosen).scatter_(0, order, chosen)
+    listed = (chunks.forced | extra)[chunks.of_unit]
+    return torch.zeros_like(listed).scatter_(0, ranking.units, listed)
+
+
 def reads_host(t: Tensor) -> bool:
     """Whether the values of ``t`` can be looked at without waiting for a device."""
     return t.device.type == "cpu"

@@ -89,15 +89,36 @@ class KeptLayout:
         return full
 
     def to_state(self) -> dict[str, Any]:
-        """What a checkpoint needs to rebuild the layout: strings, integers and tensors."""
-        return {"kind": self.kind, "index": self.index, "block_shape": self.block_shape}
+        """The layout as strings, integers and its own tensors, for the optimizer's state."""
+        names = ("kind", "index", "block_shape", "offsets", "count")
+        return {name: getattr(self, name) for name in names}
 
     @staticmethod
     def from_state(shape: torch.Size, saved: dict[str, Any]) -> KeptLayout:
-        """Inverse of ``to_state``."""
+        """Inverse of ``to_state``; shares its tensors."""
+        return KeptLayout(shape=shape, **{**saved, "block_shape": tuple(saved["block_shape"])})
+
+    @staticmethod
+    def checked(shape: torch.Size, saved: dict[str, Any]) -> KeptLayout:
+        """A layout of its own from what a checkpoint holds. Raises ``UsageError``."""
         kind, index = saved["kind"], saved["index"]
         kept = (kind, index, tuple(saved["block_shape"])) if kind == "blocks" else (kind, index)
         return make_layout(shape, None if kind == "all" else kept, index)
+
+    def take_(self, other: KeptLayout) -> bool:
+        """Become ``other`` at the same addresses; False, and nothing, if kind or sizes differ."""
+        mine, theirs = self.to_state(), other.to_state()
+        pairs = [(mine.pop(name), theirs.pop(name)) for name in ("index", "offsets")]
+        alike = all(
+            a is b if a is None or b is None else a.shape == b.shape and a.device == b.device
+            for a, b in pairs
+        )
+        if not alike or mine != theirs or self.shape != other.shape:
+            return False
+        for held, new in pairs:
+            if held is not None:
+                held.copy_(new)
+        return True
 
 
 def make_layout(shape: torch.Size, kept: tuple[Any, ...] | None, like: Tensor | None) -> KeptLayout:

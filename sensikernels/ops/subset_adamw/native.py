@@ -135,7 +135,7 @@ class Plan:
     def _row(self, item: Item) -> list[int]:
         layout = item.layout
         index, offsets = layout.index, layout.offsets
-        if item.masked:
+        if item.masked and layout.kind != "elements":
             index, offsets = pack_bits(layout.flags().flatten()).to(item.param.device), None
         self._held += [t for t in (index, offsets) if t is not None]
         kind = MASKED if item.masked else KIND[layout.kind]

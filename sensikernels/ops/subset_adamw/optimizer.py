@@ -106,18 +106,24 @@ class SubsetAdamW(Optimizer):
         entries equal to the number of units are padding. Bits: uint8, one per entry of the
         row-major parameter, lowest bit first, spare bits zero. A parameter counts as [shape[0],
         everything else]. Entries that stay keep their state; in mode ``hard_freeze`` entries that
-        join start from zero moments, with their own bias
-        correction. Raises ``UsageError`` before anything is changed.
+        join start from zero moments, with their own bias correction. As many entries of the same
+        kind as before are written in place, so a captured CUDA graph stays valid: from the second
+        change on in ``hard_freeze`` (the first starts the bookkeeping of who joined when), in
+        ``as_published`` for elements. Raises ``UsageError`` before anything is changed.
         """
         group = self._group(param)
         own = self.state[param]
         require("clock" not in own, "param", "one with dense gradients", "a table updated by rows")
         layout = make_layout(param.shape, kept, param)
-        if "step" in own and group["mode"] == "hard_freeze":
-            state.change_kept(param, own, self._layout(param), layout)
-        own.pop("kept", None)
-        if kept is not None:
-            own["kept"] = layout.to_state()
+        old, frozen = self._layout(param), group["mode"] == "hard_freeze"
+        if "step" in own and frozen:
+            state.change_kept(param, own, old, layout)
+        # Masks of lines and blocks are packed into bits where a step masks gradients.
+        fixed = frozen or layout.kind == "elements"
+        if not ("kept" in own and kept is not None and fixed and old.take_(layout)):
+            own.pop("kept", None)
+            if kept is not None:
+                own["kept"] = layout.to_state()
         self._forget()
 
     def slice_state(
@@ -227,7 +233,9 @@ class SubsetAdamW(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for param, key in zip(params, ids, strict=True):
             if key in saved:
-                self.state[param] = _copied(saved[key], param.device)
+                own = self.state[param] = _copied(saved[key], param.device)
+                if "kept" in own:
+                    own["kept"] = KeptLayout.checked(param.shape, own["kept"]).to_state()
         self._forget()
 
     def explain(self) -> str:

@@ -14,7 +14,7 @@ from sensikernels.ops.subset_adamw.item import Clock
 from sensikernels.ops.subset_adamw.kept import KeptLayout, make_layout, matrix_shape
 
 PER_ENTRY = ("exp_avg", "exp_avg_sq", "master", "cohort")
-_MAX_COHORTS = 256
+_FIRST_COHORTS, _MAX_COHORTS = 16, 256
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
@@ -58,15 +58,15 @@ def start_clock(param: Tensor, state: dict[str, Any]) -> None:
 def change_kept(param: Tensor, state: dict[str, Any], old: KeptLayout, new: KeptLayout) -> None:
     """Carry compact state from ``old`` to ``new``: what stays is unchanged, what joins starts.
 
-    Moments of joining entries are zero and their bias correction counts from now; their master
-    weight is the parameter's value.
+    State of the same shape is written in place. Moments of joining entries are zero and their bias
+    correction counts from now; their master weight is the parameter's value.
     """
     weight = param.detach().contiguous()
     joined = new.gather(~old.flags().to(param.device))
     late = bool(joined.any()) and float(state["step"]) > 0
     if late and "cohort" not in state:
         state["cohort"] = torch.zeros_like(state["exp_avg"], dtype=torch.uint8)
-        state["cohort_start"] = torch.zeros_like(state["step"]).view(1)
+        state["cohort_start"] = state["step"].new_zeros(_FIRST_COHORTS)
     for name in PER_ENTRY:
         if name not in state:
             continue
@@ -75,18 +75,27 @@ def change_kept(param: Tensor, state: dict[str, Any], old: KeptLayout, new: Kept
         full = weight.new_zeros(weight.shape, dtype=compact.dtype) if full is None else full
         full = full.clone() if full is weight else full
         old.scatter_(full, compact)
-        state[name] = new.gather(full)
+        taken = new.gather(full)
+        state[name] = compact.copy_(taken) if compact.shape == taken.shape else taken
     if late:
         _start_cohort(state, joined)
 
 
 def _start_cohort(state: dict[str, Any], joined: Tensor) -> None:
+    """Entries that joined become the cohort after the highest in use, in place if there is room."""
     cohort, starts = state["cohort"], state["cohort_start"]
-    if starts.numel() == _MAX_COHORTS:
+    used = int(cohort.max()) + 1
+    if used == _MAX_COHORTS:
         # The two oldest differ least in bias correction: they become one.
-        cohort, starts = (cohort.int() - 1).clamp(min=0).to(torch.uint8), starts[1:]
-    state["cohort"] = torch.where(joined, starts.numel(), cohort).to(torch.uint8)
-    state["cohort_start"] = torch.cat((starts, state["step"].view(1)))
+        cohort.copy_((cohort.int() - 1).clamp(min=0))
+        starts[:-1] = starts[1:].clone()
+        used -= 1
+    if used >= starts.numel():
+        size = min(max(2 * starts.numel(), _FIRST_COHORTS), _MAX_COHORTS)
+        starts = torch.cat((starts, starts.new_zeros(size - starts.numel())))
+        state["cohort_start"] = starts
+    cohort.masked_fill_(joined, used)
+    starts[used].copy_(state["step"])
 
 
 def select(full: Tensor, index: Sequence[Tensor], dims: Sequence[int]) -> Tensor:

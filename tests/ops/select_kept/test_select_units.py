@@ -45,6 +45,10 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, dict[str, Any]]:
         arguments["kinds"] = kind[segments]
         step, low = {0: 1, 1: step}, {0: low, 1: 2 * low}  # type: ignore[assignment]
     budget = float(draw(st.integers(0, 60)))
+    if draw(st.booleans()):
+        each = draw(st.lists(st.integers(0, 30), min_size=count, max_size=count))
+        return scores, {**arguments, "costs": costs, "budget": torch.tensor(each), "minimum": low,
+                        "multiple": step, "scope": "per_segment"}  # fmt: skip
     return scores, {**arguments, "costs": costs, "budget": budget, "minimum": low,
                     "multiple": step}  # fmt: skip
 
@@ -85,8 +89,19 @@ def test_the_path_of_a_device_is_the_definition(problem):
         {"budget": 300.0, "minimum": 1},
         {"budget": 300.0, "multiple": 8, "minimum": 1},
         {"budget": 300.0, "kinds": torch.arange(100) // 20, "multiple": {0: 1, 1: 16}},
+        {"budget": 90.0, "scope": "per_segment", "minimum": 1},
+        {"budget": torch.tensor([90.0, 40.0]), "scope": "per_segment", "multiple": 8},
     ],
-    ids=["count", "multiples", "per segment", "greedy", "greedy in multiples", "two kinds"],
+    ids=[
+        "count",
+        "multiples",
+        "per segment",
+        "greedy",
+        "greedy in multiples",
+        "two kinds",
+        "a budget each",
+        "budgets in multiples",
+    ],
 )
 def test_a_device_is_never_waited_for(arguments):
     """Meta tensors have no values: ``.item()``, ``nonzero`` and their kin raise."""
@@ -102,8 +117,24 @@ def test_a_device_is_never_waited_for(arguments):
     assert kept.bits.shape == kept.indices.shape == (100,)
     assert kept.counts.shape == (2,)
     assert kept.bits.is_meta
+    pairs, how_many = kept.blocks(10)
+    assert pairs.shape == (100, 2)
+    assert how_many.shape == (1,)
+    assert pairs.is_meta
     with pytest.raises(RuntimeError, match="meta"):
         int(kept.counts[0])
+
+
+def test_blocks_of_a_grid():
+    torch.manual_seed(0)
+    kept = select_kept(torch.rand(7 * 5), k=9)
+    pairs, how_many = kept.blocks(5)
+    assert pairs.dtype == how_many.dtype == torch.int32
+    assert how_many.tolist() == [9]
+    assert pairs[:9].tolist() == kept.bits.view(7, 5).nonzero().tolist()
+    assert pairs[9:].tolist() == [[7, 0]] * 26
+    with pytest.raises(UsageError, match="columns: expected a divisor of 35 units, got 6"):
+        kept.blocks(6)
 
 
 def test_compiles_to_one_graph():

@@ -256,14 +256,28 @@ def test_late_entries_have_their_own_bias_correction(backend: str) -> None:
 
 
 def test_more_than_256_changes_of_the_kept_rows() -> None:
+    """Under a constant gradient every step of a right bias correction is one of ``lr``."""
+    param = nn.Parameter(torch.ones(300, 2))
+    optimizer = SubsetAdamW([param], lr=1e-3, weight_decay=0.0)
+    for step in range(300):
+        optimizer.set_kept(param, ("rows", torch.arange(step + 1, dtype=torch.int32)))
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    starts = optimizer.state[param]["cohort_start"]
+    assert starts.tolist() == list(range(44, 300))
+    error = (param[:, 0] - (1 - 1e-3 * torch.arange(300, 0, -1))).abs()
+    assert error[44:].max() < 2e-5
+    assert error[:44].max() < 2e-3
+
+
+def test_cohorts_without_entries_are_used_again() -> None:
     param = nn.Parameter(torch.ones(600, 2))
     optimizer = SubsetAdamW([param], lr=1e-3)
     for step in range(300):
         optimizer.set_kept(param, ("rows", torch.arange(2 * step, 2 * step + 2).int()))
         param.grad = torch.ones_like(param)
         optimizer.step()
-    assert optimizer.state[param]["cohort_start"].numel() == 256
-    assert optimizer.state[param]["cohort_start"][-1] == 299
+    assert optimizer.state[param]["cohort_start"].tolist() == [0.0, 299.0] + [0.0] * 14
     assert bool((param[2:].sub(param[2]).abs() < 1e-5).all())
 
 
