@@ -10,14 +10,14 @@ one, less ``TOLERANCE``.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from sensikernels.bench.rows import Row, row, write_json
+from sensikernels.bench.rows import Row, row
 from sensikernels.bench.timing import summarize
 from sensikernels.glue import Batches
 from sensikernels.masks import Budget
@@ -58,16 +58,12 @@ class Racer:
 
 def run(
     *, device: str, quick: bool, progress: Callable[[str], None], data_dir: Path | None = None,
-    seeds: tuple[int, ...] | None = None, samples: int | None = None, output: Path | None = None,
+    seeds: tuple[int, ...] | None = None, samples: int | None = None,
 ) -> list[Row]:  # fmt: skip
-    """Rows of time to accuracy; ``output`` also gets ``curves.json`` and ``curves.png``."""
+    """Rows of time to accuracy, with every seed's curve and the baseline's."""
     seeds = seeds or ((0,) if quick else (0, 1, 2))
     samples = samples or (960 if quick else 20_000)
     curves = {seed: _one_seed(seed, device, samples, data_dir, progress) for seed in seeds}
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "curves.json", curves)
-        draw(curves, output / "curves.png")
     return _rows(curves, "demo" if data_dir is None else "sst2")
 
 
@@ -165,13 +161,15 @@ def _rows(curves: dict[int, dict[str, list[tuple[float, float]]]], task: str) ->
                     if reached
                     else None,
                     "tolerance_points": 100 * TOLERANCE,
+                    "curves": [of[name] for of in curves.values()],
+                    "baseline_curves": [of[BASELINE] for of in curves.values()],
                 },
             )
         )
     return rows
 
 
-def draw(curves: dict[int, dict[str, list[tuple[float, float]]]], path: Path) -> None:
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Accuracy against seconds: a colour a contestant, a line a seed."""
     import matplotlib
 
@@ -179,15 +177,15 @@ def draw(curves: dict[int, dict[str, list[tuple[float, float]]]], path: Path) ->
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for i, name in enumerate((BASELINE, *PLANS)):
-        for seed, of in curves.items():
-            seconds, metric = zip(*of[name], strict=True)
-            label = name if seed == next(iter(curves)) else None
+    named = {BASELINE: rows[0]["baseline_curves"]} | {r["candidate"]: r["curves"] for r in rows}
+    for i, (name, curves) in enumerate(named.items()):
+        for seed, curve in enumerate(curves):
+            seconds, metric = zip(*curve, strict=True)
+            label = name if seed == 0 else None
             axis.plot(seconds, [100 * m for m in metric], f"C{i}", marker=".", label=label)
     axis.set_xlabel("seconds of training, ranking included")
     axis.set_ylabel("dev accuracy, %")
     axis.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-

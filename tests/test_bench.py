@@ -136,3 +136,31 @@ def test_a_commit_can_come_along(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"commit": "abc", "dirty": True}.items() <= rows.provenance().items()
     monkeypatch.setenv(rows.COMMIT, "abc")
     assert {"commit": "abc", "dirty": False}.items() <= rows.provenance().items()
+
+
+def test_time_to_accuracy_is_the_first_evaluation_that_reaches_it(tmp_path: Path) -> None:
+    from sensikernels.bench import finetune
+
+    hf = [(10.0, 0.7), (20.0, 0.9), (30.0, 0.88)]
+    curves = {0: {finetune.BASELINE: hf, **dict.fromkeys(finetune.PLANS, [(2.0, 0.8), (6.0, 0.9)])}}
+    made = rows.to_dicts(finetune._rows(curves, "sst2"))
+    assert [r["candidate"] for r in made] == list(finetune.PLANS)
+    for one in made:
+        assert one["time_to_accuracy_share"] == 6.0 / 20.0
+        assert one["ratio"] == 30.0 / 6.0
+        assert one["baseline_curves"] == [hf]
+    assert finetune.time_to(hf, 0.95) is None
+    finetune.draw(made, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_operators_are_booked_to_parts_of_the_step() -> None:
+    from sensikernels.bench.breakdown import OTHER, part_of
+
+    named = {
+        "aten::addmm": "products", "aten::bmm": "attention", "aten::bernoulli_": "dropout, norm",
+        "aten::_fused_adamw_": "update", "sensikernels_native::bias_gelu": "GELU",
+        "sensikernels::varlen_attention": "attention", "aten::copy_": OTHER,
+        "sensikernels_native::dropout_add_norm": "dropout, norm",
+    }  # fmt: skip
+    assert {name: part_of(name) for name in named} == named

@@ -33,6 +33,7 @@ class Suite(str, Enum):
     reductions = "reductions"
     optimizer = "optimizer"
     step = "step"
+    finetune = "finetune"
 
 
 _DATA, _BUDGET, _TRAINING, _RUN = "Task and model", "Method and budget", "Training", "Run"
@@ -217,7 +218,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Few cases, few rounds.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the rows and their provenance.")] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="GLUE's folders, for real batches (step only).")
+        Path | None, typer.Option(help="GLUE's folders, for real batches (step, finetune).")
     ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds of each case (linear only).")
@@ -226,7 +227,8 @@ def bench(
         float | None, typer.Option(min=0, help="Start no case later (linear only).")
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw the roofline as PNG (linear only).")
+        Path | None, typer.Option(help="Draw as PNG the roofline (linear), accuracy against time "
+            "(finetune).")  # fmt: skip
     ] = None,
 ) -> None:
     """Time one part of the library against its baselines, interleaved."""
@@ -235,14 +237,17 @@ def bench(
     from sensikernels.bench import rows
     from sensikernels.cli.show import progress_lines, show_rows
 
-    if data_dir is not None and suite is not Suite.step:
-        raise UsageError(f"data-dir: expected none for suite {suite.value}, got {data_dir}")
-    linear = {"rounds": rounds, "seconds": seconds, "picture": picture}
-    asked = [name for name, value in linear.items() if value is not None]
-    if asked and suite is not Suite.linear:
-        raise UsageError(f"{asked[0]}: expected none for suite {suite.value}, got one")
-    extra: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
-    extra |= {name: linear[name] for name in asked if name != "picture"}
+    given = {"data-dir": data_dir, "rounds": rounds, "seconds": seconds, "picture": picture}
+    takes = {
+        Suite.linear: ("rounds", "seconds", "picture"),
+        Suite.step: ("data-dir",),
+        Suite.finetune: ("data-dir", "picture"),
+    }.get(suite, ())
+    asked = {name: value for name, value in given.items() if value is not None}
+    for name in asked:
+        if name not in takes:
+            raise UsageError(f"{name}: expected none for suite {suite.value}, got {given[name]}")
+    extra = {name.replace("-", "_"): value for name, value in asked.items() if name != "picture"}
     name = f"sensikernels.bench.{suite.value}"
     try:
         module = import_module(name)
@@ -254,8 +259,10 @@ def bench(
     if json is not None:
         rows.write(json, result, device)
     if picture is not None:
-        from sensikernels.bench.roofline import draw
-
+        if suite is Suite.linear:
+            from sensikernels.bench.roofline import draw
+        else:
+            draw = module.draw
         draw(rows.to_dicts(result), picture)
 
 

@@ -112,7 +112,7 @@ class Runner:
         run = self.run
         loss: Tensor = self._together(**batch).loss
         loss = loss if weight == 1 else loss * weight
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.world.average_rows(run.model)
         self.method.before_step(run)
         if self.max_grad_norm is not None:
