@@ -313,6 +313,9 @@ def replica(rank: int, folder: str) -> None:
     parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     train(parallel, batches)
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    # Who leaves while the other still talks takes gloo's threads down with it.
+    del parallel
+    dist.barrier()
     dist.destroy_process_group()
 
 
