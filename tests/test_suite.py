@@ -102,6 +102,16 @@ def test_a_failing_step_takes_nothing_down(tmp_path: Path):
     assert "| broken | failed |" in (tmp_path / "out" / SUMMARY).read_text()
 
 
+def test_a_step_cut_short_by_the_end_of_the_time_has_not_failed(tmp_path: Path):
+    out = report(tmp_path)
+    slow = python("slow", "import time; time.sleep(60)", limit=50, needs=0)
+    suite.run_all([slow], out.work, out, time.monotonic() + suite.RESERVE + 1, lambda _: None)
+    (state,) = out.record["steps"]
+    assert state["status"] == "skipped"
+    assert state["reason"].startswith("cut short: after 1 s")
+    assert out.finish() == []
+
+
 def test_a_step_learns_how_long_it_has(tmp_path: Path):
     timed = python("timed", "import sys; print(sys.argv[1])", limit=50, slack=20)
     timed = Step(**{**vars(timed), "command": (*timed.command, SECONDS)})
