@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sensikernels import dispatch
+from sensikernels._timing import elapsed_ms
 from sensikernels.dispatch import BreakEven
 from sensikernels.layouts import Layout, layout_of, pack
 from sensikernels.ops.masked_linear import masked_linear
@@ -143,16 +144,7 @@ def _faster(mine: Callable[[], object], dense: Callable[[], object], device: tor
             break
         times = []
         for run in (mine, dense):
-            _synchronize(device)
-            start = time.perf_counter()
-            run()
-            _synchronize(device)
-            times.append(time.perf_counter() - start)
+            times.append(elapsed_ms(run, device))
         if turn:
             ratios.append(times[1] / times[0])
     return statistics.median(ratios)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

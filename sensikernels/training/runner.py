@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sensikernels._timing import synchronize
 from sensikernels.errors import SensiError
 from sensikernels.hf import use_counter_dropout, use_packed
 from sensikernels.masks import Budget, StepCosts
@@ -85,13 +86,13 @@ class Runner:
             if self._together is None:
                 settled = run.plan is not None or not self.method.needs_budget
                 self._together = self.world.wrap(run, settled=settled)
-            self._synchronize()
+            synchronize(self.device)
             start = time.perf_counter()
             self._together.train()
             self._set_rate()
             loss = self._graphed(batch) if self._graphed else self._eager(batch, weight)
             value = self.world.mean(loss)
-            self._synchronize()
+            synchronize(self.device)
             self.step_ms.append((time.perf_counter() - start) * 1e3)
         if run.plan is not plan:
             self.world.require_same(run.plan)
@@ -192,12 +193,8 @@ class Runner:
         try:
             yield
         finally:
-            self._synchronize()
+            synchronize(self.device)
             self.seconds[what] += time.perf_counter() - start
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 _KEPT = ("losses", "step_ms", "seconds", "changed_at", "epochs")
