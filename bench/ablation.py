@@ -4,13 +4,17 @@ MiniLM, 32 sentences a batch in random order. Every stage runs in a process of i
 reads its cache size once), interleaved there with stock HuggingFace training on the same sentences.
 Stages add up, each with what came before:
 
-1. ``primitives``: room for 16,384 compiled shapes instead of 1,024
-2. ``optimizer``: ``SubsetAdamW``, row-sparse word gradients, clipping folded in
-3. ``dropout``: counter dropout, and attention by two products and a softmax
-4. ``packed``: no padding: tokens end to end, attention by sentence
-5. ``cls``: the last layer on one token a sentence
-6. ``fused``: one QKV product; bias + GELU, dropout + residual + LayerNorm, embeddings in one pass
-7. ``trim``: half the FLOPs by a ranked plan; 8. ``frozen``: instead, the lowest two thirds frozen
+1. ``primitives``: room for 16,384 compiled shapes instead of 1,024 (a CPU's)
+2. ``optimizer``: ``SubsetAdamW``, clipping folded in
+3. ``words``: row-sparse gradient and update of the word table
+4. ``dropout``: counter dropout, and attention by two products and a softmax
+5. ``packed``: no padding: tokens end to end, attention by sentence
+6. ``cls``: the last layer on one token a sentence
+7. ``fused``: one QKV product; bias + GELU, dropout + residual + LayerNorm, embeddings in one pass
+
+Then each of these alone on top: ``precision`` (bf16 with fp32 master weights), ``graph`` (the whole
+step a CUDA graph; on a GPU), ``trim`` (half the FLOPs by a ranked plan), ``frozen`` (the lowest two
+thirds), ``cached`` (those without dropout and their output kept: epochs after the first).
 """
 
 from __future__ import annotations
@@ -20,11 +24,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sensikernels.bench.contestants import (
     FLOPS_SHARE,
@@ -40,22 +46,34 @@ from sensikernels.bench.contestants import (
 from sensikernels.bench.rows import row, to_dicts, write_dicts
 from sensikernels.bench.step import minilm, sentences
 from sensikernels.bench.timing import interleave
-from sensikernels.hf import apply, sensitivity, use_counter_dropout, use_packed
+from sensikernels.hf import STEP_PARTS, apply, cache_frozen_prefix, encoder_layers, sensitivity
 from sensikernels.masks import Budget, plan
+from sensikernels.training.graph import GraphedStep
 
-STAGES = ("primitives", "optimizer", "dropout", "packed", "cls", "fused", "trim", "frozen")
+PATH = ("primitives", "optimizer", "words", "dropout", "packed", "cls", "fused")
+ENDS = ("precision", "graph", "trim", "frozen", "cached")
+STAGES = (*PATH, *ENDS)
 CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
-def measure(stage: str, data_dir: Path | None, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def measure(
+    stage: str, data_dir: Path | None, dtype: torch.dtype, rounds: int, device: str
+) -> dict[str, Any]:
     """One row: the stage against stock dense training, in this process."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("medium")
     task = "demo" if data_dir is None else "sst2"
-    race = Race(base=minilm().train().to(dtype), rows=sentences(task, data_dir, 16), device="cpu")
+    base = minilm().train().to(device=device, dtype=dtype)
+    race = Race(base=base, rows=sentences(task, data_dir, 16), device=device)
     stock = race.make("hf-dynamic")
-    mine = contestant(race, STAGES.index(stage))
-    times = interleave({"hf-dynamic": stock, stage: mine}, rounds=rounds, warmup=4)
+    if stage == "precision":
+        race = replace(race, base=base.to(torch.bfloat16))
+    mine = contestant(race, stage)
+    # Each batch's shape once: a cache is then full, a graph captured.
+    warmup = 3 * len(race.rows) if stage in ("graph", "cached") else 4
+    times = interleave(
+        {"hf-dynamic": stock, stage: mine}, rounds=rounds, warmup=warmup, device=device
+    )
     made = row(
         suite="ablation",
         case=f"{task}-minilm-32",
@@ -71,27 +89,39 @@ def measure(stage: str, data_dir: Path | None, dtype: torch.dtype, rounds: int) 
     return to_dicts([made])[0]
 
 
-def contestant(race: Race, level: int) -> Contestant:
-    """The step with every part up to ``STAGES[level]``."""
+def contestant(race: Race, stage: str) -> Contestant:
+    """The step with every part of ``PATH`` up to ``stage``; of ``ENDS`` this one alone."""
     model = race.make("hf-dynamic").model
-    on = set(STAGES[: level + 1])
+    on = set(PATH if stage in ENDS else PATH[: PATH.index(stage) + 1])
     batches = race.batches(packed if "packed" in on else padded)
-    if "dropout" in on:
-        use_counter_dropout(model)
-    if "packed" in on:
-        use_packed(model, cls_only="cls" in on, fused="fused" in on)
+    parts = on & set(STEP_PARTS)
+    if parts:
+        apply(model, parts=parts)
     if "optimizer" not in on:
         return hugging_face(model, batches)
-    words: Any = model.get_input_embeddings()  # type: ignore[operator]
-    words.sparse = True
     made = Contestant(model=model, optimizer=our_optimizer(model), batches=batches)
-    if STAGES[level] == "trim":
+    if stage == "trim":
         scores = sensitivity(model, race.batches(partial(padded, multiple=8))[:8])
         chosen = plan(scores, Budget(flops=FLOPS_SHARE), sequence_length=race.mean_length)
         apply(model, chosen, optimizer=made.optimizer)
-    elif STAGES[level] == "frozen":
+    elif stage in ("frozen", "cached"):
         apply(model, frozen_lowest(model, FROZEN_SHARE))
+    if stage == "cached":
+        _no_dropout_below(model)
+        cache_frozen_prefix(model)
+    if stage == "graph":
+        made.graphs = GraphedStep(model, made.optimizer)
     return made
+
+
+def _no_dropout_below(model: nn.Module) -> None:
+    layers = encoder_layers(model)
+    low = [f"{layer.prefix}." for layer in layers[: round(FROZEN_SHARE * len(layers))]]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and (
+            ".embeddings." in name or name.startswith(tuple(low))
+        ):
+            module.p = 0.0
 
 
 def main() -> int:
@@ -101,17 +131,23 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.stage:
-        made = measure(given.stage, given.data_dir, getattr(torch, given.dtype), given.rounds)
+        dtype = getattr(torch, given.dtype)
+        made = measure(given.stage, given.data_dir, dtype, given.rounds, given.device)
         print(json.dumps(made))
         return 0
     rows = []
     for stage in STAGES:
+        if stage == "graph" and given.device == "cpu":
+            print("graph       skipped: CUDA graphs need a CUDA device")
+            continue
         environment = {k: v for k, v in os.environ.items() if k != CACHE} | {CACHE: "16384"}
         command = [sys.executable, "-m", "sensikernels.bench.ablation", "--stage", stage,
-                   "--rounds", str(given.rounds), "--dtype", given.dtype]  # fmt: skip
+                   "--rounds", str(given.rounds), "--dtype", given.dtype,
+                   "--device", given.device]  # fmt: skip
         command += ["--data-dir", str(given.data_dir)] if given.data_dir else []
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
         if done.returncode:

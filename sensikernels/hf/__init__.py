@@ -12,12 +12,14 @@ from sensikernels.hf.packed import (
     use_packed,
 )
 from sensikernels.hf.packed_tokens import to_padded
+from sensikernels.hf.parts import STEP_PARTS
 from sensikernels.hf.sensitivity import CRITERIA, sensitivity
 from sensikernels.hf.swap import applied, apply, restore
 from sensikernels.hf.targets import encoder_layers, structure
 
 __all__ = [
     "CRITERIA",
+    "STEP_PARTS",
     "applied",
     "apply",
     "cache_frozen_prefix",

@@ -1,8 +1,8 @@
-"""Put a plan's layers into a model, and take them out again."""
+"""Put a plan's layers and the parts of the step into a model, and take them out again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from sensikernels._checks import require, require_one_of
 from sensikernels.errors import UsageError
 from sensikernels.hf.optimizer import slice_optimizer
 from sensikernels.hf.packed import adjoin_projections
+from sensikernels.hf.parts import check_parts, has_parts, restore_parts, use_parts
 from sensikernels.hf.targets import PARTS
 from sensikernels.masks.plans import Plan
 from sensikernels.masks.structure import Coupling
@@ -41,13 +42,16 @@ def applied(model: nn.Module) -> Swap | None:
 
 def apply(
     model: nn.Module,
-    plan: Plan,
+    plan: Plan | None = None,
     *,
+    parts: Iterable[str] = (),
     form: str = "packed",
     optimizer: Optimizer | None = None,
 ) -> tuple[str, ...]:
-    """Swap the planned linears in place; returns one line per replacement.
+    """Swap the planned linears and switch step parts on, in place; one line per change.
 
+    ``parts``: names of ``hf.STEP_PARTS``, any of them alone or together, with a plan or without:
+    ``apply(model, parts=("dropout", "packed", "cls", "fused", "words"))`` is the fast dense step.
     ``form="packed"``: units go physically and compact shapes propagate between the linears of a
     coupling. ``form="masked"``: full shapes with the mask multiplied in, the definition.
     ``optimizer``: its moments are sliced with the weights, so a running fine-tuning goes on.
@@ -55,16 +59,26 @@ def apply(
 
     Raises:
         UsageError: a plan is already applied; a module is missing, not a plain ``nn.Linear`` or
-            of another shape than planned; a coupling is left without a unit.
+            of another shape than planned; a coupling is left without a unit; a part is unknown, in
+            use already, or not possible for this model.
     """
     require_one_of(form, "form", FORMS)
+    wanted = check_parts(model, parts)
+    require(plan is not None or bool(wanted), "plan", "a plan, parts or both", "neither")
+    if plan is None:
+        return use_parts(model, wanted)
     require(applied(model) is None, "model", "no plan applied (restore first)", "one applied")
     targets = _check(model, plan)
+    required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    _freeze(model, plan)
+    try:  # after freezing: a prefix cache asks what is frozen
+        report = list(use_parts(model, wanted))
+    except BaseException:
+        _thaw(model, required_grad)
+        raise
     compact = {m.module: m.axis for c in plan.couplings for m in c.members} if (
         form == "packed"
     ) else {}  # fmt: skip
-    required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    report: list[str] = []
     originals: dict[str, nn.Module] = {}
     for name, linear in targets.items():
         new = _replacement(name, linear, plan, form, compact.get(name))
@@ -89,14 +103,21 @@ def apply(
 
 
 def restore(model: nn.Module) -> None:
-    """Put the original modules back, with what training changed merged into them.
+    """Put the original modules back, with what training changed merged in, and switch parts off.
 
     Entries that the plan dropped are as they were; without training in between the model is
     bit-equal to the one before ``apply``.
     """
     swap = applied(model)
-    if swap is None:
-        raise UsageError("model: expected a plan applied, got none")
+    if swap is None and not has_parts(model):
+        raise UsageError("model: expected a plan or parts applied, got none")
+    if swap is not None:
+        _restore_plan(model, swap)
+    if has_parts(model):
+        restore_parts(model)
+
+
+def _restore_plan(model: nn.Module, swap: Swap) -> None:
     # Parents were swapped last and come back first.
     for name, original in reversed(list(swap.originals.items())):
         current = model.get_submodule(name)
@@ -104,8 +125,7 @@ def restore(model: nn.Module) -> None:
             _merge(swap, name, current, original)
         _set_submodule(model, name, original)
     adjoin_projections(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(swap.required_grad[name])
+    _thaw(model, swap.required_grad)
     object.__delattr__(model, _RECORD)
 
 
@@ -204,3 +224,8 @@ def _freeze(model: nn.Module, plan: Plan) -> None:
     trained = set(plan.trainable)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
+
+
+def _thaw(model: nn.Module, required_grad: Mapping[str, bool]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(required_grad[name])

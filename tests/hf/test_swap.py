@@ -199,7 +199,7 @@ def test_wrong_plans_change_nothing() -> None:
     with pytest.raises(UsageError, match="restore first"):
         apply(model, made)
     restore(model)
-    with pytest.raises(UsageError, match="expected a plan applied, got none"):
+    with pytest.raises(UsageError, match="expected a plan or parts applied, got none"):
         restore(model)
 
 

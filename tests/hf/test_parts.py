@@ -1,0 +1,119 @@
+"""Each part of the step alone through ``apply``, with a plan, and back to the bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sensikernels.errors import UsageError
+from sensikernels.hf import STEP_PARTS, apply, packing_of, restore, sensitivity
+from sensikernels.masks import Budget, Plan, plan
+from tests.hf.packed_cases import LENGTHS, SMALL, draw, make, run, same
+
+PLAIN = tuple(p for p in STEP_PARTS if p != "prefix-cache")
+
+
+def small() -> nn.Module:
+    return make(num_hidden_layers=3).double()
+
+
+def half(model: nn.Module) -> Plan:
+    scores = sensitivity(model, [draw("classification", LENGTHS["ragged"])])
+    return plan(scores, Budget(flops=0.5), multiples=SMALL, minimums=SMALL)
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """Classes, flags and values: all that a part may change."""
+    found: dict[str, object] = {n: type(m) for n, m in model.named_modules()}
+    found |= {f"{n} grad": p.requires_grad for n, p in model.named_parameters()}
+    found |= {n: v.tolist() for n, v in model.state_dict().items()}
+    words = model.get_input_embeddings()  # type: ignore[operator]
+    config = model.config
+    return found | {"sparse": words.sparse, "attention": config._attn_implementation}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("parts", [(p,) for p in PLAIN] + [PLAIN], ids="+".join)
+def test_a_part_changes_no_number_and_goes_without_a_trace(parts: tuple[str, ...]) -> None:
+    model, batch = small(), draw("classification", LENGTHS["ragged"])
+    before = snapshot(model)
+    wanted, grads = run(model, batch)
+    model.zero_grad(set_to_none=True)
+    report = apply(model, parts=parts)
+    assert report
+    got, ours = run(model, batch)
+    torch.testing.assert_close(got.logits, wanted.logits, rtol=0, atol=1e-12)
+    same({n: g.to_dense() if g.is_sparse else g for n, g in ours.items()}, grads, 1e-12)
+    restore(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("order", [("plan", "parts"), ("parts", "plan")], ids="+".join)
+def test_parts_and_plan_in_either_order(order: tuple[str, ...]) -> None:
+    model, batch = small(), draw("classification", LENGTHS["ragged"])
+    before, chosen = snapshot(model), half(model)
+    plain = copy.deepcopy(model)
+    apply(plain, chosen)
+    wanted, _ = run(plain, batch)
+    for what in order:
+        if what == "plan":
+            apply(model, chosen)
+        else:
+            apply(model, parts=("packed", "cls", "fused"))
+    got, _ = run(model, batch)
+    torch.testing.assert_close(got.logits, wanted.logits, rtol=0, atol=1e-12)
+    restore(model)
+    assert snapshot(model) == before
+
+
+def test_a_copy_is_restored_on_its_own() -> None:
+    model = small()
+    before = snapshot(model)
+    apply(model, half(model), parts=PLAIN)
+    twin = copy.deepcopy(model)
+    restore(model)
+    assert snapshot(model) == before
+    assert packing_of(twin) is not None
+    restore(twin)
+    assert snapshot(twin) == before
+
+
+def test_a_prefix_that_the_plan_freezes_is_kept() -> None:
+    model, batch = small(), draw("classification", LENGTHS["ragged"])
+    before = snapshot(model)
+    top = tuple(
+        n for n, _ in model.named_parameters() if ".embeddings." not in n and ".0." not in n
+    )
+    wanted, _ = run(model, batch)
+    model.zero_grad(set_to_none=True)
+    report = apply(model, Plan(method="top", trainable=top), parts="prefix-cache")
+    assert "output of the lowest 1 layers kept" in report
+    for _ in range(2):
+        got, _ = run(model, batch)
+        torch.testing.assert_close(got.logits, wanted.logits, rtol=0, atol=1e-12)
+    assert model.bert.prefix_cache.hits == len(batch["input_ids"])  # type: ignore[union-attr]
+    restore(model)
+    assert snapshot(model) == before
+
+
+def test_what_cannot_be_changes_nothing() -> None:
+    model = small()
+    before = snapshot(model)
+    with pytest.raises(UsageError, match="parts: expected one of cls, .*got 'speed'"):
+        apply(model, parts=("packed", "speed"))
+    with pytest.raises(UsageError, match="plan: expected a plan, parts or both, got neither"):
+        apply(model)
+    with pytest.raises(UsageError, match="model: expected frozen embeddings"):
+        apply(model, parts=("dropout", "words", "prefix-cache"))
+    with pytest.raises(UsageError, match="model: expected frozen embeddings"):
+        apply(model, half(model), parts=("dropout", "words", "prefix-cache"))
+    assert snapshot(model) == before
+    apply(model, parts="packed")
+    with pytest.raises(UsageError, match="parts: expected none in use"):
+        apply(model, parts="dropout")
+    restore(model)
+    with pytest.raises(UsageError, match="expected a plan or parts applied, got none"):
+        restore(model)
+    assert snapshot(model) == before
