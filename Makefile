@@ -32,12 +32,16 @@ demo: .venv/ready-demo
 ## test      the suite, then Triton's kernels in its interpreter
 test: test-cpu test-interpret
 
+# A worker a core, each with one thread.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+PARALLEL = env OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
+
 test-cpu: native
-	$(PY) -m pytest
+	$(PARALLEL)
 
 # The interpreter is chosen when triton is imported, so it needs a process of its own.
 test-interpret: .venv/ready-test
-	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret
+	TRITON_INTERPRET=1 $(PARALLEL) -m interpret
 
 ## test-gpu  what needs a CUDA device
 test-gpu: native

@@ -20,13 +20,7 @@ from torch import Tensor, nn
 
 from sensikernels.glue import collate, collate_packed
 from sensikernels.glue.batching import Row
-from sensikernels.hf import (
-    apply,
-    encoder_layers,
-    sensitivity,
-    use_counter_dropout,
-    use_packed,
-)
+from sensikernels.hf import apply, encoder_layers, sensitivity
 from sensikernels.hf.targets import PARTS
 from sensikernels.masks import Budget, Mask, Plan, plan
 from sensikernels.methods import DPS, BitFit, Method, Run
@@ -160,14 +154,8 @@ def hugging_face(model: nn.Module, batches: Sequence[Batch]) -> Contestant:
 
 
 def ours(model: nn.Module, batches: Sequence[Batch]) -> Contestant:
-    """Our dense step: packed tokens, counter dropout, row-sparse words, clipping folded in.
-
-    On a GPU word gradients are dense: a graph wants one size.
-    """
-    use_counter_dropout(model)
-    use_packed(model)
-    words: Any = model.get_input_embeddings()  # type: ignore[operator]
-    words.sparse = words.weight.device.type == "cpu"
+    """Our dense step: packed tokens, counter dropout, row-sparse words, clipping folded in."""
+    apply(model, parts=("dropout", "words", "packed", "cls", "fused"))
     return Contestant(model=model, optimizer=our_optimizer(model), batches=batches)
 
 

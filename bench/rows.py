@@ -46,9 +46,10 @@ class Row:
 
 
 class _Journal:
-    """The file that gets each row as soon as it is measured; None: none."""
+    """The file that gets each row as soon as it is measured, None: none; the precision then."""
 
     path: Path | None = None
+    precision: str | None = None
 
 
 def keep_journal(path: Path | None) -> None:
@@ -66,6 +67,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 def row(*, candidate_time: Timing, baseline_time: Timing, **facts: Any) -> Row:
     """A row from two interleaved timings."""
     extra = facts.pop("extra", {})
+    _Journal.precision = torch.get_float32_matmul_precision()
     if candidate_time.clock == "device":
         extra = {**extra, "clock": candidate_time.clock, "l2": candidate_time.l2}
     made = Row(
@@ -123,7 +125,7 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         "versions": {"sensikernels": __version__} | {name: installed(name) for name in packages},
         "commit": commit,
         "dirty": dirty,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": _Journal.precision or torch.get_float32_matmul_precision(),
         **({} if device == "cpu" else {"gpu": gpu_facts()}),
     }
 
@@ -182,8 +184,20 @@ def write_dicts(path: Path, rows: Sequence[dict[str, Any]], device: str = "cpu")
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write under a temporary name, then rename."""
+    """Write under a temporary name, then rename; of a list each entry is a line."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    if isinstance(content, (list, tuple)) and content:
+        lines = [json.dumps(_short(one), sort_keys=True) for one in content]
+        text = "[\n" + ",\n".join(lines) + "\n]"
+    else:
+        text = json.dumps(content, indent=1, sort_keys=True)
+    temporary.write_text(text + "\n")
     temporary.replace(path)
+
+
+def _short(one: Any) -> Any:
+    """A row's measurements to five digits: no timing holds more."""
+    if not isinstance(one, dict):
+        return one
+    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in one.items()}

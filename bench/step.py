@@ -2,19 +2,23 @@
 
 Every contestant takes the same sentences in the same order, one step a round; see ``contestants``.
 ``peak_mib`` is of the batch with the most tokens; ``activation_mib`` leaves out what stays between
-steps (weights, optimizer state).
+steps (weights, optimizer state). ``product_share`` (not with ``--quick`` on a CPU): the step's
+products at the rate of one large product timed in the same rounds, over the step's time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sensikernels import _settings
+from sensikernels._checks import require_one_of
 from sensikernels.bench.contestants import HF, OURS, Contestant, Race
 from sensikernels.bench.rows import Row, row
 from sensikernels.bench.timing import Timing, interleave
@@ -23,6 +27,7 @@ from sensikernels.hf import load_model, load_tokenizer, quiet
 from sensikernels.training.memory import MIB, peak_mib, resident_bytes
 
 BASELINES = ("hf-padded", "hf-dynamic", "hf-compiled", "dense")
+PRODUCT = "product"
 BATCH = 32
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -39,17 +44,35 @@ class Case:
 
 
 def run(
-    *, device: str, quick: bool, progress: Callable[[str], None], data_dir: Path | None = None
+    *,
+    device: str,
+    quick: bool,
+    progress: Callable[[str], None],
+    data_dir: Path | None = None,
+    case: Sequence[str] | None = None,
 ) -> list[Row]:
-    """Rows of every case in float32 and bfloat16. ``data_dir``: a folder with ``SST-2/`` etc."""
+    """Rows of every case in float32 and bfloat16. ``data_dir``: a folder with ``SST-2/`` etc.
+
+    ``case``: those cases alone, with every contestant and all rounds even where ``quick``. Raises
+    UsageError for a name that is none.
+    """
+    chosen = cases(quick, device, data_dir) if case is None else named(case, device, data_dir)
     _settings.reserve_primitive_cache(16384)
     _settings.quiet_profiler()
     torch.set_float32_matmul_precision("medium" if device == "cpu" else "high")
     rows: list[Row] = []
-    for case in cases(quick, device, data_dir):
+    for one in chosen:
         for dtype in DTYPES[:: 1 if device == "cpu" else -1]:
-            rows += measure(case, dtype, device, progress)
+            rows += measure(one, dtype, device, progress, count=not quick or device != "cpu")
     return rows
+
+
+def named(names: Sequence[str], device: str, data_dir: Path | None) -> list[Case]:
+    """The full cases of these names. Raises UsageError for a name that is none."""
+    known = {one.name: one for one in cases(False, device, data_dir)}
+    for name in names:
+        require_one_of(name, "case", known)
+    return [known[name] for name in names]
 
 
 def cases(quick: bool, device: str, data_dir: Path | None) -> list[Case]:
@@ -104,9 +127,9 @@ def _full(
 
 
 def measure(
-    case: Case, dtype: torch.dtype, device: str, progress: Callable[[str], None]
+    case: Case, dtype: torch.dtype, device: str, progress: Callable[[str], None], *, count: bool
 ) -> list[Row]:
-    """Every contestant of a case, in turn."""
+    """Every contestant of a case, in turn. ``count``: the FLOPs of its step as well."""
     name = f"{case.name} {str(dtype).removeprefix('torch.')}"
     progress(f"{name}: setting up")
     torch.manual_seed(0)
@@ -114,14 +137,18 @@ def measure(
     race = Race(base=base, rows=case.sentences(), device=device)
     made = {who: race.make(who) for who in (*HF, *OURS) if who not in case.without}
     peaks = {who: _peak(one) for who, one in made.items()}
+    work = {who: _flops(one) for who, one in made.items()} if count else {}
+    product, work[PRODUCT] = _product(race, dtype)
     progress(f"{name}: {len(made)} contestants, {case.rounds} rounds")
     times = interleave(
-        {who: _one(step) for who, step in made.items()},
+        {who: _one(step) for who, step in made.items()} | {PRODUCT: product},
         rounds=case.rounds,
         warmup=1 if device == "cpu" else 3 * len(race.rows),
         device=device,
     )
-    return _rows(case, dtype, race, times, peaks)
+    rate = work[PRODUCT] / times[PRODUCT].median_ms
+    shares = {who: flops / rate / times[who].median_ms for who, flops in work.items()}
+    return _rows(case, dtype, race, times, peaks, shares)
 
 
 def _one(step: Contestant) -> Callable[[], None]:
@@ -130,7 +157,7 @@ def _one(step: Contestant) -> Callable[[], None]:
 
 def _rows(
     case: Case, dtype: torch.dtype, race: Race, times: dict[str, Timing],
-    peaks: dict[str, tuple[float, float]],
+    peaks: dict[str, tuple[float, float]], shares: dict[str, float],
 ) -> list[Row]:  # fmt: skip
     return [
         row(
@@ -150,6 +177,8 @@ def _rows(
                 "activation_mib": peaks[candidate][1],
                 "baseline_activation_mib": peaks[baseline][1],
                 "tokens_per_s": race.tokens / times[candidate].median_ms * 1e3,
+                "product_share": shares.get(candidate),
+                "baseline_product_share": shares.get(baseline),
             },
         )
         for candidate in OURS
@@ -171,6 +200,27 @@ def _peak(step: Contestant) -> tuple[float, float]:
     batch = max(step.batches, key=lambda b: b["input_ids"].numel())
     peak = peak_mib(model, step.optimizer, batch)
     return peak, peak - resident_bytes(model, step.optimizer) / MIB
+
+
+def _flops(step: Contestant) -> float:
+    """Operations of the products of a mean step: those of the largest batch, by tokens."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = getattr(step.model, "_orig_mod", step.model)
+    tokens = [batch["input_ids"].numel() for batch in step.batches]
+    with FlopCounterMode(display=False) as counter:
+        model(**step.batches[tokens.index(max(tokens))]).loss.backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() * sum(tokens) / len(tokens) / max(tokens)
+
+
+def _product(race: Race, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+    """A wide linear on a mean batch's tokens, and its operations."""
+    config: Any = race.base.config
+    hidden, tokens = int(config.hidden_size), round(race.tokens)
+    x = torch.randn(tokens, hidden, device=race.device).to(dtype)
+    weight = torch.randn(4 * hidden, hidden, device=race.device).to(dtype)
+    return (lambda: F.linear(x, weight)), 8.0 * tokens * hidden * hidden
 
 
 def minilm() -> nn.Module:
@@ -220,5 +270,3 @@ def full_length(rows: int, length: int, seed: int) -> list[Sentence]:
         Sentence(rng.integers(1000, 30000, length, dtype=np.int32), None, int(rng.integers(2)))
         for _ in range(rows)
     ]
-
-

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sensikernels._bits import pack_bits
 from sensikernels.ops.group_reduce import STATISTICS, group_reduce
-from sensikernels.ops.select_kept import select_elements
+from sensikernels.ops.select_kept import select_elements, select_kept
 from sensikernels.ops.subset_adamw import SubsetAdamW
 
 SHAPES = ((67, 130), (129,), (64, 96), (1,), (3, 1030))
@@ -38,6 +39,32 @@ def elements(device: str, dtype: torch.dtype) -> None:
     for tensor in range(len(scores)):
         if not torch.equal(got.packed(tensor), want.packed(tensor)):
             raise AssertionError("select_elements: other entries than the reference's")
+
+
+def units(device: str, dtype: torch.dtype) -> None:
+    """Counts, chunks, a greedy fill and two kinds: what this device runs, and the definition."""
+    sizes = torch.tensor([5, 131, 64, 1])
+    segments = torch.repeat_interleave(torch.arange(4), sizes)
+    n = len(segments)
+    scores = torch.randn(n).mul_(4).round_().to(dtype)
+    problems: list[dict[str, Any]] = [
+        {"k": 77},
+        {"k": 77, "multiple": 16, "minimum": 1},
+        {"k": torch.tensor([2, 40, 64, 0]), "scope": "per_segment"},
+        {"costs": 1.0 + torch.arange(n) % 7, "budget": 300.0, "multiple": 8},
+        {"costs": torch.where(segments % 2 == 0, 9.0, 2.0), "budget": 300.0,
+         "kinds": segments % 2, "minimum": 1},
+    ]  # fmt: skip
+    for problem in problems:
+        given: dict[str, Any] = {"segments": segments, "n_segments": 4, **problem}
+        want = select_kept(scores, **given, backend="reference")
+        there: dict[str, Any] = {
+            k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()
+        }
+        got = select_kept(scores.to(device), **there)
+        for name in ("bits", "indices", "counts"):
+            if not torch.equal(getattr(got, name).cpu(), getattr(want, name)):
+                raise AssertionError(f"select_kept: other {name} than the reference's: {problem}")
 
 
 def optimizer(device: str, dtype: torch.dtype) -> None:
@@ -82,6 +109,7 @@ def _stepped(start: Tensor, grad: Tensor, kept: tuple[object, ...] | None, backe
 CASES: dict[str, Callable[[str, torch.dtype], None]] = {
     "group_reduce": reductions,
     "select_elements": elements,
+    "select_units": units,
     "subset_adamw": optimizer,
 }
 

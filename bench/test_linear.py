@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from sensikernels.bench.linear import Case, _contestants, quick_cases
+from sensikernels.bench.linear_cases import Case, quick_cases
+from sensikernels.bench.linear_runs import contestants, recording
 
 DEVICE = "cpu"
 POINTS = [(case, name) for case in quick_cases() for name in (*case.candidates, *case.baselines)]
@@ -21,7 +22,7 @@ def label(point: tuple[Case, str]) -> str:
 @pytest.mark.parametrize("point", POINTS, ids=label)
 def test_linear(point: tuple[Case, str], benchmark: Any) -> None:
     case, name = point
-    run = _contestants(case, DEVICE)[name]
-    run()
+    run = contestants(case, DEVICE)[name]
     benchmark.group = label((case, ""))
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+    with recording(case):
+        benchmark.pedantic(run, rounds=5, warmup_rounds=1)

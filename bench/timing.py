@@ -158,7 +158,19 @@ def _clock(
     return lambda name: device_clock(contestants[name], host[name]), "device", l2
 
 
+def paired_ratios(baseline: Timing, candidate: Timing) -> list[float]:
+    """baseline / candidate of every round, ascending."""
+    pairs = zip(baseline.samples_ms, candidate.samples_ms, strict=True)
+    return sorted(b / c for b, c in pairs)
+
+
 def median_ratio(baseline: Timing, candidate: Timing) -> float:
     """Speed-up of ``candidate``: the median over rounds of baseline / candidate."""
-    pairs = zip(baseline.samples_ms, candidate.samples_ms, strict=True)
-    return statistics.median(b / c for b, c in pairs)
+    return statistics.median(paired_ratios(baseline, candidate))
+
+
+def ratio_band(baseline: Timing, candidate: Timing) -> dict[str, float]:
+    """The 20th and 80th percentile of the rounds' ratios, for a row's ``extra``."""
+    ratios = paired_ratios(baseline, candidate)
+    low, high = (ratios[int(q * (len(ratios) - 1) + 0.5)] for q in (0.2, 0.8))
+    return {"ratio_p20": low, "ratio_p80": high}

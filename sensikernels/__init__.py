@@ -1,9 +1,9 @@
 """Masked and selective linear kernels, sensitivity reductions, and budgeted BERT fine-tuning.
 
-    scores = sensikernels.sensitivity(model, batches)
-    plan = sensikernels.plan(scores, sensikernels.Budget(flops=0.5))
-    sensikernels.apply(model, plan)      # train with any loop
-    model = sensikernels.compact(model)  # a smaller HuggingFace model
+scores = sensikernels.sensitivity(model, batches)
+plan = sensikernels.plan(scores, sensikernels.Budget(flops=0.5))
+sensikernels.apply(model, plan)      # train with any loop
+model = sensikernels.compact(model)  # a smaller HuggingFace model
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sensikernels.nn import MaskedLinear as MaskedLinear
     from sensikernels.nn import SelectiveLinear as SelectiveLinear
     from sensikernels.ops.bias_gelu import bias_gelu as bias_gelu
+    from sensikernels.ops.cross_entropy import cross_entropy as cross_entropy
     from sensikernels.ops.dropout import dropout as dropout
     from sensikernels.ops.dropout_add_norm import dropout_add_norm as dropout_add_norm
     from sensikernels.ops.embed_norm import embed_norm as embed_norm
@@ -51,6 +52,7 @@ _HOMES = {
     "apply": "hf",
     "bias_gelu": "ops.bias_gelu",
     "compact": "hf",
+    "cross_entropy": "ops.cross_entropy",
     "dropout": "ops.dropout",
     "dropout_add_norm": "ops.dropout_add_norm",
     "embed_norm": "ops.embed_norm",

@@ -6,6 +6,7 @@ runs as one GEMM per block row on a packed strip of the activations: any float d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -68,11 +69,23 @@ def grad_input(dy: Tensor, values: Tensor, layout: BlockLayout) -> Tensor:
 
 def grad_values(dy: Tensor, x: Tensor, layout: BlockLayout) -> Tensor:
     """The kept blocks of ``dy^T @ x``, padding zero: ``[n_blocks, bm, bn]``."""
-    if uses_native(dy.dtype):
-        return launcher("block_grad_values")(
-            dy.contiguous(), x.contiguous(), layout.row_idx, layout.col_idx,
-            *layout.block_shape,
+    return grad_values_grouped([dy], x, [layout])[0]
+
+
+def grad_values_grouped(
+    dys: Sequence[Tensor], x: Tensor, layouts: Sequence[BlockLayout]
+) -> list[Tensor]:
+    """``grad_values`` of linears with blocks of one shape that read the same ``x``."""
+    if uses_native(x.dtype):
+        together = launcher("block_grad_values")(
+            [dy.contiguous() for dy in dys], x.contiguous(), [one.row_idx for one in layouts],
+            [one.col_idx for one in layouts], *layouts[0].block_shape,
         )  # fmt: skip
+        return [together] if len(dys) == 1 else list(together.split([i.n_blocks for i in layouts]))
+    return [_by_rows(dy, x, layout) for dy, layout in zip(dys, layouts, strict=True)]
+
+
+def _by_rows(dy: Tensor, x: Tensor, layout: BlockLayout) -> Tensor:
     height, width = layout.block_shape
     strips = _tiles(x, layout.grid_shape[1], width)
     rows = _tiles(dy, layout.grid_shape[0], height)

@@ -101,6 +101,7 @@ class BlockLayout:
     columns: Tensor | None = None
     compact_input: bool = False
     compact_output: bool = False
+    direct: ClassVar[bool] = False
 
     n_blocks: int = field(init=False, repr=False)
     """Kept blocks."""
@@ -144,6 +145,7 @@ class ElementLayout:
     columns: ClassVar[None] = None
     compact_input: ClassVar[bool] = False
     compact_output: ClassVar[bool] = False
+    direct: ClassVar[bool] = False
 
     @property
     def values_shape(self) -> tuple[int, ...]:
@@ -248,10 +250,8 @@ def unpack(values: Tensor, layout: Layout, *, compact: bool = False) -> Tensor:
     With ``compact`` the weight the layer multiplies by: ``[out_width, in_width]``. Differentiable;
     returns ``values`` itself when they are that weight.
     """
-    require(
-        tuple(values.shape) == layout.values_shape,
-        "values", list(layout.values_shape), list(values.shape),
-    )  # fmt: skip
+    ok = tuple(values.shape) == layout.values_shape
+    require(ok, "values", list(layout.values_shape), list(values.shape))
     if isinstance(layout, ElementLayout):
         flat = values.new_zeros(layout.shape[0] * layout.shape[1])
         return flat.index_copy(0, layout.index.long(), values).view(layout.shape)

@@ -16,31 +16,44 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_BY_POINTERS = ("sensikernels_native", "sensikernels_shim")
+"""Operators that write memory no argument names: none of their writes could be put back."""
+
+
+def parts(values: Any) -> list[Tensor]:
+    """The tensors in a tree, a sparse one as its indices and values."""
+    found: list[Tensor] = []
+    for t in tree_leaves(values):
+        if isinstance(t, Tensor):
+            found += [t._indices(), t._values()] if t.is_sparse else [t]
+    return found
+
+
+def home(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
 
 class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.calls: list[tuple[Any, Any, Any, list[tuple[int, Tensor]]]] = []
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
         self.made: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "sensikernels_native":  # writes through pointers
+        if func.namespace in _BY_POINTERS and not func._schema.returns:
             self.calls.append((func, args, kwargs or {}, []))
             return None
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = parts((args, kwargs))
         for tensor in given:
-            key = tensor.untyped_storage().data_ptr()
+            key = home(tensor)
             if key not in self.made and key not in self.before:
                 flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
                 self.before[key] = (flat, flat.clone())
         out = func(*args, **(kwargs or {}))
-        old = {t.untyped_storage().data_ptr() for t in given}
-        fresh = [
-            t for t in tree_leaves(out)
-            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in old
-        ]  # fmt: skip
-        self.made |= {t.untyped_storage().data_ptr() for t in fresh}
+        old = {home(t) for t in given}
+        fresh = [(i, t) for i, t in enumerate(parts(out)) if home(t) not in old]
+        self.made |= {home(t) for _, t in fresh}
         self.calls.append((func, args, kwargs or {}, fresh))
         return out
 
@@ -57,11 +70,9 @@ class Graph:
     def replay(self) -> None:
         self.replays += 1
         for func, args, kwargs, fresh in self.recorder.calls:
-            out = tree_leaves(func(*args, **kwargs))
-            if fresh:
-                again = [t for t in out if isinstance(t, Tensor)][: len(fresh)]
-                for mine, new in zip(fresh, again, strict=True):
-                    mine.copy_(new)
+            again = parts(func(*args, **kwargs))
+            for place, mine in fresh:
+                mine.copy_(again[place])
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sensikernels.bench import compare, rows, timing
+from sensikernels.errors import UsageError
 
 
 def test_contestants_take_turns() -> None:
@@ -142,16 +143,59 @@ def test_time_to_accuracy_is_the_first_evaluation_that_reaches_it(tmp_path: Path
     from sensikernels.bench import finetune
 
     hf = [(10.0, 0.7), (20.0, 0.9), (30.0, 0.88)]
-    curves = {0: {finetune.BASELINE: hf, **dict.fromkeys(finetune.PLANS, [(2.0, 0.8), (6.0, 0.9)])}}
-    made = rows.to_dicts(finetune._rows(curves, "sst2"))
-    assert [r["candidate"] for r in made] == list(finetune.PLANS)
-    for one in made:
-        assert one["time_to_accuracy_share"] == 6.0 / 20.0
-        assert one["ratio"] == 30.0 / 6.0
-        assert one["baseline_curves"] == [hf]
+    curve = {finetune.BASELINE: hf, "bitfit": [(2.0, 0.8), (4.0, 0.875), (6.0, 0.9)]}
+    (one,) = rows.to_dicts(finetune._rows([curve], "sst2", 32))
+    assert one["candidate"] == "bitfit"
+    assert [t["median_share"] for t in one["time_to_accuracy"]] == [6.0 / 20.0, 4.0 / 20.0]
+    assert [t["share_on_mean_curve"] for t in one["time_to_accuracy"]] == [0.3, 0.2]
+    assert one["ratio"] == 30.0 / 6.0
+    assert one["baseline_curves"] == [hf]
     assert finetune.time_to(hf, 0.95) is None
-    finetune.draw(made, tmp_path / "curves.png")
+    finetune.draw([one], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_seed_that_never_gets_there_counts_as_late() -> None:
+    from sensikernels.bench import finetune
+
+    hf = [(10.0, 0.8), (20.0, 0.9)]
+    found = [[(4.0, 0.9)], [(4.0, 0.7)], [(8.0, 0.9)]]
+    curves = [{finetune.BASELINE: hf, "dense": f} for f in found]
+    (exact, _) = rows.to_dicts(finetune._rows(curves, "sst2", 32))[0]["time_to_accuracy"]
+    assert exact["share_of_each_seed"] == [0.2, None, 0.4]
+    assert exact["median_share"] == 0.4
+    assert exact["seeds_that_reached"] == 2
+    assert exact["share_on_mean_curve"] is None
+    assert finetune._reached(found[1:2], [hf], 0)["median_share"] is None
+
+
+def test_accuracies_are_compared_by_their_spread_over_seeds() -> None:
+    from sensikernels.bench.finetune import compare
+
+    found = compare([80.0, 82.0, 84.0], [81.0, 81.0, 81.0])
+    assert found["difference"] == 1.0
+    assert found["deviation"] == 2.0
+    assert found["difference_error"] == pytest.approx(2 / 3**0.5)
+    assert compare([80.0], [79.0])["difference_error"] is None
+
+
+@pytest.mark.slow
+def test_a_race_goes_as_its_plans_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sensikernels.bench import finetune
+
+    monkeypatch.setattr(finetune, "STEPS_BETWEEN", 1)
+    said: list[str] = []
+    name = "sensi-bert-0.5"
+    (made,) = finetune.run(device="cpu", quick=True, progress=said.append, only=name, samples=64)
+    assert len(said) == len(made.extra["curves"][0]) == len(made.extra["baseline_curves"][0]) == 2
+    assert made.extra["settings"]["epochs"] == finetune.PLANS[name].epochs
+
+
+def test_only_known_contestants_race() -> None:
+    from sensikernels.bench import finetune
+
+    with pytest.raises(UsageError, match="only: expected one of"):
+        finetune.run(device="cpu", quick=True, progress=print, only="lora")
 
 
 def test_operators_are_booked_to_parts_of_the_step() -> None:

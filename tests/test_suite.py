@@ -59,11 +59,7 @@ def row(suite_name: str, **facts: Any) -> dict[str, Any]:
 
 
 def test_a_step_over_its_limit_ends_with_all_it_started(tmp_path: Path):
-    child = (
-        "import subprocess, time\n"
-        "print(subprocess.Popen(['sleep', '60']).pid)\n"
-        "time.sleep(60)"
-    )
+    child = "import subprocess, time\nprint(subprocess.Popen(['sleep', '60']).pid)\ntime.sleep(60)"
     start = time.monotonic()
     done = suite.run_step(python("slow", child), tmp_path, 0.8)
     assert done.status == "timed out"
@@ -125,7 +121,7 @@ def test_rows_of_a_killed_suite_are_kept(tmp_path: Path):
     code = (
         "import os, pathlib\n"
         f"pathlib.Path({str(path)!r}).with_suffix('.jsonl')"
-        ".write_text('{\"ratio\": 2.0}\\n{\"ra')\n"
+        '.write_text(\'{"ratio": 2.0}\\n{"ra\')\n'
         "os.kill(os.getpid(), 9)"
     )
     killed = python("linear", code, suite="linear", result=path)

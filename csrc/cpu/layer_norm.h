@@ -1,6 +1,6 @@
-// One row of a LayerNorm, forward and backward, and the draws of a dropout beside it.
+// Rows of a LayerNorm, forward and backward, and the draws of a dropout beside them.
 //
-// A row is widened to float32 once; every later pass finds it in the first cache.
+// A few rows at a time are read from memory once; every later pass finds them in the first cache.
 #pragma once
 
 #include "checks.h"
@@ -9,6 +9,7 @@
 #include "cpu/philox.h"
 
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -59,67 +60,166 @@ inline const uint16_t* draw(const Dropout& dropout, int64_t first, int64_t n, ui
     return buffer + first % kTile;
 }
 
-// Σ f(a[j], b[j]); f takes vectors and scalars alike.
+// A row by vectors, and by single elements at its end: the second argument says which.
 template <class F>
-SK_INLINE float sum_over(const float* a, const float* b, int64_t n, const F& f) {
-    Vec sums[4] = {};
-    float rest = 0.0f;
+SK_INLINE void by_lanes(int64_t n, const F& run) {
     int64_t j = 0;
-    for (; j + 4 * kLanes <= n; j += 4 * kLanes)
-        for (int k = 0; k < 4; ++k)
-            sums[k] += f(load(a + j + k * kLanes), load(b + j + k * kLanes));
-    for (; j + kLanes <= n; j += kLanes) sums[0] += f(load(a + j), load(b + j));
-    for (; j < n; ++j) rest += f(a[j], b[j]);
-    return fold((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+    for (; j + kLanes <= n; j += kLanes) run(j, Vec{});
+    for (; j < n; ++j) run(j, 0.0f);
 }
+
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(2)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+
+template <class V, class T>
+SK_INLINE V read(const T* p) {
+    if constexpr (std::is_same_v<V, float>)
+        return widen(*p);
+    else if constexpr (std::is_same_v<T, float>)
+        return load(p);
+    else
+        return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
+}
+
+SK_INLINE void write(const Vec& v, float* p) {
+    store(p, v);
+}
+SK_INLINE void write(const Vec& v, uint16_t* p) {
+    const Words bits = (Words)v;
+    const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Words kept = (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded;
+    *reinterpret_cast<Halves*>(p) = __builtin_convertvector(kept, Halves);
+}
+template <class T>
+SK_INLINE void write(float v, T* p) {
+    narrow(v, p);
+}
+
+// v scaled where its draw is below the threshold, else 0.
+SK_INLINE Vec kept(const Vec& v, const uint16_t* draws, const Dropout& dropout) {
+    const Words drawn = __builtin_convertvector(*reinterpret_cast<const Halves*>(draws), Words);
+    return drawn < dropout.threshold ? v * dropout.scale : Vec{};
+}
+SK_INLINE float kept(float v, const uint16_t* draws, const Dropout& dropout) {
+    return *draws < dropout.threshold ? v * dropout.scale : 0.0f;
+}
+
+struct Sum {
+    Vec lanes = {};
+    float rest = 0.0f;
+
+    SK_INLINE void add(const Vec& v) { lanes += v; }
+    SK_INLINE void add(float v) { rest += v; }
+    SK_INLINE float total() const { return fold(lanes) + rest; }
+};
 
 struct Moments {
     float mean, rstd;
 };
 
-SK_INLINE Moments moments(const float* z, int64_t n, float eps) {
+// Rows that are worked on together: their sums are chains that do not wait for each other.
+constexpr int kRows = 4;
+#define SK_ROWS _Pragma("GCC unroll 4") for (int r = 0; r < R; ++r)
+
+// The moments of R rows of z, one after the other, whose sums are known. In two passes: a mean that
+// is large beside the deviations cancels nothing.
+template <int R>
+SK_INLINE void moments(const float* __restrict z, const Sum* sums, int64_t n, float eps,
+                       Moments* out) {
     const float count = static_cast<float>(n);
-    const float mean =
-        sum_over(z, z, n, [](const auto& v, const auto&) SK_LAMBDA { return v; }) / count;
-    const float squares = sum_over(z, z, n, [mean](const auto& v, const auto&) SK_LAMBDA {
-        const auto off = v - mean;
-        return off * off;
+    float mean[R];
+    Sum squares[R];
+    SK_ROWS mean[r] = sums[r].total() / count;
+    by_lanes(n, [&](int64_t j, auto lane) SK_LAMBDA {
+        SK_ROWS {
+            const auto off = read<decltype(lane)>(z + r * n + j) - mean[r];
+            squares[r].add(off * off);
+        }
     });
-    return {mean, 1.0f / std::sqrt(squares / count + eps)};
+    SK_ROWS out[r] = {mean[r], 1.0f / std::sqrt(squares[r].total() / count + eps)};
 }
 
-// What a task works in: two rows of float32 and one of draws.
-struct Scratch {
-    std::vector<float> first, second;
-    std::vector<uint16_t> draws;
+SK_INLINE Moments moments(const float* z, int64_t n, float eps) {
+    Sum sum;
+    Moments out;
+    by_lanes(n, [&](int64_t j, auto lane) SK_LAMBDA { sum.add(read<decltype(lane)>(z + j)); });
+    moments<1>(z, &sum, n, eps, &out);
+    return out;
+}
 
-    explicit Scratch(int64_t width) : first(width), second(width), draws(width + 2 * kTile) {}
-};
+// The gradients of R rows, one after the other. `grad(r, j, lane)` gives dy, `normal(j, lane)(r)`
+// the normalised element, `put(r, j, dz)` takes the gradient; adds to dweight and dbias, which may
+// be null.
+template <int R, class Grad, class Normal, class Put>
+SK_INLINE void norm_backward_rows(const Grad& grad, const Normal& normal, const Put& put,
+                                  const Moments* saved, const float* __restrict weight,
+                                  float* __restrict dweight, float* __restrict dbias, int64_t n) {
+    Sum sums[R], products[R];
+    by_lanes(n, [&](int64_t j, auto lane) SK_LAMBDA {
+        using V = decltype(lane);
+        const V w = read<V>(weight + j);
+        const auto normal_of = normal(j, lane);
+        V by_weight = {}, by_bias = {};
+        SK_ROWS {
+            const V dy = grad(r, j, lane), x = normal_of(r), g = dy * w;
+            by_weight += dy * x;
+            by_bias += dy;
+            sums[r].add(g);
+            products[r].add(g * x);
+        }
+        if (dweight) {
+            write(read<V>(dweight + j) + by_weight, dweight + j);
+            write(read<V>(dbias + j) + by_bias, dbias + j);
+        }
+    });
+    const float count = static_cast<float>(n);
+    float mean[R], along[R], rstd[R];
+    SK_ROWS {
+        rstd[r] = saved[r].rstd;
+        mean[r] = sums[r].total() / count;
+        along[r] = products[r].total() / count;
+    }
+    by_lanes(n, [&](int64_t j, auto lane) SK_LAMBDA {
+        using V = decltype(lane);
+        const V w = read<V>(weight + j);
+        const auto normal_of = normal(j, lane);
+        SK_ROWS {
+            const V g = grad(r, j, lane) * w - mean[r];
+            put(r, j, rstd[r] * (g - normal_of(r) * along[r]));
+        }
+    });
+}
 
 // From dy and z (both float32, scratch) of a row: dz in place of z. Adds to dweight and dbias.
-SK_INLINE void norm_backward_row(float* __restrict dy, float* __restrict z, Moments m,
-                                 const float* __restrict weight, float* __restrict dweight,
-                                 float* __restrict dbias, int64_t n) {
-    if (dweight)
-        for (int64_t j = 0; j < n; ++j) {
-            const float normal = (z[j] - m.mean) * m.rstd;
-            dweight[j] += dy[j] * normal;
-            dbias[j] += dy[j];
-            z[j] = normal;
-            dy[j] *= weight[j];
-        }
-    else
-        for (int64_t j = 0; j < n; ++j) {
-            z[j] = (z[j] - m.mean) * m.rstd;
-            dy[j] *= weight[j];
-        }
-    const float count = static_cast<float>(n);
-    const float along =
-        sum_over(dy, z, n, [](const auto& g, const auto& x) SK_LAMBDA { return g * x; }) / count;
-    const float mean =
-        sum_over(dy, z, n, [](const auto& g, const auto&) SK_LAMBDA { return g; }) / count;
-    for (int64_t j = 0; j < n; ++j) z[j] = m.rstd * (dy[j] - mean - z[j] * along);
+SK_INLINE void norm_backward_row(const float* dy, float* z, Moments m, const float* weight,
+                                 float* dweight, float* dbias, int64_t n) {
+    norm_backward_rows<1>(
+        [&](int, int64_t j, auto lane) SK_LAMBDA { return read<decltype(lane)>(dy + j); },
+        [&](int64_t j, auto lane) SK_LAMBDA {
+            return [=](int) SK_LAMBDA { return (read<decltype(lane)>(z + j) - m.mean) * m.rstd; };
+        },
+        [&](int, int64_t j, const auto& dz) SK_LAMBDA { write(dz, z + j); }, &m, weight, dweight,
+        dbias, n);
 }
+
+// Memory for `n` elements, as it comes.
+template <class T>
+class Buffer {
+  public:
+    explicit Buffer(int64_t n) : data_(new T[n]) {}
+    T* data() const { return data_.get(); }
+
+  private:
+    std::unique_ptr<T[]> data_;
+};
+
+// What a task works in: rows of float32 and of draws.
+struct Scratch {
+    Buffer<float> first, second;
+    Buffer<uint16_t> draws;
+
+    explicit Scratch(int64_t n) : first(n), second(n), draws(n + 2 * kTile) {}
+};
 
 // Calls run with a null pointer of the element type of t, float32 or bfloat16.
 template <class F>

@@ -97,30 +97,46 @@ void multiply_tile(const Lines& s, int64_t line, int64_t tile) {
 }
 
 // Few tokens: packing would cost more than the product, so values are read as they lie.
-constexpr int64_t kFewTokens = 8;
+template <bool BF16, bool TRANSPOSED>
+constexpr int64_t kFew = TRANSPOSED && !BF16 ? 16 : 8;
+
+// sum[r][m] += the products of 64 bytes of NR rows of a block and of MT tokens.
+template <bool BF16, bool WHOLE, int NR, int MT>
+SK_FMA SK_INLINE void few_step(__m512 (&sum)[NR][MT], const char* x, int64_t ld, const char* w,
+                               int64_t depth, int64_t terms, bool fetch) {
+    constexpr int64_t bytes = Unit<BF16>::bytes;
+    __m512i token[MT];
+#pragma GCC unroll 4
+    for (int m = 0; m < MT; ++m) {
+        const char* at = x + m * ld * bytes;
+        token[m] = WHOLE ? _mm512_loadu_si512(at) : load_bits<BF16>(at, terms);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; ++r) {
+        const char* at = w + r * depth * bytes;
+        if (fetch) _mm_prefetch(at + NR * depth * bytes, _MM_HINT_T1);
+        const __m512i row = WHOLE ? _mm512_loadu_si512(at) : load_bits<BF16>(at, terms);
+#pragma GCC unroll 4
+        for (int m = 0; m < MT; ++m) sum[r][m] = multiply_add<BF16>(sum[r][m], token[m], row);
+    }
+}
 
 // y[t, n..n+NR] for MT tokens: dot products along the blocks of a line.
 template <bool BF16, int NR, int MT>
 SK_FMA void few_forward(const Lines& s, int64_t line, int64_t n, int64_t t) {
     constexpr int64_t bytes = Unit<BF16>::bytes, step = 64 / bytes;
+    const bool fetch = t == 0;  // the next rows of each block, while these are read
     __m512 sum[NR][MT];
 #pragma GCC unroll 16
     for (int i = 0; i < NR * MT; ++i) sum[i / MT][i % MT] = _mm512_setzero_ps();
     for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p) {
         const int64_t from = s.idx[p] * s.depth, terms = std::min(s.depth, s.ld - from);
         const char* w = s.values + ((p * s.width + n) * s.depth) * bytes;
-        for (int64_t k = 0; k < terms; k += step) {
-            __m512i x[MT];
-#pragma GCC unroll 4
-            for (int m = 0; m < MT; ++m)
-                x[m] = load_bits<BF16>(s.x + ((t + m) * s.ld + from + k) * bytes, terms - k);
-#pragma GCC unroll 4
-            for (int r = 0; r < NR; ++r) {
-                const __m512i row = load_bits<BF16>(w + (r * s.depth + k) * bytes, terms - k);
-#pragma GCC unroll 4
-                for (int m = 0; m < MT; ++m) sum[r][m] = multiply_add<BF16>(sum[r][m], x[m], row);
-            }
-        }
+        const char* x = s.x + (t * s.ld + from) * bytes;
+        int64_t k = 0;
+        for (; k + step <= terms; k += step, x += 64, w += 64)
+            few_step<BF16, true, NR, MT>(sum, x, s.ld, w, s.depth, step, fetch);
+        if (k < terms) few_step<BF16, false, NR, MT>(sum, x, s.ld, w, s.depth, terms - k, fetch);
     }
     for (int r = 0; r < NR; ++r)
         for (int m = 0; m < MT; ++m) {
@@ -161,27 +177,29 @@ SK_FMA void few_grad_input(const Lines& s, int64_t line, int64_t c, int64_t t) {
         store_row<BF16, NV>(s.y, (t + m) * s.out_width + first, columns, sum[m]);
 }
 
-template <bool BF16, bool TRANSPOSED, int MT>
-void few_line(const Lines& s, int64_t line, int64_t t) {
-    if constexpr (TRANSPOSED) {
-        const int64_t rows = std::min(s.width, s.out_width - line * s.width);
-        int64_t n = 0;
-        for (; n + 4 <= rows; n += 4) few_forward<BF16, 4, MT>(s, line, n, t);
-        for (; n < rows; ++n) few_forward<BF16, 1, MT>(s, line, n, t);
-    } else {
-        for (int64_t c = 0; c < s.width; c += kChunk)
-            by_vectors(s.width - c,
-                       [&](auto nv) { few_grad_input<BF16, nv(), MT>(s, line, c, t); });
-    }
+// All tokens for some rows of the weight before the next, which are read once.
+template <bool BF16, int NR>
+void few_rows(const Lines& s, int64_t line, int64_t n) {
+    int64_t t = 0;
+    for (; t + 4 <= s.tokens; t += 4) few_forward<BF16, NR, 4>(s, line, n, t);
+    for (; t < s.tokens; ++t) few_forward<BF16, NR, 1>(s, line, n, t);
 }
 
 template <bool BF16, bool TRANSPOSED>
-void multiply_few(const Lines& s) {
-    for_each(s.lines, [&](int64_t line) {
-        int64_t t = 0;
-        for (; t + 4 <= s.tokens; t += 4) few_line<BF16, TRANSPOSED, 4>(s, line, t);
-        for (; t < s.tokens; ++t) few_line<BF16, TRANSPOSED, 1>(s, line, t);
-    });
+void few_line(const Lines& s, int64_t line) {
+    if constexpr (TRANSPOSED) {
+        const int64_t rows = std::min(s.width, s.out_width - line * s.width);
+        int64_t n = 0;
+        for (; n + 4 <= rows; n += 4) few_rows<BF16, 4>(s, line, n);
+        for (; n < rows; ++n) few_rows<BF16, 1>(s, line, n);
+    } else {
+        for (int64_t c = 0; c < s.width; c += kChunk)
+            by_vectors(s.width - c, [&](auto nv) {
+                int64_t t = 0;
+                for (; t + 4 <= s.tokens; t += 4) few_grad_input<BF16, nv(), 4>(s, line, c, t);
+                for (; t < s.tokens; ++t) few_grad_input<BF16, nv(), 1>(s, line, c, t);
+            });
+    }
 }
 
 // Columns of a matrix of units [columns, units] as rows of the panel, 16 x 16 at a time.
@@ -269,7 +287,8 @@ void run_lines(Lines s, const Tensor& values) {
     s.depth = TRANSPOSED ? bn : bm;
     s.width = TRANSPOSED ? bm : bn;
     s.values = static_cast<const char*>(values.data_ptr());
-    if (s.tokens <= kFewTokens) return multiply_few<BF16, TRANSPOSED>(s);
+    if (s.tokens <= kFew<BF16, TRANSPOSED>)
+        return for_each(s.lines, [&](int64_t line) { few_line<BF16, TRANSPOSED>(s, line); });
     s.panel_units = ceil_div(s.depth, Unit<BF16>::terms);
     s.panel_bytes = s.panel_units * padded(s.width) * 4;
     const int64_t tiles = ceil_div(s.tokens, kTokenTile);

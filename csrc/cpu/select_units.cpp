@@ -28,35 +28,55 @@ uint64_t falling_key(double score) {
 
 // Memory of one thread, kept from call to call: new pages cost more than the work in them.
 struct Scratch {
-    std::vector<uint64_t> keys, moved;
+    std::vector<uint64_t> keys, words, moved;
     std::vector<int32_t> other;
 };
 
-// Positions by ascending key, ties by position: radix sort by the digits that differ.
+// Ascending by the `width` bits above `shift`, equal ones in their order.
+void sort_words(Scratch& s, int shift, int width) {
+    constexpr int kDigit = 11, kMost = 6;
+    const int passes = (width + kDigit - 1) / kDigit;
+    const int digit = passes ? (width + passes - 1) / passes : 0;
+    const uint64_t mask = (1ull << digit) - 1;
+    int32_t place[kMost][1 << kDigit] = {};
+    for (const uint64_t word : s.words)
+        for (int p = 0; p < passes; ++p) ++place[p][word >> (shift + p * digit) & mask];
+    s.moved.resize(s.words.size());
+    for (int p = 0; p < passes; ++p) {
+        int32_t before = 0;
+        for (uint64_t d = 0; d <= mask; ++d) std::swap(place[p][d], before), before += place[p][d];
+        for (const uint64_t word : s.words)
+            s.moved[place[p][word >> (shift + p * digit) & mask]++] = word;
+        s.words.swap(s.moved);
+    }
+}
+
+int width_of(uint64_t value) {
+    return value ? 64 - __builtin_clzll(value) : 0;
+}
+
+// Positions by ascending key, ties by position. A key's bits and its position share a word, so
+// that one array is sorted; float32 scores need one round.
 void sort_positions(Scratch& s, std::vector<int32_t>& order) {
-    constexpr int kDigit = 11, kBins = 1 << kDigit;
     const int64_t n = (int64_t)s.keys.size();
     order.resize(n);
-    s.other.resize(n);
-    s.moved.resize(n);
     for (int64_t i = 0; i < n; ++i) order[i] = (int32_t)i;
-    uint64_t any = 0, all = ~0ull;
-    for (const uint64_t key : s.keys) any |= key, all &= key;
-    const uint64_t differs = any & ~all;
-    std::vector<int32_t> place(kBins);
-    for (int shift = 0; shift < 64; shift += kDigit) {
-        if (!(differs >> shift & (kBins - 1))) continue;
-        std::fill(place.begin(), place.end(), 0);
-        for (const uint64_t key : s.keys) ++place[key >> shift & (kBins - 1)];
-        int32_t before = 0;
-        for (int32_t& p : place) std::swap(p, before), before += p;
-        for (int64_t i = 0; i < n; ++i) {
-            const int32_t to = place[s.keys[i] >> shift & (kBins - 1)]++;
-            s.moved[to] = s.keys[i];
-            s.other[to] = order[i];
-        }
-        s.keys.swap(s.moved);
-        order.swap(s.other);
+    if (n < 2) return;
+    uint64_t lowest = ~0ull, highest = 0, differs = 0;
+    for (const uint64_t key : s.keys) {
+        lowest = std::min(lowest, key);
+        highest = std::max(highest, key);
+        differs |= key ^ s.keys[0];
+    }
+    if (!differs) return;
+    const int zeros = __builtin_ctzll(differs), width = width_of((highest - lowest) >> zeros);
+    const int at = width_of((uint64_t)n - 1), room = 64 - at;
+    s.words.resize(n);
+    for (int done = 0; done < width; done += room) {
+        for (int64_t i = 0; i < n; ++i)
+            s.words[i] = (s.keys[order[i]] - lowest) >> zeros >> done << at | (uint64_t)order[i];
+        sort_words(s, at, std::min(room, width - done));
+        for (int64_t i = 0; i < n; ++i) order[i] = (int32_t)(s.words[i] & ((1ull << at) - 1));
     }
 }
 
@@ -117,6 +137,7 @@ void Problem::rank() {
     for (int64_t s = 0; s < n_segments; ++s) start[s + 1] += start[s];
     std::vector<int32_t> next(start.begin(), start.end() - 1);
     std::vector<int32_t>& by_segment = scratch.other;
+    by_segment.resize(n);
     for (int64_t i = 0; i < n; ++i) by_segment[place[i] = next[segments[listed[i]]]++] = listed[i];
     listed.swap(by_segment);
 }

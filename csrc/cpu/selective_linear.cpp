@@ -101,22 +101,30 @@ void grad_chunk(const Partial& s, int64_t c) {
     }
 }
 
+// One linear: its dy, and the block row and column of each kept block.
+struct Member {
+    Tiles dy;
+    const int32_t *rows, *columns;
+    int64_t blocks;
+};
+
 template <bool BF16>
-void run_grad(const Tensor& dy, const Tensor& x, const int32_t* rows, const int32_t* columns,
-              Tensor& out) {
+void run_grad(const std::vector<Member>& members, const Tiles& right, Tensor& out) {
     const int64_t n = out.size(0), bm = out.size(1), bn = out.size(2);
-    const Tiles left = tiles_of<BF16>(dy, bm), right = tiles_of<BF16>(x, bn);
     char* to = static_cast<char*>(out.data_ptr());
-    const int64_t step = kSumTile / Unit<BF16>::terms, units = std::max<int64_t>(left.units, 1);
+    const int64_t step = kSumTile / Unit<BF16>::terms, units = std::max<int64_t>(right.units, 1);
     for_each(n, [&](int64_t p) {
         thread_local std::vector<float> sums;  // reused: fresh pages cost more than a short sum
         if (int64_t(sums.size()) < bm * right.pitch) sums.resize(bm * right.pitch);
+        const Member* own = members.data();
+        int64_t block = p;
+        for (; block >= own->blocks; ++own) block -= own->blocks;
         for (int64_t u = 0; u < units; u += step) {
-            const Partial s{left.tile(rows[p]) + u * left.pitch * 4,
-                            right.tile(columns[p]) + u * right.pitch * 4,
-                            left.pitch,
+            const Partial s{own->dy.tile(own->rows[block]) + u * own->dy.pitch * 4,
+                            right.tile(own->columns[block]) + u * right.pitch * 4,
+                            own->dy.pitch,
                             right.pitch,
-                            std::min(step, left.units - u),
+                            std::min(step, right.units - u),
                             bm,
                             bn,
                             u == 0,
@@ -129,18 +137,30 @@ void run_grad(const Tensor& dy, const Tensor& x, const int32_t* rows, const int3
     });
 }
 
-Tensor block_grad_values(const Tensor& dy, const Tensor& x, const Tensor& row_idx,
-                         const Tensor& col_idx, int64_t bm, int64_t bn) {
-    const bool bf16 = check_activations(dy, "dy");
-    check_activations(x, "x");
-    check_dtype(x, "x", dy.scalar_type());
-    check_size(x, "x", 0, dy.size(0));
-    const int32_t *rows = int_data(row_idx, "row_idx"), *columns = int_data(col_idx, "col_idx");
-    Tensor out = empty(dy, {row_idx.numel(), bm, bn});
+// The gradients of all linears that read x, one after the other; x is repacked once for all.
+Tensor block_grad_values(std::vector<Tensor> dys, const Tensor& x, std::vector<Tensor> row_idx,
+                         std::vector<Tensor> col_idx, int64_t bm, int64_t bn) {
+    const bool bf16 = check_activations(x, "x");
+    STD_TORCH_CHECK(dys.size() == row_idx.size() && dys.size() == col_idx.size(),
+                    "row_idx, col_idx: expected one for each of ", dys.size(), " dys");
+    int64_t blocks = 0;
+    std::vector<Member> members;
+    for (size_t i = 0; i < dys.size(); ++i) {
+        check_activations(dys[i], "dys");
+        check_dtype(dys[i], "dys", x.scalar_type());
+        check_size(dys[i], "dys", 0, x.size(0));
+        check_size(col_idx[i], "col_idx", 0, row_idx[i].numel());
+        members.push_back({bf16 ? tiles_of<true>(dys[i], bm) : tiles_of<false>(dys[i], bm),
+                           int_data(row_idx[i], "row_idx"), int_data(col_idx[i], "col_idx"),
+                           row_idx[i].numel()});
+        blocks += row_idx[i].numel();
+    }
+    const Tiles right = bf16 ? tiles_of<true>(x, bn) : tiles_of<false>(x, bn);
+    Tensor out = empty(x, {blocks, bm, bn});
     if (bf16)
-        run_grad<true>(dy, x, rows, columns, out);
+        run_grad<true>(members, right, out);
     else
-        run_grad<false>(dy, x, rows, columns, out);
+        run_grad<false>(members, right, out);
     return out;
 }
 
@@ -148,8 +168,8 @@ Tensor block_grad_values(const Tensor& dy, const Tensor& x, const Tensor& row_id
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sensikernels_native, m) {
     m.def(
-        "block_grad_values(Tensor dy, Tensor x, Tensor row_idx, Tensor col_idx, int bm, int bn) "
-        "-> Tensor");
+        "block_grad_values(Tensor[] dys, Tensor x, Tensor[] row_idx, Tensor[] col_idx, int bm, "
+        "int bn) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sensikernels_native, CPU, m) {

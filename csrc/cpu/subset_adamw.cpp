@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/ranges.h"
 #include "cpu/subset_adamw_bits.h"
 #include "cpu/subset_adamw_simd.h"
 #include "cpu/subset_adamw_visit.h"
@@ -20,7 +21,8 @@ struct Rates {
     float decay, one_minus_beta1, beta2, one_minus_beta2, eps;
     float step_size, inverse_root;      // by bias correction
     std::vector<float> cohort_factors;  // 256 step sizes, then 256 inverse roots
-    double tick[3];                     // of the clock
+    const double* hyper;
+    double clock[kClock];  // after this step
 };
 
 int64_t width(int64_t dtype) {
@@ -50,27 +52,27 @@ char* at(void* base, int64_t dtype, int64_t entry) {
     return static_cast<char*>(base) + entry * width(dtype);
 }
 
+void fetch_run(const void* base, int64_t dtype, int64_t entry, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / width(dtype)) fetch_far(at(base, dtype, entry + i));
+}
+
 template <class T>
 void take(const T* from, const Pick& pick, T* to, int64_t n) {
-    if (pick.bits) return compress(from, pick.bits, pick.span, to);
+    if (pick.bits) return compress(from, pick.bits, pick.span, 4 * n < pick.span, to);
     if (pick.width) {
         for (int64_t i = 0; i < n; i += pick.width, from += pick.stride) {
             for (int64_t line = 0; line < pick.width; line += 64 / (int64_t)sizeof(T))
-                __builtin_prefetch(from + pick.ahead + line);
+                fetch_far(from + pick.ahead + line);
             std::memcpy(to + i, from, pick.width * sizeof(T));
         }
         return;
     }
-    if constexpr (sizeof(T) == 4) {
-        gather32(from, pick.index, to, n);
-    } else {
-        gather16(from, pick.index, to, n);
-    }
+    take_named(from, pick.index, pick.ahead, to, n);
 }
 
 template <class T>
 void put(const T* from, const Pick& pick, T* to, int64_t n) {
-    if (pick.bits) return expand(from, pick.bits, pick.span, to);
+    if (pick.bits) return expand(from, n, pick.bits, pick.span, to);
     if (pick.width) {
         for (int64_t i = 0; i < n; i += pick.width, to += pick.stride)
             std::memcpy(to, from + i, pick.width * sizeof(T));
@@ -146,7 +148,6 @@ void update(const Item& item, const Rates& rates, const Chunk& chunk) {
         float* w = load_weight(item, param, state, pick, n, weights);
         const float* g = load_grad(item, grad, pick, n, grads);
         float *m = item.exp_avg + state, *v = item.exp_avg_sq + state;
-        float decay = rates.decay;
         const bool by_lanes = item.sums() && !entrywise;
         const bool fused = by_lanes && item.kind != kTouched && !item.cohort;
         if (by_lanes && !fused) sum_lanes(w, g, n, lanes);
@@ -154,21 +155,27 @@ void update(const Item& item, const Rates& rates, const Chunk& chunk) {
             sum_entries(w, g, pick.index, n, item.sum_abs ? item.sum_abs + param : nullptr,
                         item.sum_squared ? item.sum_squared + param : nullptr, rates.unscale);
         if (item.kind == kTouched) {
-            const double* row = item.row_clock + param / item.columns * 3;
+            const double* row = item.row_clock + param / item.columns * kClock;
             const auto missed = [&](int k) {
                 return static_cast<float>(std::exp(item.clock[k] - row[k]));
             };
-            decay *= missed(0);
-            multiply(m, n, missed(1));
-            multiply(v, n, missed(2));
+            const double moves = missed_moves(item.clock, row, rates.hyper, *item.step, 1, 1);
+            make_up(w, m, v, n, missed(0), missed(1), missed(2), static_cast<float>(moves),
+                    rates.eps);
         }
-        const Factors f{rates.scale,           decay,           rates.one_minus_beta1, rates.beta2,
+        const Factors f{rates.scale,           rates.decay,     rates.one_minus_beta1, rates.beta2,
                         rates.one_minus_beta2, rates.step_size, rates.inverse_root,    rates.eps};
         // Fetching the line that is read next instead keeps the hardware from fetching ahead.
+        const bool jumps = item.kind == kRows;
         const Ahead ahead{item.master    ? n
                           : w == weights ? 0
                                          : pick.ahead,
-                          g == grads ? 0 : pick.ahead};
+                          g == grads ? 0 : pick.ahead, pick.width ? n : 0, jumps};
+        if (jumps && pick.ahead) {
+            if (w == weights || item.master)
+                fetch_run(item.param, item.param_dtype, param + pick.ahead, n);
+            if (g == grads) fetch_run(item.grad, item.grad_dtype, grad + pick.ahead, n);
+        }
         if (item.cohort) {
             adamw_cohorts(w, g, m, v, item.cohort + state, n, f, factors);
         } else if (fused) {
@@ -179,17 +186,12 @@ void update(const Item& item, const Rates& rates, const Chunk& chunk) {
         store_weight(item, param, pick, n, w);
     };
     const auto row_done = [&](int64_t row) {
-        if (item.kind == kTouched)
-            for (int k = 0; k < 3; ++k) item.row_clock[row * 3 + k] = item.clock[k] + rates.tick[k];
+        if (item.kind == kTouched) std::copy_n(rates.clock, kClock, item.row_clock + row * kClock);
         if (!item.sums() || entrywise) return;
-        float product = 0, square = 0;
-        for (int j = 0; j < 16; ++j) {
-            product += lanes[j];
-            square += lanes[16 + j];
-        }
-        std::fill(lanes, lanes + 32, 0.0f);
-        if (item.sum_abs) item.sum_abs[row] += product * rates.unscale;
-        if (item.sum_squared) item.sum_squared[row] += square * (rates.unscale * rates.unscale);
+        float sums[2];
+        fold_lanes(lanes, sums);
+        if (item.sum_abs) item.sum_abs[row] += sums[0] * rates.unscale;
+        if (item.sum_squared) item.sum_squared[row] += sums[1] * (rates.unscale * rates.unscale);
     };
     visit(item, chunk.first, chunk.end, piece, row_done);
 }
@@ -210,8 +212,12 @@ Rates make_rates(const Item& item, const double* hyper, double clip, double unsc
                 static_cast<float>(step_size(age)),
                 static_cast<float>(inverse_root(age)),
                 {},
-                {std::log(std::max(decay, kTiny)), std::log(std::max(beta1, kTiny)),
-                 std::log(std::max(beta2, kTiny))}};
+                hyper,
+                {}};
+    if (item.kind == kTouched) {
+        std::copy_n(item.clock, kClock, rates.clock);
+        tick(rates.clock, hyper);
+    }
     if (item.cohort) rates.cohort_factors.resize(512);
     for (int64_t c = 0; c < item.cohorts; ++c) {
         rates.cohort_factors[c] = static_cast<float>(step_size(age - item.cohort_start[c]));
@@ -253,9 +259,8 @@ void step(const Tensor& table, const Tensor& chunk_table, const Tensor& hyper, T
     auto* norm_out = static_cast<float*>(norm.mutable_data_ptr());
     *norm_out = 0;
     if (max_grad_norm > 0) {
-        torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t c = begin; c < end; ++c)
-                sums[c] = squares(items[chunks[c].item], chunks[c]);
+        for_each_in_ranges(count, torch::stable::get_num_threads(), [&](int64_t, int64_t c) {
+            sums[c] = squares(items[chunks[c].item], chunks[c]);
         });
         double total = 0;
         for (int64_t c = 0; c < count; ++c) total += sums[c];
@@ -269,14 +274,12 @@ void step(const Tensor& table, const Tensor& chunk_table, const Tensor& hyper, T
     rates.reserve(parameters);
     for (int64_t i = 0; i < parameters; ++i)
         rates.push_back(make_rates(items[i], rows + items[i].group * kHypers, clip, unscale));
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; ++c)
-            update(items[chunks[c].item], rates[chunks[c].item], chunks[c]);
+    for_each_in_ranges(count, torch::stable::get_num_threads(), [&](int64_t, int64_t c) {
+        update(items[chunks[c].item], rates[chunks[c].item], chunks[c]);
     });
     for (int64_t i = 0; i < parameters; ++i) {
         *items[i].step += 1;
-        if (items[i].kind == kTouched)
-            for (int k = 0; k < 3; ++k) items[i].clock[k] += rates[i].tick[k];
+        if (items[i].kind == kTouched) std::copy_n(rates[i].clock, kClock, items[i].clock);
     }
 }
 

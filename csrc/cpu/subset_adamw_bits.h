@@ -46,6 +46,13 @@ SK_AVX512 inline __m512i load_some(const uint32_t* from, __mmask16 which) {
 SK_AVX512 inline __m512i load_some(const uint16_t* from, __mmask16 which) {
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, from));
 }
+// Masked loads take longer.
+SK_AVX512 inline __m512i load_all(const uint32_t* from) {
+    return _mm512_loadu_si512(from);
+}
+SK_AVX512 inline __m512i load_all(const uint16_t* from) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
 SK_AVX512 inline void store_some(uint32_t* to, __mmask16 which, __m512i values) {
     _mm512_mask_storeu_epi32(to, which, values);
 }
@@ -58,25 +65,40 @@ SK_AVX512 inline void store_all(uint32_t* to, __m512i values) {
 SK_AVX512 inline void store_all(uint16_t* to, __m512i values) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(values));
 }
+SK_AVX512 inline void store_half(uint32_t* to, __m512i values) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(values));
+}
+SK_AVX512 inline void store_half(uint16_t* to, __m512i values) {
+    const __m256i low = _mm512_castsi512_si256(values);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtepi32_epi16(low));
+}
 
 // Entries of `span` whose bit is set, one after the other; writes up to 15 entries more.
+// `sparse`: of sixteen hardly ever more than eight, and half a store seldom crosses a line.
 template <class T>
-SK_AVX512 void compress(const T* from, const uint8_t* bits, int64_t span, T* to) {
+SK_AVX512 void compress(const T* from, const uint8_t* bits, int64_t span, bool sparse, T* to) {
     for (int64_t i = 0; i < span; i += 64) {
         uint64_t word = bits_of(bits + i / 8, span - i);
         if (!word) continue;
 #pragma GCC unroll 4
         for (int64_t j = i; j < i + 64; j += 16, word >>= 16) {
             const auto which = static_cast<__mmask16>(word);
-            store_all(to, _mm512_maskz_compress_epi32(which, load_some(from + j, which)));
-            to += _mm_popcnt_u32(which);
+            const int count = _mm_popcnt_u32(which);
+            const __m512i all = j + 16 <= span ? load_all(from + j) : load_some(from + j, which);
+            const __m512i taken = _mm512_maskz_compress_epi32(which, all);
+            if (sparse && count <= 8) {
+                store_half(to, taken);
+            } else {
+                store_all(to, taken);
+            }
+            to += count;
         }
     }
 }
 
-// The reverse; entries whose bit is not set stay as they are.
+// The reverse of `n` entries; those whose bit is not set stay as they are.
 template <class T>
-SK_AVX512 void expand(const T* from, const uint8_t* bits, int64_t span, T* to) {
+SK_AVX512 void expand(const T* from, int64_t n, const uint8_t* bits, int64_t span, T* to) {
     for (int64_t i = 0; i < span; i += 64) {
         uint64_t word = bits_of(bits + i / 8, span - i);
         if (!word) continue;
@@ -85,7 +107,9 @@ SK_AVX512 void expand(const T* from, const uint8_t* bits, int64_t span, T* to) {
             const auto which = static_cast<__mmask16>(word);
             const int count = _mm_popcnt_u32(which);
             const auto first = static_cast<__mmask16>((1u << count) - 1);
-            store_some(to + j, which, _mm512_maskz_expand_epi32(which, load_some(from, first)));
+            const __m512i next = n >= 16 ? load_all(from) : load_some(from, first);
+            store_some(to + j, which, _mm512_maskz_expand_epi32(which, next));
+            n -= count;
             from += count;
         }
     }
@@ -100,9 +124,9 @@ inline int64_t count_bits(const uint8_t*, int64_t) {
     return 0;
 }
 template <class T>
-void compress(const T*, const uint8_t*, int64_t, T*) {}
+void compress(const T*, const uint8_t*, int64_t, bool, T*) {}
 template <class T>
-void expand(const T*, const uint8_t*, int64_t, T*) {}
+void expand(const T*, int64_t, const uint8_t*, int64_t, T*) {}
 
 #endif
 

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/lanes.h"
+
 #if defined(__x86_64__)
 #define SK_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -13,8 +15,6 @@
 
 namespace sk::subset_adamw {
 
-using Floats = float __attribute__((vector_size(64), aligned(4)));
-using Ints = int32_t __attribute__((vector_size(64), aligned(4)));
 using Doubles = double __attribute__((vector_size(64)));
 
 struct Factors {
@@ -23,15 +23,23 @@ struct Factors {
 
 // Where the next piece lies, in entries from this one: it is fetched meanwhile. 0: nowhere.
 struct Ahead {
-    int64_t weight, grad;
+    int64_t weight, grad, state;
+    bool jumps;  // to where the hardware does not look
 };
 
+// Into L2: on its way to L1 a line far away holds one of the few places that loads wait in.
+inline __attribute__((always_inline)) void fetch_far(const void* line) {
+    __builtin_prefetch(line, 0, 2);
+}
+inline __attribute__((always_inline)) void fetch(const void* line, bool far) {
+    far ? fetch_far(line) : __builtin_prefetch(line);
+}
+
 // Adds Σ|w·g| and Σg² of sixteen entries to sixteen lanes each.
-inline __attribute__((always_inline)) void add_lanes(const float* w, const float* g,
-                                                     Floats& product, Floats& square) {
-    const Floats grad = *reinterpret_cast<const Floats*>(g);
-    const Floats both = *reinterpret_cast<const Floats*>(w) * grad;
-    product += reinterpret_cast<Floats>(reinterpret_cast<Ints>(both) & 0x7FFFFFFF);
+inline __attribute__((always_inline)) void add_lanes(const float* w, const float* g, Vec& product,
+                                                     Vec& square) {
+    const Vec grad = load(g);
+    product += magnitude(load(w) * grad);
     square += grad * grad;
 }
 
@@ -54,7 +62,7 @@ inline __attribute__((always_inline)) void adamw_run(float* w, const float* g, f
                                                      int64_t n, const Factors& f, Ahead ahead,
                                                      float* lanes) {
     constexpr int64_t kPart = 128;  // entries between two looks ahead
-    Floats product = {}, square = {};
+    Vec product = {}, square = {};
     if (sums) {
         std::memcpy(&product, lanes, sizeof product);
         std::memcpy(&square, lanes + 16, sizeof square);
@@ -62,8 +70,9 @@ inline __attribute__((always_inline)) void adamw_run(float* w, const float* g, f
     for (int64_t i = 0; i < n; i += kPart) {
         const int64_t part = n - i < kPart ? n - i : kPart;
         for (int64_t j = i; j < i + part; j += 16) {
-            if (ahead.weight) __builtin_prefetch(w + ahead.weight + j, 1);
-            if (ahead.grad) __builtin_prefetch(g + ahead.grad + j);
+            if (ahead.weight) fetch(w + ahead.weight + j, ahead.jumps);
+            if (ahead.grad) fetch(g + ahead.grad + j, ahead.jumps);
+            if (ahead.state) fetch_far(m + ahead.state + j), fetch_far(v + ahead.state + j);
         }
         if (sums) {
             int64_t j = i;
@@ -110,7 +119,7 @@ SK_SIMD static void adamw_cohorts(float* __restrict w, const float* __restrict g
 
 // The sums alone.
 SK_SIMD static void sum_lanes(const float* w, const float* g, int64_t n, float* lanes) {
-    Floats product, square;
+    Vec product, square;
     std::memcpy(&product, lanes, sizeof product);
     std::memcpy(&square, lanes + 16, sizeof square);
     int64_t i = 0;
@@ -121,6 +130,13 @@ SK_SIMD static void sum_lanes(const float* w, const float* g, int64_t n, float* 
         lanes[i % 16] += std::fabs(w[i] * g[i]);
         lanes[16 + i % 16] += g[i] * g[i];
     }
+}
+
+// The two sums of the lanes, which start anew.
+SK_SIMD static void fold_lanes(float* lanes, float* sums) {
+    sums[0] = fold(load(lanes));
+    sums[1] = fold(load(lanes + 16));
+    std::memset(lanes, 0, 2 * sizeof(Vec));
 }
 
 // The same where every entry is its own row.
@@ -178,18 +194,21 @@ SK_SIMD static void narrow_half(const float* __restrict from, _Float16* __restri
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<_Float16>(from[i]);
 }
 
+// The entries `index` names, one by one: gather instructions took longer.
 template <class T>
-inline __attribute__((always_inline)) void gather_entries(const T* from, const int32_t* index,
-                                                          T* to, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[index[i]];
-}
-SK_SIMD static void gather32(const uint32_t* __restrict from, const int32_t* __restrict index,
-                             uint32_t* __restrict to, int64_t n) {
-    gather_entries(from, index, to, n);
-}
-SK_SIMD static void gather16(const uint16_t* __restrict from, const int32_t* __restrict index,
-                             uint16_t* __restrict to, int64_t n) {
-    gather_entries(from, index, to, n);
+void take_named(const T* from, const int32_t* index, int64_t ahead, T* to, int64_t n) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        const int32_t* at = index + i;
+        const T a = from[at[0]], b = from[at[1]], c = from[at[2]], d = from[at[3]];
+        if (ahead)
+            for (int j = 0; j < 4; ++j) fetch_far(from + ahead + at[j]);
+        to[i] = a;
+        to[i + 1] = b;
+        to[i + 2] = c;
+        to[i + 3] = d;
+    }
+    for (; i < n; ++i) to[i] = from[index[i]];
 }
 
 // Entries whose bit is set, zero elsewhere; `to` may be `from`.
@@ -205,8 +224,15 @@ SK_SIMD static void mask_entries(const uint8_t* bits, int64_t origin, const floa
     for (; i < n; ++i) to[i] = bits[(origin + i) >> 3] >> ((origin + i) & 7) & 1 ? from[i] : 0.0f;
 }
 
-SK_SIMD static void multiply(float* x, int64_t n, float factor) {
-    for (int64_t i = 0; i < n; ++i) x[i] *= factor;
+// What a row has waited for: decay of weight and moments, and the way its momentum still had to go.
+SK_SIMD static void make_up(float* __restrict w, float* __restrict m, float* __restrict v,
+                            int64_t n, float decay, float rest1, float rest2, float moves,
+                            float eps) {
+    for (int64_t i = 0; i < n; ++i) {
+        w[i] = w[i] * decay - moves * (m[i] / (std::sqrt(v[i]) + eps));
+        m[i] *= rest1;
+        v[i] *= rest2;
+    }
 }
 
 }  // namespace sk::subset_adamw

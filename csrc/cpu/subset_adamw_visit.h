@@ -27,10 +27,20 @@ struct Pick {
     explicit operator bool() const { return index || bits || width; }
 };
 
-inline Pick named(const int32_t* index) {
+inline Pick named(const int32_t* index, int64_t ahead = 0) {
     Pick pick;
     pick.index = index;
+    pick.ahead = ahead;
     return pick;
+}
+
+// Lists which of `n` entries from `from` on have their bit set; the first has bit 0 of its byte.
+inline int64_t list_bits(const uint8_t* bits, int64_t n, int64_t from, int32_t* list) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < n; i += 64)  // one branch missed per word, not per byte
+        for (uint64_t word = bits_of(bits + i / 8, n - i); word; word &= word - 1)
+            list[found++] = static_cast<int32_t>(from + i + __builtin_ctzll(word));
+    return found;
 }
 
 // Visits kept entries in pieces of at most kBlock: `piece(param, grad, state, pick, n)` gets
@@ -70,6 +80,11 @@ void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&
             }
             return;
         case kRows:
+            if (wide == 1) {
+                for (int64_t u = first; u < end; u += kBlock)
+                    piece(0, 0, u, named(index + u), std::min(kBlock, end - u));
+                return;
+            }
             for (int64_t u = first; u < end;) {
                 const int64_t row = index[u];
                 int64_t next = u + 1;
@@ -96,21 +111,21 @@ void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&
             const int64_t fit = std::min(kBlock / (flags ? wide : units), INT32_MAX / wide);
             const int64_t rows = sums ? 1 : std::clamp<int64_t>(fit, 1, end - first);
             std::vector<uint8_t> bits(flags ? (rows * wide + 7) / 8 : 0);
-            std::vector<int32_t> list;
+            std::vector<int32_t> places;
             for (int64_t r = 0; r < rows; ++r)
                 for (int64_t i = 0; i < units; ++i) {
                     const int64_t entry = r * wide + index[i];
                     if (flags) {
                         bits[entry / 8] |= static_cast<uint8_t>(1 << entry % 8);
                     } else {
-                        list.push_back(static_cast<int32_t>(entry));
+                        places.push_back(static_cast<int32_t>(entry));
                     }
                 }
             for (int64_t r = first; r < end; r += rows) {
                 const int64_t now = std::min(rows, end - r), n = now * units;
                 if (flags) flagged(r * wide, r * units, bits.data(), now * wide);
                 for (int64_t i = 0; i < n && !flags; i += kBlock)
-                    piece(r * wide, r * wide, r * units + i, named(list.data() + i),
+                    piece(r * wide, r * wide, r * units + i, named(places.data() + i, rows * wide),
                           std::min(kBlock, n - i));
                 row_done(r);
             }
@@ -191,23 +206,12 @@ void visit(const Item& item, int64_t first, int64_t end, Piece&& piece, RowDone&
                 piece(e, e, e, Pick{}, n);
                 continue;
             }
-            int64_t found = 0;
-            for (int64_t i = 0; i < n;) {
-                if ((e + i) % 8 == 0 && i + 64 <= n) {  // one branch missed per word, not per byte
-                    uint64_t word;
-                    std::memcpy(&word, bits + ((e + i) >> 3), 8);
-                    for (; word; word &= word - 1)
-                        list[found++] = static_cast<int32_t>(i + __builtin_ctzll(word));
-                    i += 64;
-                } else if ((e + i) % 8 == 0 && i + 8 <= n) {
-                    for (unsigned byte = bits[(e + i) >> 3]; byte; byte &= byte - 1)
-                        list[found++] = static_cast<int32_t>(i + __builtin_ctz(byte));
-                    i += 8;
-                } else {
-                    list[found] = static_cast<int32_t>(i);
-                    found += kept(e + i++);
-                }
+            int64_t found = 0, i = 0;
+            for (; i < n && (e + i) % 8; ++i) {
+                list[found] = static_cast<int32_t>(i);
+                found += kept(e + i);
             }
+            found += list_bits(bits + (e + i) / 8, n - i, i, list + found);
             if (found) piece(e, e, rank, named(list), found);
             rank += found;
         }

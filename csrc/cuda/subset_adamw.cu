@@ -53,31 +53,37 @@ void step(const Tensor& table, const Tensor& chunks, const Tensor& hyper, Tensor
     check_launch("subset_adamw_step");
 }
 
-std::tuple<Tensor, Tensor> coalesce(const Tensor& rows, const Tensor& order, const Tensor& place,
-                                    const Tensor& values) {
-    for (const Tensor& t : {rows, order, place}) {
+std::tuple<Tensor, Tensor> coalesce(const Tensor& rows, const Tensor& order, const Tensor& values,
+                                    Tensor table, int64_t place) {
+    for (const Tensor& t : {rows, order}) {
         check_dtype(t, "rows", ScalarType::Long);
         check_contiguous(t, "rows");
         check_cuda(t, "rows");
         check_size(t, "rows", 0, values.size(0));
     }
     check_contiguous(values, "values");
+    check_cuda(values, "values");
+    check_dtype(table, "table", ScalarType::Long);
+    check_contiguous(table, "table");
+    check_cuda(table, "table");
+    check_size(table, "table", 1, sizeof(Item) / 8);
+    STD_TORCH_CHECK(place >= 0 && place < table.size(0), "place: no row of the table");
     const int64_t n = rows.size(0), wide = n ? values.numel() / n : 0;
     const int device = rows.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     Tensor touched = torch::stable::new_empty(rows, {n}, ScalarType::Int);
-    touched = torch::stable::fill_(touched, -1);
     Tensor sums = torch::stable::new_empty(values, values.sizes(), ScalarType::Float);
     if (n == 0) return {touched, sums};
+    const int64_t warps = n * ((wide + 4 * kWarp - 1) / (4 * kWarp));
     const auto launch = [&](auto zero) {
         using G = decltype(zero);
-        SK_LAUNCH(coalesce_rows<G>, blocks_for(n, resident_blocks(device)), kThreads, 0,
+        SK_LAUNCH(coalesce_rows<G>, blocks_for(warps, resident_blocks(device)), kThreads, 0,
                   current_stream(rows), static_cast<const int64_t*>(rows.const_data_ptr()),
                   static_cast<const int64_t*>(order.const_data_ptr()),
-                  static_cast<const int64_t*>(place.const_data_ptr()),
                   static_cast<const G*>(values.const_data_ptr()), n, wide,
                   static_cast<int32_t*>(touched.mutable_data_ptr()),
-                  static_cast<float*>(sums.mutable_data_ptr()));
+                  static_cast<float*>(sums.mutable_data_ptr()),
+                  static_cast<Item*>(table.mutable_data_ptr()) + place);
     };
     switch (values.scalar_type()) {
         case ScalarType::Float:
@@ -101,8 +107,8 @@ std::tuple<Tensor, Tensor> coalesce(const Tensor& rows, const Tensor& order, con
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sensikernels_native, m) {
     m.def(
-        "subset_adamw_coalesce_sorted(Tensor rows, Tensor order, Tensor place, Tensor values) -> "
-        "(Tensor, Tensor)");
+        "subset_adamw_coalesce_sorted(Tensor rows, Tensor order, Tensor values, Tensor(a!) table, "
+        "int place) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sensikernels_native, CUDA, m) {

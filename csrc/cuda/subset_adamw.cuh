@@ -16,12 +16,14 @@ constexpr int64_t kTypeOf<__half> = kHalf;
 
 // A step's numbers for one parameter, written by `prepare`.
 struct Rates {
-    double clock[3], ticked[3];  // before and after this step
-    float scale, unscale;        // of the gradient: for the update, and for the sums
+    double clock[kClock], ticked[kClock];  // before and after this step
+    double hyper[kHypers], steps;          // steps before this one
+    float scale, unscale;                  // of the gradient: for the update, and for the sums
     float decay, rate1, beta2, rate2, eps;
     float step_size, inverse_root;           // by bias correction
     float sizes[kCohorts], roots[kCohorts];  // the same, by cohort
     int skip;
+    int late;  // some entries joined after the first step: corrections differ by cohort
 };
 
 // Σg² of a lane's entries.
@@ -61,9 +63,9 @@ struct Update {
     float *const first_at, *const second_at, *const master_at;
     const uint8_t* const cohort_at;
     const bool sums, entrywise;
-    const float scale, rate1, beta2, rate2, eps, step_size, inverse_root;
-    float decay, missed1 = 1, missed2 = 1;  // what a touched row has waited for
-    float product = 0, square = 0;          // a lane's share of the row's sums
+    const float scale, decay, rate1, beta2, rate2, eps, step_size, inverse_root;
+    float missed = 1, missed1 = 1, missed2 = 1, moves = 0;  // what a touched row has waited for
+    float product = 0, square = 0;                          // a lane's share of the row's sums
 
     // Copies of what every entry needs: a store could change the table for all the compiler knows.
     __device__ Update(const Item& item, const Rates& rates, int lane)
@@ -75,17 +77,17 @@ struct Update {
           first_at(item.exp_avg),
           second_at(item.exp_avg_sq),
           master_at(item.master),
-          cohort_at(item.cohort),
+          cohort_at(rates.late ? item.cohort : nullptr),
           sums(item.sums()),
           entrywise(item.columns == 1 && item.kind != kTouched),
           scale(rates.scale),
+          decay(rates.decay),
           rate1(rates.rate1),
           beta2(rates.beta2),
           rate2(rates.rate2),
           eps(rates.eps),
           step_size(rates.step_size),
-          inverse_root(rates.inverse_root),
-          decay(rates.decay) {}
+          inverse_root(rates.inverse_root) {}
 
     __device__ void add(float weight, float raw, int64_t param) {
         const float both = fabsf(weight * raw) * rates.unscale;
@@ -107,6 +109,10 @@ struct Update {
         const float size = cohort_at ? rates.sizes[cohort] : step_size;
         const float inverse = cohort_at ? rates.roots[cohort] : inverse_root;
         const float grad = raw * scale;
+        if (moves != 0)
+            weight = weight * missed - moves * (first / (sqrtf(second) + eps));
+        else
+            weight *= missed;
         first *= missed1;
         first += (grad - first) * rate1;
         second = beta2 * (second * missed2) + rate2 * grad * grad;
@@ -160,15 +166,18 @@ struct Update {
     }
 
     __device__ void begin_row(int64_t row) {
-        const double* clock = item.row_clock + row * 3;
-        decay = rates.decay * static_cast<float>(exp(rates.clock[0] - clock[0]));
+        const double* clock = item.row_clock + row * kClock;
+        missed = static_cast<float>(exp(rates.clock[0] - clock[0]));
         missed1 = static_cast<float>(exp(rates.clock[1] - clock[1]));
         missed2 = static_cast<float>(exp(rates.clock[2] - clock[2]));
+        moves = static_cast<float>(
+            warp_sum(missed_moves(rates.clock, clock, rates.hyper, rates.steps, lane + 1, kWarp)));
         __syncwarp();
     }
 
     __device__ void end_row(int64_t row) {
-        if (item.kind == kTouched && lane < 3) item.row_clock[row * 3 + lane] = rates.ticked[lane];
+        if (item.kind == kTouched && lane < kClock)
+            item.row_clock[row * kClock + lane] = rates.ticked[lane];
         if (!sums || entrywise) return;
         product = warp_sum(product);
         square = warp_sum(square);
@@ -236,13 +245,16 @@ __global__ void __launch_bounds__(kThreads)
     const double* row = hyper + item.group * kHypers;
     const double lr = row[kLr], beta1 = row[kBeta1], beta2 = row[kBeta2];
     const double age = *item.step + 1.0;
-    __syncthreads();  // thread 0 is about to change the step count
-    if (item.cohort && thread < item.cohorts) {
-        const double since = age - item.cohort_start[thread];
+    const float joined = item.cohort && thread < item.cohorts ? item.cohort_start[thread] : 0.0f;
+    // A barrier as well: thread 0 is about to change the step count.
+    const int late = __syncthreads_or(joined != 0);
+    if (late) {
+        const double since = age - joined;
         out.sizes[thread] = static_cast<float>(lr / (1 - pow(beta1, since)));
         out.roots[thread] = static_cast<float>(1 / sqrt(1 - pow(beta2, since)));
     }
     if (thread != 0) return;
+    out.late = late;
     const float share = max_grad_norm / (norm + 1e-6f);
     const float clip = max_grad_norm > 0 && !(share > 1) ? share : 1.0f;
     const bool skip = found_inf && *found_inf != 0;
@@ -258,35 +270,57 @@ __global__ void __launch_bounds__(kThreads)
     out.step_size = static_cast<float>(lr / (1 - pow(beta1, age)));
     out.inverse_root = static_cast<float>(1 / sqrt(1 - pow(beta2, age)));
     if (item.kind == kTouched) {
-        const double factors[3] = {decay, beta1, beta2};
-#pragma unroll
-        for (int k = 0; k < 3; ++k) {
-            out.clock[k] = item.clock[k];
-            out.ticked[k] = item.clock[k] + log(fmax(factors[k], kTiny));
-            if (!skip) item.clock[k] = out.ticked[k];
-        }
+        for (int k = 0; k < kClock; ++k) out.clock[k] = out.ticked[k] = item.clock[k];
+        for (int k = 0; k < kHypers; ++k) out.hyper[k] = row[k];
+        out.steps = age - 1;
+        tick(out.ticked, row);
+        if (!skip)
+            for (int k = 0; k < kClock; ++k) item.clock[k] = out.ticked[k];
     }
     if (!skip) *item.step = static_cast<float>(age);
 }
 
-// Sorted `rows` with the entries' `order` and the `place` of each row among the distinct ones: the
-// first entry of a row sums them all, in order. `touched` holds -1 before.
+// Of entries sorted by row, `order` says where each one's values are. The first entry of a row gets
+// the sum of all, in their order, and names the row; the others name none. `item` is told where.
 template <class G>
 __global__ void __launch_bounds__(kThreads)
-    coalesce_rows(const int64_t* rows, const int64_t* order, const int64_t* place, const G* values,
-                  int64_t n, int64_t wide, int32_t* touched, float* sums) {
+    coalesce_rows(const int64_t* rows, const int64_t* order, const G* values, int64_t n,
+                  int64_t wide, int32_t* touched, float* sums, Item* item) {
+    constexpr int64_t kPiece = 4 * kWarp;  // columns of a warp: a frequent row is shared by many
     const int lane = threadIdx.x % kWarp;
     const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
-    for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp; i < n;
-         i += warps) {
-        if (i && rows[i] == rows[i - 1]) continue;
-        const int64_t to = place[i];
-        if (lane == 0) touched[to] = static_cast<int32_t>(rows[i]);
-        for (int64_t c = lane; c < wide; c += kWarp) {
-            float sum = 0;
-            for (int64_t j = i; j < n && rows[j] == rows[i]; ++j)
-                sum += widen(values[order[j] * wide + c]);
-            sums[to * wide + c] = sum;
+    const int64_t pieces = wide > kPiece ? (wide + kPiece - 1) / kPiece : 1;
+    const bool vector = wide % 4 == 0 && aligned(values) && aligned(sums);
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        item->grad = sums;
+        item->index = touched;
+    }
+    for (int64_t w = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
+         w < n * pieces; w += warps) {
+        const int64_t i = w / pieces, piece = w - i * pieces, row = rows[i];
+        const bool first = i == 0 || rows[i - 1] != row;
+        if (lane == 0 && piece == 0) touched[i] = first ? static_cast<int32_t>(row) : -1;
+        if (!first) continue;
+        int64_t stop = i + 1;
+        for (int same = kWarp; same == kWarp; stop += same)
+            same = __popc(__ballot_sync(~0u, stop + lane < n && rows[stop + lane] == row));
+        const int64_t c = piece * kPiece + 4 * lane;
+        if (vector && c < wide) {
+            Four<float> sum{};
+#pragma unroll 4
+            for (int64_t j = i; j < stop; ++j) {
+                const auto* from = reinterpret_cast<const Four<G>*>(values + order[j] * wide + c);
+                const Four<G> four = *from;
+#pragma unroll
+                for (int k = 0; k < 4; ++k) sum.at[k] += widen(four.at[k]);
+            }
+            *reinterpret_cast<Four<float>*>(sums + i * wide + c) = sum;
+        } else {
+            for (int64_t k = c; k < wide && k < c + 4; ++k) {
+                float sum = 0;
+                for (int64_t j = i; j < stop; ++j) sum += widen(values[order[j] * wide + k]);
+                sums[i * wide + k] = sum;
+            }
         }
     }
 }

@@ -67,7 +67,8 @@ __device__ __forceinline__ int64_t first_not_below(const int32_t* index, int64_t
     return found;
 }
 
-// Whole rows, or blocks that no row is summed over: lines of contiguous entries.
+// Whole rows, or blocks that no row is summed over: lines of contiguous entries. An index past the
+// last unit is padding.
 template <class Visitor>
 __device__ __forceinline__ void visit_runs(const Item& item, int64_t first, int64_t end, bool sums,
                                            Visitor& visitor) {
@@ -79,9 +80,10 @@ __device__ __forceinline__ void visit_runs(const Item& item, int64_t first, int6
     const unsigned across = static_cast<unsigned>(wide) / width;
     const int64_t lines = blocks ? item.block_rows : 1;
     const int64_t n = single ? end - first : blocks ? width : wide;
+    const int64_t all = blocks ? item.rows / lines * across : item.rows;
     for (int64_t u = first; u < (single ? first + 1 : end); ++u) {
         int64_t row = kind == kAll ? u : index[u];
-        if (row < 0) continue;
+        if (row < 0 || (row >= all && !single)) continue;  // no row, or room for more of them
         int64_t param = single ? first : row * wide;
         if (blocks) {
             const unsigned block = static_cast<unsigned>(row);

@@ -98,7 +98,8 @@ Every = Annotated[int, typer.Option(help="Steps between checkpoints; 0: none.",
 Output = Annotated[Path, typer.Option(help="A new or empty folder.", rich_help_panel=_RUN)]
 
 
-@app.command(epilog="""[bold]Examples[/bold]
+@app.command(
+    epilog="""[bold]Examples[/bold]
 
 sensikernels finetune --task demo --flops 0.5 --compare-dense --output runs/demo
 
@@ -108,7 +109,8 @@ sensikernels finetune --task sst2 --data-dir glue --model bert-base-uncased --fl
 sensikernels finetune --task mrpc --data-dir glue --method bitfit --epochs 3 --output runs/bitfit
 
 sensikernels finetune --task demo --units heads=36,neurons=4608 --method-option warmup=0.2
---output runs/units""")
+--output runs/units"""
+)
 def finetune(
     output: Output,
     task: Task = "demo",
@@ -159,11 +161,14 @@ def finetune(
         show_report(report, settings.output)
 
 
-@app.command("plan", epilog="""[bold]Example[/bold]
+@app.command(
+    "plan",
+    epilog="""[bold]Example[/bold]
 
 sensikernels plan --task demo --flops 0.5 --output plan.json
 
-sensikernels finetune --task demo --plan plan.json --output runs/planned""")
+sensikernels finetune --task demo --plan plan.json --output runs/planned""",
+)
 def make_plan(
     task: Task = "demo",
     data_dir: DataDir = None,
@@ -223,12 +228,27 @@ def bench(
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds of each case (linear only).")
     ] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A case by name, with all contestants; repeatable (step only)."
+        ),  # fmt: skip
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Contestants, separated by commas (finetune only).")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Repetitions (finetune only).")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Training rows (finetune only).")
+    ] = None,
     seconds: Annotated[
         float | None, typer.Option(min=0, help="Start no case later (linear only).")
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw as PNG the roofline (linear), accuracy against time "
-            "(finetune).")  # fmt: skip
+        Path | None,
+        typer.Option(
+            help="Draw as PNG the roofline (linear), accuracy against time (finetune)."
+        ),  # fmt: skip
     ] = None,
 ) -> None:
     """Time one part of the library against its baselines, interleaved."""
@@ -237,11 +257,14 @@ def bench(
     from sensikernels.bench import rows
     from sensikernels.cli.show import progress_lines, show_rows
 
-    given = {"data-dir": data_dir, "rounds": rounds, "seconds": seconds, "picture": picture}
+    given = {
+        "data-dir": data_dir, "case": case or None, "rounds": rounds, "only": only,
+        "seeds": seeds, "samples": samples, "seconds": seconds, "picture": picture,
+    }  # fmt: skip
     takes = {
         Suite.linear: ("rounds", "seconds", "picture"),
-        Suite.step: ("data-dir",),
-        Suite.finetune: ("data-dir", "picture"),
+        Suite.step: ("data-dir", "case"),
+        Suite.finetune: ("data-dir", "only", "seeds", "samples", "picture"),
     }.get(suite, ())
     asked = {name: value for name, value in given.items() if value is not None}
     for name in asked:
@@ -266,19 +289,24 @@ def bench(
         draw(rows.to_dicts(result), picture)
 
 
-@app.command("tune", epilog="""[bold]Example[/bold]
+@app.command(
+    "tune",
+    epilog="""[bold]Example[/bold]
 
 sensikernels tune --device cuda
 
 sensikernels tune --costs costs.json --task sst2 --data-dir glue --dtype bf16
 
 sensikernels finetune --task sst2 --data-dir glue --dtype bf16 --step-time 0.5 --costs costs.json
---output runs/timed""")
+--output runs/timed""",
+)
 def measure_dispatch(
     device: Device = "auto",
     output: Annotated[Path | None, typer.Option(help="Default: where the runs look.")] = None,
-    costs: Annotated[Path | None, typer.Option(help="Write instead what each width of a model "
-        "costs, for --step-time.")] = None,  # fmt: skip
+    costs: Annotated[
+        Path | None,
+        typer.Option(help="Write instead what each width of a model costs, for --step-time."),
+    ] = None,  # fmt: skip
     task: Task = "demo",
     data_dir: DataDir = None,
     model: Model = "minilm",

@@ -85,9 +85,7 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     yield _row("median step, ms", step["dense"], step["planned"], 1, "{:,.1f}", faster=True)
     yield _row("tokens per second", rate["dense"], rate["planned"], 1, "{:,.0f}")
     yield _row("peak memory of a step, MiB", peak["dense"], peak["planned"], 1, "{:,.0f}")
-    yield _row(
-        "time to finish, s", seconds["dense"], seconds["planned"], 1, "{:,.1f}", faster=True
-    )
+    yield _row("time to finish, s", seconds["dense"], seconds["planned"], 1, "{:,.1f}", faster=True)
     yield (
         f"dev {metric['name']}",
         _number(metric["dense_value"], 100, "{:.2f}"),

@@ -13,12 +13,18 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import BertForQuestionAnswering, BertForSequenceClassification, BertModel
+from transformers import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from sensikernels._checks import require
 from sensikernels.errors import UsageError
+from sensikernels.hf.labelled import restore_labelled, use_labelled
 from sensikernels.hf.modeling import TrimmedSelfAttention
 from sensikernels.hf.packed_cache import FrozenPrefixCache, frozen_depth
 from sensikernels.hf.packed_layer import embed, run_layer
@@ -41,6 +47,7 @@ class Packing:
     fused: bool
     multiple: int
     repad: bool
+    labelled_only: bool = False
 
 
 class PackedBert(BertModel):
@@ -155,7 +162,12 @@ class PackedBert(BertModel):
 
 
 def use_packed(
-    model: nn.Module, *, cls_only: bool = True, fused: bool = True, multiple: int = MULTIPLE
+    model: nn.Module,
+    *,
+    cls_only: bool = True,
+    fused: bool = True,
+    multiple: int = MULTIPLE,
+    labelled_only: bool = False,
 ) -> tuple[str, ...]:
     """Run ``model``'s BERT on packed tokens, in place; one line per change.
 
@@ -166,13 +178,16 @@ def use_packed(
     one pass each for embeddings, bias and GELU, dropout, residual and LayerNorm; their dropout is
     counter dropout. Without it the modules are called one by one. Attention's dropout is always
     from a counter. ``multiple``: padded inputs give token counts rounded up to multiples of it.
+    ``labelled_only``: in training a masked-language model's head and loss run on labelled tokens
+    alone. Loss and gradients stay; ``logits`` become ``[labelled, vocabulary]``, so it is off
+    unless asked for.
 
     A padded question-answering batch has hidden states 0 at padding, where HuggingFace's has
     those of padding tokens; its loss is the same where no row is padded.
 
     Raises:
-        UsageError: packed already, no BERT encoder, a decoder, relative positions, or an
-            attention that is not known.
+        UsageError: packed already, no BERT encoder, a decoder, relative positions, an
+            attention that is not known, or ``labelled_only`` without ``BertForMaskedLM``.
     """
     bert = _bert(model)
     require(not isinstance(bert, PackedBert), "model", "padded tokens", "packed ones already")
@@ -186,6 +201,8 @@ def use_packed(
         kind = type(layer.attention.self)
         require(kind in ATTENTIONS, f"model: layer {index}", "HuggingFace's self-attention",
                 kind.__name__)  # fmt: skip
+    if labelled_only and not isinstance(model, BertForMaskedLM):
+        require(False, "labelled_only", "a BertForMaskedLM", type(model).__name__)
     cls_only = cls_only and isinstance(model, BertForSequenceClassification)
     packing = Packing(
         original=type(bert),
@@ -193,13 +210,17 @@ def use_packed(
         fused=fused,
         multiple=multiple,
         repad=isinstance(model, BertForQuestionAnswering),
+        labelled_only=labelled_only,
     )
     bert.__class__ = PackedBert
     bert.packing = packing
     bert.adjoin()
+    if isinstance(model, BertForMaskedLM) and labelled_only:
+        use_labelled(model, multiple)
     report = ["tokens packed"]
     report += ["query, key and value as one product; fused passes"] if fused else []
     report += ["last layer on first tokens"] if cls_only else []
+    report += ["language head on labelled tokens, in training"] if labelled_only else []
     return tuple(report)
 
 
@@ -208,6 +229,7 @@ def restore_packed(model: nn.Module) -> None:
     bert = _bert(model)
     if not isinstance(bert, PackedBert):
         raise UsageError("model: expected packed tokens, got padded ones")
+    restore_labelled(model)
     bert.__class__ = bert.packing.original
     del bert.packing
     bert.__dict__.pop("prefix_cache", None)

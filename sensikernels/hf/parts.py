@@ -18,12 +18,13 @@ STEP_PARTS = {
     "cls": "a classifier's last layer on first tokens only; brings packed",
     "fused": "one product for query, key and value; bias + GELU, dropout + residual + LayerNorm, "
     "embeddings in one pass each; brings packed",
+    "labelled": "a masked-language model's head on labelled tokens, in training; brings packed",
     "prefix-cache": "what frozen lowest layers compute is kept across epochs; brings packed",
 }
 """What ``apply(model, parts=…)`` knows. Off: the model as it came."""
 
 _RECORD = "_sensikernels_parts"
-_ON_PACKED = {"packed", "cls", "fused", "prefix-cache"}
+_ON_PACKED = {"packed", "cls", "fused", "labelled", "prefix-cache"}
 
 
 def check_parts(model: nn.Module, parts: Iterable[str]) -> frozenset[str]:
@@ -58,7 +59,12 @@ def use_parts(model: nn.Module, wanted: frozenset[str]) -> tuple[str, ...]:
             done.append("words")
             report.append("row-sparse gradient of the word table")
         if wanted & _ON_PACKED:
-            report += use_packed(model, cls_only="cls" in wanted, fused="fused" in wanted)
+            report += use_packed(
+                model,
+                cls_only="cls" in wanted,
+                fused="fused" in wanted,
+                labelled_only="labelled" in wanted,
+            )
             done.append("packed")
         if "prefix-cache" in wanted:
             report.append(f"output of the lowest {cache_frozen_prefix(model).depth} layers kept")

@@ -129,8 +129,7 @@ def fastest_widths(
     extra = [s.max() - s for s in saved]
     room = min(share - least, sum(float(e.max()) for e in extra))
     worth = [
-        np.concatenate([[0.0], np.cumsum(v)])[kept]
-        for v, kept in zip(values, choices, strict=True)
+        np.concatenate([[0.0], np.cumsum(v)])[kept] for v, kept in zip(values, choices, strict=True)
     ]
     picked = _knapsack(extra, worth, room)
     return [int(kept[i]) for kept, i in zip(choices, picked, strict=True)]

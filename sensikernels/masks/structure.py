@@ -125,4 +125,3 @@ def coupling_from_json(data: Mapping[str, Any]) -> Coupling:
     """The inverse of ``coupling_to_json``."""
     members = tuple(Member(**{**m, "shape": tuple(m["shape"])}) for m in data["members"])
     return Coupling(**{**data, "members": members})
-

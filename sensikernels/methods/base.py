@@ -15,7 +15,16 @@ from sensikernels.masks.latency import StepCosts
 from sensikernels.masks.plans import Plan
 from sensikernels.masks.scores import Scores
 
-Batches = Iterable[Mapping[str, Tensor]]
+Batch = Mapping[str, Tensor]
+Batches = Iterable[Batch]
+Gradients = Callable[[nn.Module], Callable[[Batch], object]]
+"""From a model, a function that takes the gradients of a batch."""
+
+
+def own_gradients(model: nn.Module) -> Callable[[Batch], object]:
+    """Those of one process."""
+    forward: Callable[..., Any] = model
+    return lambda batch: forward(**batch).loss.backward()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -28,8 +37,9 @@ class Run:
     ``attended`` the share of their tokens that a packed model attends to (the rest rounds up).
     ``make_optimizer`` gives a copy of the model an optimizer like the run's, to time steps for a
     ``step_time`` budget; ``costs`` were measured earlier (None: measured when needed).
-    Of several processes ``batches()`` gives each its share, and ``agree(make)`` gives all what
-    ``make`` returns on the first.
+    Of several processes ``batches()`` gives each its share, ``agree(make)`` gives all what ``make``
+    returns on the first, ``gather(value)`` everybody's by rank, and ``gradients(copy)`` steps a
+    copy of the model as they step together.
     """
 
     model: nn.Module
@@ -42,7 +52,11 @@ class Run:
     budget: Budget | None = None
     make_optimizer: Callable[[nn.Module], Optimizer] | None = None
     costs: StepCosts | None = None
+    rank: int = 0
+    processes: int = 1
     agree: Callable[[Callable[[], Any]], Any] = lambda make: make()
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    gradients: Gradients = own_gradients
     seed: int = 0
     step: int = 0
     plan: Plan | None = None

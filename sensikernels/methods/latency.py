@@ -2,6 +2,7 @@
 
 A table of single layers cannot know what a whole step shares or overlaps. So the chosen plan is
 timed beside the dense model on real batches, and the share asked for is corrected by what was met.
+Of several processes each times its own rows, all at once; the slowest one's times count.
 """
 
 from __future__ import annotations
@@ -9,24 +10,24 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from functools import partial
+from itertools import islice, zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from sensikernels._checks import require
 from sensikernels._timing import elapsed_ms
 from sensikernels.errors import UsageError
-from sensikernels.hf import apply, encoder_layers, restore, structure
+from sensikernels.hf import apply, encoder_layers, restore, structure, to_padded
 from sensikernels.masks import Budget, Plan, StepCosts, tokens_of, uniform
 from sensikernels.masks.latency import INNER, KINDS, LAST
-from sensikernels.methods.base import Run
+from sensikernels.methods.base import Batch, Gradients, Run, own_gradients
 
-Batch = Mapping[str, Tensor]
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 
 TOLERANCE = 0.02
@@ -99,27 +100,48 @@ def time_ratio(
     make_optimizer: MakeOptimizer,
     *,
     rounds: int = 5,
+    gradients: Gradients = own_gradients,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> float:
     """Step time of ``planned`` over that of ``dense`` on the same batches, in turn; both train.
 
-    Per batch the median over ``rounds``; the ratio of their sums.
+    Per batch the median over ``rounds``; the ratio of their sums. Several processes step together
+    (``gradients``), the averaging of gradients included, and the slowest one's sums count.
     """
     sample = list(islice(iter(batches), _SAMPLE))
     require(len(sample) > 0, "batches", "at least one", "none")
     device = next(dense.parameters()).device
-    steps = [_stepper(model, make_optimizer, device) for model in (dense, planned)]
+    steps = [
+        _stepper(model, make_optimizer, device, gradients(model)) for model in (dense, planned)
+    ]
     totals = [0.0, 0.0]
     for batch in sample:
         pairs = _pairs(steps[0], steps[1], [batch], None, rounds)
         for i, times in enumerate(zip(*pairs, strict=True)):
             totals[i] += statistics.median(times)
-    return totals[1] / totals[0]
+    slowest = [max(sums) for sums in zip(*gather(totals), strict=True)]
+    return float(slowest[1] / slowest[0])
+
+
+def own_rows(run: Run) -> list[Batch]:
+    """Ranking batches as this process would train on them: its rows of each."""
+    device = next(run.model.parameters()).device
+    count = -(-4 * _SAMPLE // run.processes)
+    mine = [{n: v.cpu() for n, v in to_padded(b).items()} for b in islice(run.batches(), count)]
+    turns = zip_longest(*run.gather(mine))
+    whole = [batch for turn in turns for batch in turn if batch is not None]
+    parts = slice(run.rank, None, run.processes)
+    return [
+        {n: (v[parts] if len(v) > run.rank else v[:1]).to(device) for n, v in batch.items()}
+        for batch in whole
+    ]
 
 
 def by_the_clock(run: Run, make_plan: Callable[[Budget], Plan], budget: Budget) -> Plan:
     """The plan whose measured step time is within 2 % of ``budget.step_time`` of the dense step.
 
     ``make_plan(budget)`` allocates by ``run.costs``, which are measured first where there are none.
+    Every process must call it; all get the plan of the first, made by the slowest one's costs.
     The plan returned carries the budget as asked; ``origin["step_time"]`` says what was met and how
     many plans were timed. If none comes within the tolerance, the closest one is returned. Models,
     optimizer and random state of the run are left as they are.
@@ -133,10 +155,12 @@ def by_the_clock(run: Run, make_plan: Callable[[Budget], Plan], budget: Budget) 
         raise UsageError("run: expected a step_time budget and make_optimizer, got none")
     device = next(run.model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        batches = own_rows(run)
         if run.costs is None:
-            run.costs = measure_costs(run.model, run.batches(), make_optimizer)
+            own = measure_costs(run.model, batches, make_optimizer)
+            run.costs = max(run.gather(own), key=lambda costs: costs.dense_ms)
         run.costs.check(structure(run.model), device.type, dtype_of(run.model))
-        return _corrected(run, make_plan, budget, asked, make_optimizer)
+        return _corrected(run, make_plan, budget, asked, make_optimizer, batches)
 
 
 def _corrected(
@@ -145,13 +169,23 @@ def _corrected(
     budget: Budget,
     asked: float,
     make_optimizer: MakeOptimizer,
+    batches: Sequence[Batch],
 ) -> Plan:
-    aim, tried = asked, []
+    aim, tried = asked, list[tuple[float, float, Plan]]()
     for _ in range(_CORRECTIONS):
-        made = make_plan(replace(budget, step_time=min(1.0, aim)))
+        nearer = replace(budget, step_time=min(1.0, aim))
+        try:
+            made: Plan = run.agree(partial(make_plan, nearer))
+        except UsageError:
+            if not tried:
+                raise
+            break  # no plan of this model is that much faster
         planned = copy.deepcopy(run.model)
         apply(planned, made)
-        met = time_ratio(copy.deepcopy(run.model), planned, run.batches(), make_optimizer)
+        dense = copy.deepcopy(run.model)
+        met = time_ratio(
+            dense, planned, batches, make_optimizer, gradients=run.gradients, gather=run.gather
+        )
         tried.append((abs(met / asked - 1), met, made))
         if tried[-1][0] <= TOLERANCE:
             break
@@ -190,15 +224,18 @@ def _grid(kind: str, units: int, device: str, *, coarse: bool) -> list[int]:
 
 
 def _stepper(
-    model: nn.Module, make_optimizer: MakeOptimizer, device: torch.device
+    model: nn.Module,
+    make_optimizer: MakeOptimizer,
+    device: torch.device,
+    gradients: Callable[[Batch], object] | None = None,
 ) -> Callable[[Batch], float]:
     """A function that takes one training step and returns its milliseconds."""
     optimizer = make_optimizer(model)
+    backward = gradients or own_gradients(model)
     model.train()
 
     def step(batch: Batch) -> None:
-        output: Any = model(**batch)
-        output.loss.backward()
+        backward(batch)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -50,7 +50,7 @@ class SensiBert(Method):
         """Rank and trim once the warm-up is over."""
         if run.plan is None and run.step >= int(self.warmup * run.max_steps):
             run.scores = scores = self._scores(run)
-            self._trim(run, run.agree(lambda: self._plan(run, scores)))
+            self._trim(run, self._plan(run, scores))
 
     def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
         """Trim at once where the run had trimmed already."""
@@ -82,12 +82,15 @@ class SensiBert(Method):
                 method=self.name,
                 sequence_length=run.sequence_length,
                 tokens_per_sequence=run.tokens_per_sequence,
-            attended=run.attended,
+                attended=run.attended,
                 multiples=self.multiples,
                 costs=run.costs,
             )
 
-        return allocate(budget) if budget.step_time is None else by_the_clock(run, allocate, budget)
+        if budget.step_time is not None:
+            return by_the_clock(run, allocate, budget)
+        made: Plan = run.agree(lambda: allocate(budget))
+        return made
 
     def _trim(self, run: Run, chosen: Plan) -> None:
         apply(run.model, chosen, optimizer=run.optimizer)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sensikernels import _settings
 from sensikernels.dispatch import Choice
-from sensikernels.layouts import Layout, PackedLayout, pack, to_device, unpack
+from sensikernels.layouts import Layout, pack, to_device, unpack
 from sensikernels.masks.mask import Mask
 from sensikernels.nn._layout import MaskedModule, check_mask
 from sensikernels.ops.masked_linear import explain, masked_linear, prefers_dense, repack
@@ -109,25 +109,32 @@ class MaskedLinear(MaskedModule):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        layout = self.layout
-        dense = self._unpacked.serving(self.weight, x)
-        if dense is not None and self.backend == _settings.backend() == "auto":
-            y = F.linear(x, dense, self.bias)
-            return F.gelu(y) if self.activation == "gelu" else y
-        if (
-            isinstance(layout, PackedLayout)
-            and layout.direct
-            and self.backend == _settings.backend() == "auto"
-            and x.shape[-1:] == (layout.in_width,)
-        ):  # what masked_linear comes to, without its checks
-            y = F.linear(x, self.weight, self.bias)
-            return F.gelu(y) if self.activation == "gelu" else y
+        tensors: dict[str, Any] = self._parameters
+        if len(tensors) == 2:  # past Module.__getattr__, which costs more than all else here
+            weight, bias = tensors["weight"], tensors["bias"]
+        else:  # somebody parametrizes them
+            weight, bias = self.weight, self.bias
+        if self.layout.direct and self.backend == _settings.backend() == "auto":
+            try:
+                y = F.linear(x, weight, bias)  # what masked_linear comes to, without its checks
+            except RuntimeError:
+                self._masked(x)  # says what is wrong
+                raise
+            return y if self.activation == "none" else F.gelu(y)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._unpacked.weight = None
-        elif self._infers_dense(x):
-            weight = self._unpacked.of(self.weight, self.layout, x)
-            y = F.linear(x, weight, self.bias)
-            return F.gelu(y) if self.activation == "gelu" else y
+            return self._masked(x)
+        if self.backend != "auto":
+            return self._masked(x)
+        dense = self._unpacked.serving(weight, x)
+        if dense is None:
+            if not self._infers_dense(x):
+                return self._masked(x)
+            dense = self._unpacked.of(weight, self.layout, x)
+        y = F.linear(x, dense, bias)
+        return y if self.activation == "none" else F.gelu(y)
+
+    def _masked(self, x: Tensor) -> Tensor:
         return masked_linear(
             x,
             self.weight,
@@ -139,8 +146,7 @@ class MaskedLinear(MaskedModule):
 
     def _infers_dense(self, x: Tensor) -> bool:
         return (
-            self.backend == "auto"
-            and _settings.backend() == "auto"
+            _settings.backend() == "auto"
             and x.dtype == self.weight.dtype
             and x.shape[-1:] == (self.layout.in_width,)
             and not self.weight.is_inference()
@@ -195,32 +201,45 @@ class MaskedLinear(MaskedModule):
 class _Unpacked:
     """A dense copy of the weight, and of which state of which tensor it is one."""
 
-    __slots__ = ("input", "source", "state", "weight")
+    __slots__ = ("device", "dtype", "pointer", "shape", "source", "version", "weight")
 
     def __init__(self) -> None:
         self.weight: Tensor | None = None
         self.source: Callable[[], Tensor | None] = lambda: None
-        self.state = (0, 0)
-        self.input: tuple[torch.Size, torch.dtype] | None = None
+        self.version = self.pointer = 0
+        self.shape: torch.Size | None = None
+        self.dtype: torch.dtype | None = None
+        self.device = "cpu"
 
     def __reduce__(self) -> tuple[type[_Unpacked], tuple[()]]:
         return _Unpacked, ()
 
     def serving(self, values: Tensor, x: Tensor) -> Tensor | None:
         """The copy, where it is of ``values`` as they are and served an ``x`` like this before."""
-        if self.weight is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if (
+            self.weight is None
+            or x.shape != self.shape
+            or x.dtype is not self.dtype
+            or not self._fresh(values)
+            or torch.is_autocast_enabled(self.device)
+        ):
             return None
-        known = self.input == (x.shape, x.dtype) and self.source() is values
-        fresh = known and self.state == (values._version, values.data_ptr())
-        return self.weight if fresh and not torch.is_autocast_enabled(x.device.type) else None
+        return self.weight
 
     def of(self, values: Tensor, layout: Layout, x: Tensor) -> Tensor:
-        self.input = x.shape, x.dtype
-        state = (values._version, values.data_ptr())
-        if self.weight is None or self.source() is not values or self.state != state:
-            self.source, self.state = weakref.ref(values), state
+        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device.type
+        if self.weight is None or not self._fresh(values):
+            self.source = weakref.ref(values)
+            self.version, self.pointer = values._version, values.data_ptr()
             self.weight = unpack(values.detach(), layout, compact=True)
         return self.weight
+
+    def _fresh(self, values: Tensor) -> bool:
+        return (
+            self.source() is values
+            and values._version == self.version
+            and values.data_ptr() == self.pointer
+        )
 
 
 def _like(parameter: Tensor, data: Tensor) -> nn.Parameter:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
 
 from sensikernels._checks import require
@@ -15,13 +21,16 @@ from sensikernels.errors import UsageError
 from sensikernels.glue import geometry
 from sensikernels.hf import applied, apply, computed, structure
 from sensikernels.hf.callback import TrainerCallback
-from sensikernels.masks import Budget, Plan
+from sensikernels.masks import Budget, Plan, StepCosts
 from sensikernels.masks.structure import Structure
 from sensikernels.methods import Method, Run, method
 from sensikernels.training import checkpoint
+from sensikernels.training.distributed import ALONE, World
 from sensikernels.training.output import writing
 
 FOLDER = "sensikernels"
+_WRAPPED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU")
+_log = logging.getLogger(__name__)
 
 
 class SensiCallback(TrainerCallback):
@@ -36,7 +45,16 @@ class SensiCallback(TrainerCallback):
     batches of 32; their mean length is the budget's unless ``sequence_length`` is given. A model
     may be packed (``use_packed``), with or without ``DataCollatorPacked``. The
     Trainer's own order of rows and dropout do not change. ``dps`` without ``as_published`` needs
-    ``optimizers=(SubsetAdamW(…), None)``. One process only: DDP cannot follow a change of shapes.
+    ``optimizers=(SubsetAdamW(…), None)``.
+
+    A ``step_time`` budget is met by the clock, on steps of the Trainer's kind of optimizer;
+    ``costs`` were measured before (``sensikernels tune --costs``), else the run measures them.
+
+    Under ``torchrun`` the Trainer's DDP follows the change of shapes: processes share the ranking,
+    sensitivities are summed, all trim to the plan of the first, which also writes it.
+    ``average_tokens_across_devices`` is turned off there: it would multiply BERT's loss, a mean
+    already, by the number of processes. FSDP and DeepSpeed under a Trainer are refused;
+    ``sensikernels finetune --parallel fsdp`` shards.
 
     Every Trainer checkpoint gets a folder ``sensikernels/`` beside the weights. To resume, build
     the same model and Trainer, then::
@@ -48,7 +66,7 @@ class SensiCallback(TrainerCallback):
     ``trainer.floating_point_ops = callback.floating_point_ops`` counts what runs.
 
     Raises:
-        UsageError: the method needs a budget and has none, or several processes train.
+        UsageError: the method needs a budget and has none; the Trainer shards its model.
     """
 
     def __init__(
@@ -58,6 +76,7 @@ class SensiCallback(TrainerCallback):
         budget: Budget | None = None,
         ranking_rows: int = 2048,
         sequence_length: float | None = None,
+        costs: StepCosts | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -67,8 +86,9 @@ class SensiCallback(TrainerCallback):
         require(needs or budget is None, "budget", f"none for {self.method.name}", budget)
         require(ranking_rows >= 1, "ranking_rows", "at least 1", ranking_rows)
         self.budget, self.ranking_rows, self.seed = budget, ranking_rows, seed
-        self.sequence_length = sequence_length
+        self.sequence_length, self.costs = sequence_length, costs
         self.run: Run | None = None
+        self.world = ALONE
         self._dense: Structure | None = None
         self._resumed: tuple[Plan | None, Mapping[str, Tensor]] | None = None
 
@@ -85,6 +105,7 @@ class SensiCallback(TrainerCallback):
         Raises:
             CheckpointError: ``folder`` holds no whole state of this callback's settings.
         """
+        _know_numbered_cpus()
         self._dense = structure(model)
         state, plan = checkpoint.load(Path(folder) / FOLDER, settings=self._identity())
         if plan is not None and (plan.weight_masks or plan.trainable is not None):
@@ -106,8 +127,7 @@ class SensiCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin, or go on from where ``prepare`` left off."""
-        if args.world_size > 1:
-            raise UsageError(f"processes: expected 1, got {args.world_size}")
+        world = self.world = _world(args)
         model = kwargs["model"]
         loader = kwargs["train_dataloader"]
         if self._dense is None:
@@ -118,25 +138,34 @@ class SensiCallback(TrainerCallback):
             model=model,
             optimizer=kwargs["optimizer"],
             max_steps=state.max_steps,
-            batches=lambda: self._ranking(loader),
+            batches=lambda: islice(self._ranking(loader), world.rank, None, world.size),
             sequence_length=given or seen.mean_length,
             tokens_per_sequence=None if given else seen.tokens / seen.rows,
             attended=seen.attended,
             budget=self.budget,
+            make_optimizer=_like(kwargs["optimizer"]),
+            costs=self.costs,
+            rank=world.rank,
+            processes=world.size,
+            agree=world.agree,
+            gather=world.gather,
+            gradients=world.gradients,
             seed=self.seed,
             step=state.global_step,
         )
         if self._resumed is None:
-            self.method.begin(run)
+            with self._followed(run):
+                self.method.begin(run)
             return
         run.plan, tensors = self._resumed
         if applied(model) is None:
-            self.method.resume(run, tensors)
+            with self._followed(run):
+                self.method.resume(run, tensors)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Rank and trim when the method's moment has come."""
         run = self._at(state)
-        with torch.random.fork_rng(_devices(run.model)):
+        with torch.random.fork_rng(_devices(run.model)), self._followed(run):
             self.method.begin_step(run)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -146,10 +175,21 @@ class SensiCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put plan and method state beside the Trainer's checkpoint."""
         run = self._at(state)
+        if not self.world.first:
+            return
         target = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
         with writing(target) as folder:
             content = {"method": self.method.state()}
             checkpoint.write(folder, run.step, content, settings=self._identity(), plan=run.plan)
+
+    @contextmanager
+    def _followed(self, run: Run) -> Iterator[None]:
+        """Where the method makes a plan inside the block: the same everywhere, and DDP with it."""
+        plan = run.plan
+        yield
+        if run.plan is not plan:
+            self.world.require_same(run.plan)
+            self.world.follow(run.model)
 
     def _at(self, state: Any) -> Run:
         assert self.run is not None
@@ -174,6 +214,43 @@ class SensiCallback(TrainerCallback):
             {name: v if isinstance(v, int) else torch.as_tensor(v) for name, v in batch.items()}
             for batch in batches
         )
+
+
+def _world(args: Any) -> World:
+    """The Trainer's processes. Raises UsageError where they do not hold whole models."""
+    from accelerate.state import AcceleratorState
+
+    kind = AcceleratorState().distributed_type.name
+    if kind not in _WRAPPED:
+        raise UsageError(
+            f"parallel: expected DDP or one process under a Trainer, got {kind}; `sensikernels "
+            "finetune --parallel fsdp` trains shards"
+        )
+    if args.world_size > 1 and args.average_tokens_across_devices:
+        args.average_tokens_across_devices = False
+        _log.warning("average_tokens_across_devices: off, as BERT's loss is a mean already")
+    return World(rank=args.process_index, size=args.world_size)
+
+
+def _like(optimizer: Any) -> Callable[[nn.Module], Optimizer]:
+    """Makes a model an optimizer of this kind and these defaults, to time steps with."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    taken = inspect.signature(type(inner)).parameters
+    named = {name: value for name, value in inner.defaults.items() if name in taken}
+
+    def make(model: nn.Module) -> Optimizer:
+        made: Optimizer = type(inner)([p for p in model.parameters() if p.requires_grad], **named)
+        return made
+
+    return make
+
+
+@cache
+def _know_numbered_cpus() -> None:
+    """Let ``torch.load`` map to "cpu:1": so accelerate calls the CPU of a second process."""
+    torch.serialization.register_package(
+        11, lambda _: None, lambda storage, at: storage if at.startswith("cpu:") else None
+    )
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

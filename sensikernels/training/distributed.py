@@ -7,9 +7,10 @@ gradients is the global batch's, whatever the division leaves over.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -145,13 +146,49 @@ class World:
             assert isinstance(run.optimizer, SubsetAdamW)
             run.optimizer = shard(model, run.optimizer)
             return model
+        return _averaging(model)
+
+    def gradients(self, model: nn.Module) -> Callable[[Mapping[str, Any]], object]:
+        """A function that takes the gradients of a batch of ``model``'s, averaged as DDP does."""
+        together: Callable[..., Any] = model if self.size == 1 else _averaging(model)
+
+        def backward(batch: Mapping[str, Any]) -> None:
+            together(**batch).loss.backward()
+            self.average_rows(model)
+
+        return backward
+
+    def follow(self, model: nn.Module) -> None:
+        """Have the ``DistributedDataParallel`` around ``model`` average the parameters it has now.
+
+        For a trainer that wrapped the model itself: the wrapper is built anew in place, so that
+        who holds it need not know. Every process must call it. Nothing happens if there is one.
+
+        Raises:
+            UsageError: there is no such wrapper, or more than one.
+        """
+        if self.size == 1:
+            return
         from torch.nn.parallel import DistributedDataParallel
 
-        # No buffer changes in training: nothing to send before each forward.
-        ignored = [f"{n}.weight" for n, m in model.named_modules() if _is_sparse(m)]
-        ignored += [name for name, _ in model.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-        return DistributedDataParallel(model)
+        # A trainer tells its callbacks of the model alone; the collector knows who holds it.
+        gc.collect()
+        held = [o for o in gc.get_objects() if type(o) is DistributedDataParallel]
+        around = [one for one in held if one.module is model]
+        require(len(around) == 1, "model", "one DistributedDataParallel around it", len(around))
+        (wrapper,) = around
+        named = {name: getattr(wrapper, name) for name in _DDP_OPTIONS}
+        renamed = "forward_sync_buffers"  # in torch 2.13
+        buffers = renamed if hasattr(wrapper, renamed) else "broadcast_buffers"
+        named[buffers] = getattr(wrapper, buffers)
+        if not wrapper.bucket_bytes_cap_default:
+            named["bucket_cap_mb"] = wrapper.bucket_bytes_cap / 2**20
+        hooks = list(wrapper._comm_hooks)
+        # The old reducer takes its hooks off the parameters that stay.
+        wrapper.reducer = wrapper.logger = None  # type: ignore[assignment]
+        wrapper.__init__(model, **named)  # type: ignore[misc]
+        for hook, state in hooks:
+            wrapper.register_comm_hook(state, hook)
 
     def shards(self, model: nn.Module) -> bool:
         """Whether ``model`` is in parts now."""
@@ -190,6 +227,11 @@ class World:
 
 
 ALONE = World()
+# What a wrapper remembers of how it was made.
+_DDP_OPTIONS = (
+    "device_ids", "output_device", "dim", "process_group", "find_unused_parameters",
+    "gradient_as_bucket_view", "static_graph",
+)  # fmt: skip
 
 
 @contextmanager
@@ -214,6 +256,17 @@ def leave() -> None:
 
 def _is_sparse(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) and module.sparse and module.weight.requires_grad
+
+
+def _averaging(model: nn.Module) -> nn.Module:
+    """``model`` in DDP, but for tables with row-sparse gradients."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    # No buffer changes in training: nothing to send before each forward.
+    ignored = [f"{n}.weight" for n, m in model.named_modules() if _is_sparse(m)]
+    ignored += [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    return DistributedDataParallel(model)
 
 
 def _loader(batches: Batches, orders: list[list[int]]) -> DataLoader[Any]:

@@ -20,7 +20,7 @@ from sensikernels.hf import (
     restore_dropout,
     restore_packed,
 )
-from sensikernels.methods.latency import time_ratio
+from sensikernels.methods.latency import own_rows, time_ratio
 from sensikernels.training.config import DTYPES, Settings
 from sensikernels.training.flops import flops_per_token
 from sensikernels.training.memory import peak_mib
@@ -63,14 +63,14 @@ def read_report(settings: Settings) -> dict[str, Any] | None:
     return report
 
 
-def finish(session: Session, wall: float) -> dict[str, Any]:
+def finish(session: Session, step_time: float | None, wall: float) -> dict[str, Any]:
     """Measure and write everything; ``report.json`` last, so that it stands for all the rest."""
     from sensikernels.training.picture import draw
 
     settings, runner = session.settings, session.runner
     output = settings.output
     run = runner.run
-    measured = _measure(session)
+    measured = _measure(session, step_time)
     reload = _save_model(session, output)
     if run.plan is not None:
         _save_plan(session, output)
@@ -84,7 +84,7 @@ def finish(session: Session, wall: float) -> dict[str, Any]:
     return report
 
 
-def _measure(session: Session) -> Measurements:
+def _measure(session: Session, step_time: float | None) -> Measurements:
     """FLOPs and memory of the models as they are after the last step."""
     data, runner, dense = session.data, session.runner, session.dense
     batch = data.largest()
@@ -92,24 +92,34 @@ def _measure(session: Session) -> Measurements:
         dense_flops=session.dense_flops,
         flops=flops_per_token(runner.model, data),
         peak=peak_mib(runner.model, runner.run.optimizer, batch),
-        dense_peak=None if dense is None else peak_mib(
-            dense.model, dense.run.optimizer, data.padded(batch)
-        ),
-        step_time=_step_time(session),
+        dense_peak=None
+        if dense is None
+        else peak_mib(dense.model, dense.run.optimizer, data.padded(batch)),
+        step_time=step_time,
     )
 
 
-def _step_time(session: Session) -> float | None:
-    """The trained model's step over the untrimmed one's, timed in turn; None unless budgeted."""
+def step_time_ratio(session: Session) -> float | None:
+    """The trained model's step over the untrimmed one's, timed in turn; None unless budgeted.
+
+    Every process must call it: they step together. Of shards the first one's process steps alone.
+    """
     from sensikernels.training.loop import fresh_model
 
-    settings, run = session.settings, session.runner.run
+    settings, run, world = session.settings, session.runner.run, session.data.world
     if run.plan is None or run.plan.budget is None or run.plan.budget.step_time is None:
         return None
     assert run.make_optimizer is not None
+    batches = own_rows(run)
+    alone = world.size > 1 and world.parallel == "fsdp"
+    if alone and not world.first:
+        return None
     dense = method_runner(settings, session.data, fresh_model(settings, session.data), 1).model
     planned = copy.deepcopy(run.model)
-    return time_ratio(dense, planned, run.batches(), run.make_optimizer)
+    if alone:
+        return time_ratio(dense, planned, batches, run.make_optimizer)
+    return time_ratio(dense, planned, batches, run.make_optimizer,
+                      gradients=run.gradients, gather=run.gather)  # fmt: skip
 
 
 def _save_model(session: Session, output: Path) -> dict[str, Any]:

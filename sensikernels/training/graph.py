@@ -26,8 +26,9 @@ class GraphedStep:
 
     Every call is one training step, warm-up and capture included. Weights, masks and optimizer
     state may be written in place between calls: the next replay sees it. What cannot be in place
-    (a swapped layer, another count of kept units, train or eval) moves an address or a setting, and
-    all is captured anew. ``reason`` says why steps are eager; None where they are captured.
+    (a swapped layer, more kept units than there is room for, train or eval) moves an address or a
+    setting, and all is captured anew. Row-sparse gradients have one entry per token, so their size
+    is that of the batch. ``reason`` says why steps are eager; None where they are captured.
 
     Args:
         model: what ``loss`` runs; its parameters, buffers and masks are watched for moves.
@@ -103,10 +104,7 @@ class GraphedStep:
 
     def _refusal(self) -> str | None:
         kind = next(self.model.parameters()).device.type
-        if kind != "cuda":
-            return f"CUDA graphs need a CUDA device, the model is on {kind}"
-        tables = (n for n, m in self.model.named_modules() if getattr(m, "sparse", False))
-        return next((f"{name} has sparse gradients: their size varies" for name in tables), None)
+        return None if kind == "cuda" else f"CUDA graphs need a CUDA device, the model is on {kind}"
 
     def _place_rates(self) -> None:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
@@ -131,7 +129,8 @@ class GraphedStep:
             made.capture(self._pool)
         except Exception as error:  # whatever a capture dislikes, training goes on
             torch.cuda.synchronize()
-            self.reason = f"capture failed: {(str(error) or repr(error)).splitlines()[0]}"
+            why = (str(error) or repr(error)).splitlines()[0]
+            self.reason = f"capture failed: {why}{_suspect(self.model)}"
             logging.getLogger("sensikernels").warning("slower path: %s", self.explain())
             self.forget()
             self.model.zero_grad(set_to_none=True)
@@ -183,12 +182,20 @@ def shape_of(batch: Batch) -> Any:
     return tuple((n, v.shape, v.dtype) if isinstance(v, Tensor) else (n, v) for n, v in items)
 
 
+def _suspect(model: nn.Module) -> str:
+    """Names a table whose gradient leaves out padding: torch waits to see how much there is."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.sparse and module.padding_idx is not None:
+            return f" ({name} is sparse with a padding_idx: only packed tokens have a fixed size)"
+    return ""
+
+
 def fingerprint(model: nn.Module, optimizer: Optimizer) -> list[Any]:
     """Addresses and settings a captured step depends on; writing in place changes none of them."""
     found: list[Any] = [torch.is_autocast_enabled("cuda")]
     leaves: list[Any] = []
     for module in model.modules():
-        found.append(module.training)
+        found += (module.training, getattr(module, "sparse", None))
         leaves += (*module._parameters.values(), *module._buffers.values())
         leaves += vars(module.layout).values() if isinstance(module, MaskedModule) else ()
     for group in optimizer.param_groups:

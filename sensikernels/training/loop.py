@@ -23,7 +23,7 @@ from sensikernels.training import checkpoint
 from sensikernels.training.config import DTYPES, Settings
 from sensikernels.training.data import Data, model_path
 from sensikernels.training.distributed import Part, World, one_for_all
-from sensikernels.training.finish import finish, read_report
+from sensikernels.training.finish import finish, read_report, step_time_ratio
 from sensikernels.training.flops import flops_per_token
 from sensikernels.training.output import output_folder
 from sensikernels.training.runner import Runner, dense_runner, method_runner
@@ -187,7 +187,8 @@ def finetune(settings: Settings, watch: Watcher | None = None) -> dict[str, Any]
         session.seconds["setup"] += time.perf_counter() - start
         session.train(watch if world.first else None)
         session.unshard()
-        return agree(lambda: finish(session, time.perf_counter() - start))
+        step_time = step_time_ratio(session)
+        return agree(lambda: finish(session, step_time, time.perf_counter() - start))
 
 
 def prepare(settings: Settings) -> Session:

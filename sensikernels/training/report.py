@@ -110,9 +110,7 @@ def _planned_flops(session: Session, measured: Measurements) -> float:
     if plan is not None and plan.flops_planned:
         return plan.flops_planned
     geometry = session.data.geometry
-    parts = structure(session.runner.model).at(
-        geometry.tokens / geometry.rows, geometry.attended
-    )
+    parts = structure(session.runner.model).at(geometry.tokens / geometry.rows, geometry.attended)
     return parts.flops(geometry.mean_length)
 
 

@@ -254,7 +254,11 @@ def _run(
         attended=data.geometry.attended,
         budget=budget,
         seed=settings.seed,
+        rank=data.world.rank,
+        processes=data.world.size,
         agree=data.world.agree,
+        gather=data.world.gather,
+        gradients=data.world.gradients,
     )
 
 

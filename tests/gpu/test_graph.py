@@ -16,6 +16,7 @@ from sensikernels.hf.load import random_bert
 from sensikernels.ops.subset_adamw import SubsetAdamW
 from sensikernels.ops.subset_adamw.native import why_not
 from sensikernels.training.graph import GraphedStep
+from tests.ops.subset_adamw.cases import kept_of
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -191,9 +192,77 @@ def _read(loss: Tensor) -> Tensor:
     return loss
 
 
-def test_sparse_gradients_are_refused():
-    model = bert()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sparse_words_are_captured(dtype: torch.dtype, no_host_sync: NoSync):
+    """Ten steps of packed tokens with row-sparse words: those of eager ones, and none waits."""
+    model = bert(dtype=dtype)
+    use_packed(model)
     model.get_input_embeddings().sparse = True
-    reason = GraphedStep(model, subset(model)).reason
-    assert reason is not None
-    assert "sparse gradients" in reason
+    twin = copy.deepcopy(model)
+    step, plain = (GraphedStep(m, subset(m)) for m in (model, twin))
+    plain.reason = "the comparison"
+    tolerance = 2e-3 if dtype == torch.float32 else 5e-2
+    for turn in range(10):
+        batch = packed(9, 20, 30 - turn)
+        want = plain(batch)
+        if turn < 3:
+            got = step(batch)
+        else:
+            with no_host_sync():
+                got = step(batch)
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    assert step.explain() == "step: CUDA graphs (1 batch shapes captured)"
+    for one in (step, plain):
+        assert isinstance(one.optimizer, SubsetAdamW)
+        one.optimizer.flush()
+    words, others = (m.get_input_embeddings().weight for m in (model, twin))
+    assert words.grad is None
+    torch.testing.assert_close(words, others, rtol=tolerance, atol=tolerance)
+
+
+def test_an_eager_step_with_sparse_words_waits_for_nothing(no_host_sync: NoSync):
+    model = bert()
+    use_packed(model)
+    model.get_input_embeddings().sparse = True
+    optimizer = subset(model)
+    step = GraphedStep(model, optimizer)
+    step.reason = "eager"
+    step(packed(9, 20, 30))
+    with no_host_sync():
+        step(packed(9, 20, 30))
+
+
+def test_torchs_sparse_padding_stays_eager():
+    model = bert()  # padded tokens: torch looks up which gradients are of the padding
+    model.get_input_embeddings().sparse = True
+    step = GraphedStep(model, subset(model))
+    losses = [float(step(batch)) for batch in batches(4)]
+    assert len(set(losses)) == 4
+    assert "sparse with a padding_idx" in (step.reason or "")
+
+
+@pytest.mark.parametrize("kind", ["rows", "blocks", "elements"])
+def test_other_kept_entries_need_no_capture(kind: str):
+    """From the first change on, the same count and fewer."""
+    model = bert()
+    twin = copy.deepcopy(model)
+    optimizers = [subset(m) for m in (model, twin)]
+    step, plain = (GraphedStep(m, o) for m, o in zip((model, twin), optimizers, strict=True))
+    plain.reason = "the comparison"
+    captured = []
+    for seed, share in enumerate((0.5, 0.4, 0.3, 0.45, 0.1)):
+        for net, optimizer in zip((model, twin), optimizers, strict=True):
+            weight = net.bert.encoder.layer[0].intermediate.dense.weight
+            shape = tuple(weight.shape)
+            optimizer.set_kept(weight, kept_of(kind, shape, seed, share))
+        before = [m.bert.encoder.layer[0].intermediate.dense.weight.clone() for m in (model, twin)]
+        for batch in batches(3):
+            torch.testing.assert_close(step(batch), plain(batch), rtol=2e-3, atol=2e-3)
+        moved = [
+            m.bert.encoder.layer[0].intermediate.dense.weight != old
+            for m, old in zip((model, twin), before, strict=True)
+        ]
+        assert torch.equal(*moved)
+        captured += step._graphs.values()
+    assert step.reason is None
+    assert len(set(map(id, captured))) == 1

@@ -159,3 +159,29 @@ def test_everything_kept_is_torch_adamw():
         second.step()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sparse_rows_are_the_definition_and_repeat(dtype: torch.dtype):
+    """Rows named once, often, and never; the bits repeat, and no step waits."""
+    torch.manual_seed(0)
+    start, found = torch.randn(500, 300).to(dtype), []
+    for backend in ("native", "native", "reference"):
+        table = nn.Parameter(start.cuda())
+        optimizer = SubsetAdamW([table], lr=1e-2, max_grad_norm=0.5, backend=backend)
+        for seed in range(4):
+            made = torch.Generator().manual_seed(seed)
+            rows = torch.randint(0, 300, (1, 900), generator=made)
+            rows[0, :200] = 7
+            values = torch.randn(900, 300, generator=made).to(dtype)
+            table.grad = torch.sparse_coo_tensor(rows, values, table.shape).cuda()
+            if seed:
+                with no_waiting():
+                    optimizer.step()
+            else:
+                optimizer.step()
+        optimizer.flush()
+        found.append(table.detach())
+    assert same_bits(found[0], found[1])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found[0], found[2], rtol=tolerance, atol=tolerance)

@@ -13,7 +13,7 @@ from sensikernels.hf import STEP_PARTS, apply, packing_of, restore, sensitivity
 from sensikernels.masks import Budget, Plan, plan
 from tests.hf.packed_cases import LENGTHS, SMALL, draw, make, run, same
 
-PLAIN = tuple(p for p in STEP_PARTS if p != "prefix-cache")
+PLAIN = ("dropout", "words", "packed", "cls", "fused")
 
 
 def small() -> nn.Module:
@@ -78,6 +78,24 @@ def test_a_copy_is_restored_on_its_own() -> None:
     assert packing_of(twin) is not None
     restore(twin)
     assert snapshot(twin) == before
+
+
+def test_every_part_is_tested() -> None:
+    assert {*PLAIN, "labelled", "prefix-cache"} == set(STEP_PARTS)
+
+
+def test_labelled_tokens_have_the_loss_of_all() -> None:
+    model, batch = make("language").double(), draw("language", LENGTHS["ragged"])
+    before = snapshot(model)
+    wanted, grads = run(model, batch)
+    model.zero_grad(set_to_none=True)
+    apply(model, parts="labelled")
+    got, ours = run(model, batch)
+    torch.testing.assert_close(got.loss.double(), wanted.loss, rtol=1e-6, atol=0)
+    same(ours, grads, 1e-6)
+    assert len(got.logits) == int((batch["labels"] != -100).sum())
+    restore(model)
+    assert snapshot(model) == before
 
 
 def test_a_prefix_that_the_plan_freezes_is_kept() -> None:

@@ -70,6 +70,22 @@ def test_linears_of_blocks_that_share_x(block: tuple[int, int], kept: tuple[str,
     checks.check_grad_values(layouts, tokens=50, dtype=FP32, device="cpu", saved=False)
 
 
+@pytest.mark.usefixtures("descriptors")
+@pytest.mark.parametrize("block", [(32, 32), (64, 64), (24, 40)])
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+def test_linears_of_blocks_that_read_other_columns(block: tuple[int, int], dtype: torch.dtype):
+    from sensikernels.ops.selective_linear.grouped import joined
+
+    layouts = [
+        checks.blocks(one, block, (size, 270), "cpu", compact=True)
+        for one, size in (("ragged", 3 * block[0]), ("ragged", 4 * block[0]), ("random", 150))
+    ]
+    assert len({one.in_width for one in layouts}) > 1
+    checks.check_grad_values(
+        list(joined(layouts)), tokens=45, dtype=dtype, device="cpu", saved=True
+    )
+
+
 def test_compact_blocks_save_only_the_columns_they_read():
     from sensikernels.ops.selective_linear import triton as kernels
 

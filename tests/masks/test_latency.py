@@ -39,9 +39,7 @@ def make_costs(*, seed: int = 0, layers: int = 2, staircase: bool = False) -> St
 
 def share(costs: StepCosts, made: Plan) -> float:
     kept = made.kept_counts()
-    return 1 - sum(
-        float(costs.share_saved(c, np.array([kept[c.name]]))[0]) for c in made.couplings
-    )
+    return 1 - sum(float(costs.share_saved(c, np.array([kept[c.name]]))[0]) for c in made.couplings)
 
 
 def value(scores: Scores, kept: dict[str, int]) -> float:
@@ -58,9 +56,7 @@ def test_no_widths_within_the_time_score_higher(seed: int, asked: float) -> None
     budget = Budget(step_time=asked)
     made = plan(scores, budget, costs=costs, multiples=SMALL, minimums=SMALL)
     assert share(costs, made) <= asked + 1e-9
-    choices = [
-        range(SMALL[c.kind], c.units + 1, SMALL[c.kind]) for c in structure.couplings
-    ]
+    choices = [range(SMALL[c.kind], c.units + 1, SMALL[c.kind]) for c in structure.couplings]
     best = 0.0
     for counts in product(*choices):
         kept = {c.name: n for c, n in zip(structure.couplings, counts, strict=True)}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sensikernels.errors import UsageError
-from sensikernels.hf import applied
-from sensikernels.masks import Budget, training_flops
+from sensikernels.hf import applied, apply, structure
+from sensikernels.masks import Budget, StepCosts, training_flops
 from sensikernels.methods import Run, SensiBert, latency
 from sensikernels.ops.subset_adamw import SubsetAdamW
 from tests.hf.conftest import make_batch, make_model
@@ -22,18 +23,19 @@ def make_optimizer(model: nn.Module) -> SubsetAdamW:
     return SubsetAdamW(model.parameters(), lr=0.0)
 
 
+def three() -> list[dict[str, Tensor]]:
+    return [make_batch(seed=i) for i in range(3)]
+
+
 def make_run(share: float, **named: object) -> Run:
-    model = make_model(
-        num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=256, dropout=0.1
-    )
+    model = make_model(num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=256, dropout=0.1)
     return Run(
         model=model,
         optimizer=SubsetAdamW(model.parameters(), lr=1e-3),
         max_steps=10,
-        batches=lambda: [make_batch(seed=i) for i in range(3)],
         sequence_length=9,
         budget=Budget(step_time=share),
-        **({"make_optimizer": make_optimizer} | named),  # type: ignore[arg-type]
+        **({"make_optimizer": make_optimizer, "batches": three} | named),  # type: ignore[arg-type]
     )
 
 
@@ -42,7 +44,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Milliseconds are MFLOPs, plus ``fixed`` for each step of a whole model."""
     extra = {"fixed": 0.0}
 
-    def stepper(model: nn.Module, make: object, device: object) -> Callable[[object], float]:
+    def stepper(
+        model: nn.Module, make: object, device: object, gradients: object = None
+    ) -> Callable[[object], float]:
         whole = len(model.bert.encoder.layer) == LAYERS  # type: ignore[union-attr, arg-type]
         # Every batch has the same shape, so one count stands for all.
         counted: list[float] = []
@@ -115,3 +119,44 @@ def test_timing_leaves_the_run_alone() -> None:
 def test_no_optimizer_to_time_with() -> None:
     with pytest.raises(UsageError, match="make_optimizer"):
         SensiBert(warmup=0).begin_step(make_run(0.5, make_optimizer=None))
+
+
+def test_of_several_processes_the_slowest_counts(clock: dict[str, float]) -> None:
+    dense, planned = make_run(0.5).model, make_run(0.5).model
+    widths = {f"layer.{i}.neurons": 64 for i in range(LAYERS)}
+    apply(planned, latency.uniform(structure(planned), widths))
+    batches = [make_batch()]
+    alone = latency.time_ratio(dense, planned, batches, make_optimizer)
+    slow = latency.time_ratio(
+        dense, planned, batches, make_optimizer, gather=lambda own: [own, [2 * own[0], own[1]]]
+    )
+    assert slow == pytest.approx(alone / 2)
+
+
+def test_every_process_times_its_rows_of_the_same_batches() -> None:
+    every = [[make_batch(seed=0), make_batch(seed=2)], [make_batch(seed=1)]]
+    parts = []
+    for rank in range(2):
+        run = make_run(0.5, rank=rank, processes=2, gather=lambda own: every)
+        parts.append(latency.own_rows(run))
+    for seed, (first, second) in enumerate(zip(*parts, strict=True)):
+        whole = make_batch(seed=seed)
+        for name, value in whole.items():
+            assert torch.equal(first[name], value[::2])
+            assert torch.equal(second[name], value[1::2])
+    few = make_run(0.5, rank=7, processes=9, gather=lambda own: every)
+    assert {len(batch["labels"]) for batch in latency.own_rows(few)} == {1}
+
+
+def test_all_take_the_costs_of_the_slowest(
+    clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(own: object) -> list[object]:
+        slower = isinstance(own, StepCosts)
+        return [own, replace(own, dense_ms=own.dense_ms * 2)] if slower else [own]
+
+    run = make_run(0.9, gather=gather)
+    SensiBert(warmup=0).begin_step(run)
+    assert run.costs is not None
+    mine = latency.measure_costs(make_run(0.9).model, make_run(0.9).batches(), make_optimizer)
+    assert run.costs.dense_ms == pytest.approx(2 * mine.dense_ms)

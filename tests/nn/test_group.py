@@ -49,6 +49,19 @@ def test_training_as_one_is_training_alone(train_bias: bool):
         torch.testing.assert_close(a.to_linear().weight, b.to_linear().weight)
 
 
+def test_blocks_of_different_columns_train_as_one():
+    grids = [torch.zeros(3, 3, dtype=torch.bool) for _ in range(3)]
+    for grid, kept in zip(grids, ([0, 4], [1, 5], [3, 7]), strict=True):
+        grid.view(-1)[kept] = True
+    group = [SelectiveLinear.from_linear(nn.Linear(H, H), Mask.blocks(g, (8, 8), (H, H)))
+             for g in grids]  # fmt: skip
+    twin = copy.deepcopy(group)
+    batches = list(torch.randn(4, 2, 5, H))
+    assert explain_group(batches[0], group) is None
+    one, alone = train(group, batches, grouped=True), train(twin, batches, grouped=False)
+    torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-5)
+
+
 def test_why_layers_stay_alone():
     x, group = torch.randn(3, H), layers()
     frozen = layers()

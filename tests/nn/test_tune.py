@@ -26,7 +26,7 @@ def user_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_tune_writes_what_auto_reads(user_tables: Path, monkeypatch: pytest.MonkeyPatch):
-    for name, value in {"IN": 64, "OUT": 96, "BLOCKS": (32,), "ROUNDS": 1}.items():
+    for name, value in {"SHAPES": ((96, 64), (64, 96)), "BLOCKS": (32,), "ROUNDS": 1}.items():
         monkeypatch.setattr(tuning, name, value)
     said: list[str] = []
     path = tuning.tune("cpu", tokens=(4,), progress=said.append)

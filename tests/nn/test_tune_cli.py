@@ -15,7 +15,7 @@ from sensikernels.nn import tune as tuning
 @pytest.fixture(autouse=True)
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dispatch, "USER_TABLES", tmp_path / "user")
-    sizes = {"IN": 64, "OUT": 96, "BLOCKS": (32,), "ROUNDS": 1, "TOKENS": (4,)}
+    sizes = {"SHAPES": ((96, 64), (64, 96)), "BLOCKS": (32,), "ROUNDS": 1, "TOKENS": (4,)}
     for name, value in sizes.items():
         monkeypatch.setattr(tuning, name, value)
 

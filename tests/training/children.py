@@ -70,4 +70,3 @@ def _deadly(replace: Callable[..., None], place: str, number: int) -> Callable[.
 
 def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-

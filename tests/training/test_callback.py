@@ -17,7 +17,7 @@ from sensikernels.hf import (
     to_padded,
     use_packed,
 )
-from sensikernels.masks import Budget, training_flops
+from sensikernels.masks import Budget, StepCosts, training_flops
 from sensikernels.training import SensiCallback
 
 ROWS, BATCH = 96, 8
@@ -192,6 +192,25 @@ def test_bitfit_and_dps_train_under_trainer(make):
     )
     clean.train()
     assert len(history(clean)) == STEPS
+
+
+@pytest.mark.parametrize("packing", [None, "packed"])
+def test_a_step_time_budget_is_met_by_the_clock(make, packing):
+    saved = {"heads": {1: 10.0, 4: 0.0}, "neurons": {16: 20.0, 128: 0.0}}
+    costs = StepCosts(
+        device="cpu", dtype="float32", threads=1, tokens=100, layers=2,
+        units={"heads": 4, "neurons": 128}, dense_ms=100.0, saved={"inner": saved, "last": saved},
+    )  # fmt: skip
+    watcher = SensiCallback(
+        "sensi-bert", budget=Budget(step_time=0.9), warmup=0.35, ranking_rows=64, costs=costs
+    )
+    trainer = make(watcher, packing=packing)
+    trainer.train()
+    facts = watcher.plan.origin["step_time"]
+    assert facts["asked"] == 0.9
+    assert facts["met"] > 0
+    assert f"step time x{facts['met']:.3f}" in watcher.run.events[0]
+    assert len(history(trainer)) == STEPS
 
 
 def test_bad_use_is_told_at_once(make, tiny, tmp_path):

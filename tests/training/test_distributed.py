@@ -105,7 +105,9 @@ def test_two_processes_lose_what_one_does(asked, method):
     assert run(one) == 0
     assert run_together(two) == [0, 0]
     for a, b in assert_same_run(one, two):
-        assert torch.equal(a, b) or (method == "dps" and (a == b).float().mean() > 0.999)
+        # Of entries that rounding cannot tell apart, either may be chosen: a swap, or one in 1,000.
+        other = (a != b).sum()
+        assert other == 0 or (method == "dps" and other <= max(2, a.numel() / 1000))
 
 
 @pytest.mark.parametrize("given", [

@@ -74,9 +74,11 @@ def test_losses_do_not_depend_on_the_baseline_beside(settings, tmp_path, method,
 
 
 def test_dense_method_and_baseline_agree(settings):
-    report = finetune(settings(
-        method="dense", compare_dense=True, embeddings="dense", dropout="torch", packed=False
-    ))
+    report = finetune(
+        settings(
+            method="dense", compare_dense=True, embeddings="dense", dropout="torch", packed=False
+        )
+    )
     ours, theirs = (torch.tensor(report["losses"][k]) for k in ("planned", "dense"))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert report["budget"]["flops_ratio_measured"] == 1.0

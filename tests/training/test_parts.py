@@ -65,9 +65,7 @@ def test_flops_are_the_sum_over_all_batches(settings, packed):
     assert flops_per_token(model, data) == pytest.approx(total / tokens, rel=1e-12)
     geometry = data.geometry
     for granularity in ("heads", "dimensions"):
-        parts = structure(model, granularity).at(
-            geometry.tokens / geometry.rows, geometry.attended
-        )
+        parts = structure(model, granularity).at(geometry.tokens / geometry.rows, geometry.attended)
         assert parts.flops(geometry.mean_length) == pytest.approx(total / tokens, rel=1e-12)
 
 

@@ -9,6 +9,7 @@ import pytest
 from sensikernels.errors import UsageError
 from sensikernels.masks import Budget, Plan, StepCosts
 from sensikernels.training import finetune, step_costs
+from tests.training.processes import run_together
 
 
 def test_asked_and_met_are_reported(settings, tmp_path):
@@ -51,3 +52,21 @@ def test_a_table_of_another_model_is_refused_before_training(settings, tmp_path)
         settings(costs=path)
     with pytest.raises(UsageError, match="granularity"):
         finetune(settings(budget=Budget(step_time=0.5), options={"granularity": "dimensions"}))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_processes_measure_together_and_take_one_plan(settings, tmp_path, parallel):
+    asked = Budget(step_time=0.9)
+    output = tmp_path / "two"
+    # A run ends with an error where plans differ.
+    assert run_together(
+        settings(budget=asked, max_train_samples=64, output=output, parallel=parallel)
+    ) == [0, 0]
+    report = json.loads((output / "report.json").read_text())
+    assert report["numerics"]["processes"] == 2
+    assert (report["budget"]["measure"], report["budget"]["requested"]) == ("step_time", 0.9)
+    assert report["budget"]["step_time_ratio_measured"] > 0
+    facts = Plan.load(output / "plan.json").origin["step_time"]
+    assert facts["asked"] == 0.9
+    assert facts["met"] > 0
+    assert any("step time x" in event for event in report["events"])

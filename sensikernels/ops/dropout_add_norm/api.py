@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
+from sensikernels._checks import require, require_one_of
 from sensikernels._philox import DRAWS
 from sensikernels.ops.common.choice import choose, described
 from sensikernels.ops.dropout_add_norm import reference
 from sensikernels.ops.dropout_add_norm.autograd import DropoutAddNorm
+
+RECOVER = ("auto", "output", "sum")
 
 
 def dropout_add_norm(
@@ -21,14 +23,15 @@ def dropout_add_norm(
     dropout: float = 0.0,
     eps: float = 1e-12,
     seed: Tensor | None = None,
+    recover: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """``LayerNorm(residual + dropout(x)) · weight + bias``: the post-norm of BERT in one pass.
 
     The mask is that of ``ops.dropout`` (counter based, keep probability rounded to 2⁻¹⁶) and is
-    drawn again in backward. Sums and statistics are float32. Saved: the sum in x's dtype, mean and
-    1 / standard deviation of each row, the seed. The gradients of weight and bias are summed in an
-    order that does not depend on the number of threads.
+    drawn again in backward. Sums and statistics are float32. Saved: mean and 1 / standard
+    deviation of each row, the seed, and what ``recover`` names. The gradients of weight and bias
+    are summed in an order that does not depend on the number of threads.
 
     Args:
         x, residual: ``[..., hidden]`` of one floating dtype, which autocast does not change.
@@ -36,6 +39,10 @@ def dropout_add_norm(
         dropout: probability in [0, 1] of dropping an element of ``x``; 0 outside training.
         eps: added to the variance.
         seed: int64 ``[]`` on x's device; drawn from torch's generator of that device if absent.
+        recover: what backward takes the normalised row from. "sum": a tensor of its own, in x's
+            dtype. "output": the result, which a linear that follows saves anyway; no weight may be
+            near 0 or small beside its bias. "auto": the output if no ``|bias| > 2 |weight|``, on a
+            CPU and not traced, else the sum. The reference saves what autograd saves.
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
@@ -53,12 +60,14 @@ def dropout_add_norm(
     else:
         ok = seed.dtype == torch.int64 and seed.dim() == 0 and seed.device == x.device
         require(ok, "seed", f"int64 [] on {x.device}", described(seed))
+    if recover not in RECOVER:
+        require_one_of(recover, "recover", RECOVER)
     chosen, _ = choose(x, backend)
     arguments = (x, residual, weight, bias, seed, threshold, eps)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return reference.dropout_add_norm(*arguments)
-    out: Tensor = DropoutAddNorm.apply(*arguments, chosen)  # type: ignore[no-untyped-call]
+    out: Tensor = DropoutAddNorm.apply(*arguments, recover, chosen)  # type: ignore[no-untyped-call]
     return out
 
 

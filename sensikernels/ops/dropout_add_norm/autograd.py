@@ -1,4 +1,4 @@
-"""Saves the sum, two numbers a row and the seed; the mask is drawn again."""
+"""Saves the output or the sum, two numbers a row and the seed; the mask is drawn again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sensikernels._columns import unwatched
-from sensikernels.ops.dropout_add_norm import ops
+from sensikernels.ops.dropout_add_norm import native, ops
 
 _OPS = torch.ops.sensikernels
 
@@ -27,31 +27,46 @@ class DropoutAddNorm(torch.autograd.Function):
         seed: Tensor | None,
         threshold: int,
         eps: float,
+        recover: str,
         backend: str,
     ) -> Tensor:
-        save = any(ctx.needs_input_grad)
-        run = ops.forward if unwatched(x) else _OPS.dropout_add_norm
+        direct, save = unwatched(x), any(ctx.needs_input_grad)
+        if save:
+            if recover == "auto":  # where looking at numbers waits for nothing
+                save = not (direct and backend == "native" and native.recovers(weight, bias))
+            else:
+                save = recover == "sum"
+        run = ops.launch_forward if direct else _OPS.dropout_add_norm
         y, total, moments = run(x, residual, weight, bias, seed, threshold, eps, save, backend)
-        ctx.save_for_backward(total, moments, weight, seed)
+        read = (total, None) if save else (y, bias)
+        ctx.save_for_backward(*read, moments, weight, seed)
         ctx.threshold, ctx.backend, ctx.bias_dtype = threshold, backend, bias.dtype
         out: Tensor = y
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        total, moments, weight, seed = ctx.saved_tensors
-        x_needed, residual_needed, weight_needed, bias_needed = ctx.needs_input_grad[:4]
-        mask = seed if x_needed else None
-        run = ops.backward if unwatched(dy) else _OPS.dropout_add_norm_backward
-        dx, dresidual, daffine = run(
-            dy, total, moments, weight, mask, ctx.threshold if x_needed else 65536,
-            weight_needed or bias_needed, ctx.backend,
-        )  # fmt: skip
-        return (
-            (dresidual if mask is None else dx) if x_needed else None,
-            dresidual if residual_needed else None,
-            daffine[0].to(weight.dtype) if weight_needed else None,
-            daffine[1].to(ctx.bias_dtype) if bias_needed else None,
-            *[None] * 4,
-        )
+        # The wrapper costs as much as a small row; it says no to a second derivative.
+        return (_once if torch.is_grad_enabled() else _backward)(ctx, dy)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    before, shift, moments, weight, seed = ctx.saved_tensors
+    x_needed, residual_needed, weight_needed, bias_needed = ctx.needs_input_grad[:4]
+    affine_needed = weight_needed or bias_needed
+    mask, threshold = (seed, ctx.threshold) if x_needed else (None, 65536)
+    run = ops.launch_backward if unwatched(dy) else _OPS.dropout_add_norm_backward
+    dx, dresidual, daffine = run(
+        dy, before, moments, weight, shift, mask, threshold, affine_needed, ctx.backend
+    )
+    dweight, dbias = (None, None) if daffine is None or not affine_needed else daffine.unbind()
+    return (
+        (dresidual if mask is None else dx) if x_needed else None,
+        dresidual if residual_needed else None,
+        None if dweight is None or not weight_needed else dweight.to(weight.dtype),
+        None if dbias is None or not bias_needed else dbias.to(ctx.bias_dtype),
+        *[None] * 5,
+    )
+
+
+_once = once_differentiable(_backward)

@@ -17,33 +17,41 @@ def forward(
     threshold: int,
     eps: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, total = x.new_empty(x.shape), x.new_empty(x.shape) if save else None
-    moments = x.new_empty((x.shape[0], 2), dtype=torch.float32)
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    y, total = torch.empty_like(x), torch.empty_like(x) if save else None
+    moments = torch.empty((len(x), 2))
     launcher("dropout_add_norm")(
         x, residual, weight.float(), bias.float(), seed, threshold, eps, y, total, moments
     )
-    return y, x.new_empty(0) if total is None else total, moments
+    return y, total, moments
+
+
+def recovers(weight: Tensor, bias: Tensor) -> bool:
+    """Whether the normalised row is as good from the output as from the sum: |bias| <= 2 |weight|.
+
+    The output's rounding moves (y - bias) / weight by |n + bias / weight| of its own size, the
+    sum's moves n by |n + mean / deviation|.
+    """
+    found = launcher("dropout_add_norm_recovers")(
+        weight.float().contiguous(), bias.float().contiguous()
+    )
+    return bool(found)
 
 
 def backward(
     dy: Tensor,
-    total: Tensor,
+    before: Tensor,
     moments: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     seed: Tensor | None,
     threshold: int,
     affine_needed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dresidual = dy.new_empty(dy.shape)
-    dx = None if seed is None else dy.new_empty(dy.shape)
-    daffine = moments.new_empty((2, dy.shape[1])) if affine_needed else None
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    dresidual, dx = torch.empty_like(dy), None if seed is None else torch.empty_like(dy)
+    daffine = torch.empty((2, dy.shape[1])) if affine_needed else None
+    shift = None if bias is None else bias.float()
     launcher("dropout_add_norm_backward")(
-        dy, total, moments, weight.float(), seed, threshold, dx, dresidual, daffine
+        dy, before, moments, weight.float(), shift, seed, threshold, dx, dresidual, daffine
     )
-    none = moments.new_empty(0)
-    return (
-        dy.new_empty(0) if dx is None else dx,
-        dresidual,
-        none if daffine is None else daffine,
-    )
+    return dx, dresidual, daffine

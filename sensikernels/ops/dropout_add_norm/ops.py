@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sensikernels.ops.common.choice import rows
+from sensikernels._columns import matrix
 from sensikernels.ops.dropout_add_norm import native, reference
 
 _LIB = torch.library.Library("sensikernels", "FRAGMENT")
@@ -16,8 +17,9 @@ _LIB.define(
     " int threshold, float eps, bool save, str backend) -> (Tensor, Tensor, Tensor)"
 )
 _LIB.define(
-    "dropout_add_norm_backward(Tensor dy, Tensor total, Tensor moments, Tensor weight,"
-    " Tensor? seed, int threshold, bool affine_needed, str backend) -> (Tensor, Tensor, Tensor)"
+    "dropout_add_norm_backward(Tensor dy, Tensor before, Tensor moments, Tensor weight,"
+    " Tensor? bias, Tensor? seed, int threshold, bool affine_needed, str backend)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -30,7 +32,7 @@ def kernels(backend: str) -> ModuleType:
     return native if backend == "native" else reference
 
 
-def forward(
+def launch_forward(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -40,32 +42,55 @@ def forward(
     eps: float,
     save: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(y, sum, moments)``: the sum is None unless ``save``."""
     y, total, moments = kernels(backend).forward(
-        rows(x), rows(residual), weight.contiguous(), bias.contiguous(), seed, threshold, eps, save
-    )
-    return y.view(x.shape), total, moments
+        _rows(x), _rows(residual), weight.contiguous(), bias.contiguous(), seed, threshold, eps,
+        save,
+    )  # fmt: skip
+    return y if x.ndim == 2 else y.view(x.shape), total, moments
 
 
-def backward(
+def launch_backward(
     dy: Tensor,
-    total: Tensor,
+    before: Tensor,
     moments: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     seed: Tensor | None,
     threshold: int,
     affine_needed: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """``(dx, dresidual, daffine)``: no dx without a seed (it is dresidual), daffine if needed."""
+    shift = None if bias is None else bias.contiguous()
     dx, dresidual, daffine = kernels(backend).backward(
-        rows(dy), total, moments, weight.contiguous(), seed, threshold, affine_needed
-    )
-    return dx.view(dx.shape if seed is None else dy.shape), dresidual.view(dy.shape), daffine
+        _rows(dy), _rows(before), moments, weight.contiguous(), shift, seed, threshold,
+        affine_needed,
+    )  # fmt: skip
+    if dy.ndim != 2:
+        dx, dresidual = None if dx is None else dx.view(dy.shape), dresidual.view(dy.shape)
+    return dx, dresidual, daffine
+
+
+def _rows(x: Tensor) -> Tensor:
+    return matrix(x.contiguous())
+
+
+def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, total, moments = launch_forward(x, *rest)
+    return y, x.new_empty(0) if total is None else total, moments
+
+
+def _backward(dy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dresidual, daffine = launch_backward(dy, *rest)
+    none = rest[1].new_empty(0) if daffine is None else daffine
+    return dy.new_empty(0) if dx is None else dx, dresidual, none
 
 
 for _device in ("CPU", "CUDA"):
-    _LIB.impl("dropout_add_norm", forward, _device)
-    _LIB.impl("dropout_add_norm_backward", backward, _device)
+    _LIB.impl("dropout_add_norm", _forward, _device)
+    _LIB.impl("dropout_add_norm_backward", _backward, _device)
 
 
 @torch.library.register_fake("sensikernels::dropout_add_norm")
@@ -89,9 +114,10 @@ def _(
 @torch.library.register_fake("sensikernels::dropout_add_norm_backward")
 def _(
     dy: Tensor,
-    total: Tensor,
+    before: Tensor,
     moments: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     seed: Tensor | None,
     threshold: int,
     affine_needed: bool,

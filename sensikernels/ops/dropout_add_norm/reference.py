@@ -33,8 +33,8 @@ def forward(
     threshold: int,
     eps: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y, sum, moments)`` of matrices: ``sum`` in x's dtype (empty unless ``save``).
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(y, sum, moments)`` of matrices: ``sum`` in x's dtype, None unless ``save``.
 
     ``moments`` is ``[rows, 2]``, mean and 1 / standard deviation, float32 (float64 for float64).
     """
@@ -43,30 +43,32 @@ def forward(
     mean = z.mean(1, keepdim=True)
     rstd = (z.var(1, unbiased=False, keepdim=True) + eps).rsqrt()
     y = (z - mean) * rstd * weight + bias
-    return y.to(x.dtype), z.to(x.dtype) if save else x.new_empty(0), torch.cat([mean, rstd], 1)
+    return y.to(x.dtype), z.to(x.dtype) if save else None, torch.cat([mean, rstd], 1)
 
 
 def backward(
     dy: Tensor,
-    total: Tensor,
+    before: Tensor,
     moments: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     seed: Tensor | None,
     threshold: int,
     affine_needed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dx, dresidual, daffine)``: dx is empty without dropout (it is dresidual).
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """``(dx, dresidual, daffine)``: dx is None without dropout (it is dresidual).
 
-    ``daffine`` is ``[2, width]``, of weight and bias, in the dtype of moments; empty if not needed.
+    ``before`` is the sum or, where ``bias`` is given, the output.
+    ``daffine`` is ``[2, width]``, of weight and bias, in the dtype of moments; None if not needed.
     """
     mean, rstd = moments.split(1, 1)
-    wide, normal = dy.to(moments.dtype), (total.to(moments.dtype) - mean) * rstd
+    wide, normal = dy.to(moments.dtype), before.to(moments.dtype)
+    normal = (normal - mean) * rstd if bias is None else (normal - bias) / weight
     g = wide * weight
     dz = rstd * (g - g.mean(1, keepdim=True) - normal * (g * normal).mean(1, keepdim=True))
-    dx = dz.new_empty(0) if seed is None else dropped(dz, seed, threshold)
+    dx = None if seed is None else dropped(dz, seed, threshold).to(dy.dtype)
     daffine = torch.stack([(wide * normal).sum(0), wide.sum(0)]) if affine_needed else None
-    none = moments.new_empty(0)
-    return dx.to(dy.dtype), dz.to(dy.dtype), none if daffine is None else daffine
+    return dx, dz.to(dy.dtype), daffine
 
 
 def _sum(x: Tensor, residual: Tensor, seed: Tensor | None, threshold: int) -> Tensor:

@@ -62,9 +62,10 @@ def dropout_add_norm_kernel(
 @triton.jit(do_not_specialize=["rows", "rows_each"])
 def dropout_add_norm_backward_kernel(
     dy,
-    total,
+    before,
     moments,
     weight,
+    bias,
     seed,
     dx,
     dresidual,
@@ -75,24 +76,34 @@ def dropout_add_norm_backward_kernel(
     threshold,
     scale,
     DROPS: tl.constexpr,
+    OUTPUT: tl.constexpr,
     AFFINE: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """A chunk of rows of dresidual and dx, and their sums for weight and bias."""
+    """A chunk of rows of dresidual and dx, and their sums for weight and bias.
+
+    ``before`` is the sum or, with OUTPUT, the output.
+    """
     chunk = tl.program_id(0)
     first = chunk.to(tl.int64) * rows_each
     n = tl.arange(0, BLOCK)
     inside = n < hidden
     w = tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
+    if OUTPUT:
+        shift = tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+        inverse = 1.0 / tl.where(inside, w, 1.0)
     dweight = tl.zeros([BLOCK], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
     for row in range(first, tl.minimum(first + rows_each, rows)):
         at = row * hidden + n
         grad = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        z = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(before + at, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(moments + 2 * row + 1)
-        normal = tl.where(inside, (z - tl.load(moments + 2 * row)) * rstd, 0.0)
+        if OUTPUT:
+            normal = (z - shift) * inverse
+        else:
+            normal = tl.where(inside, (z - tl.load(moments + 2 * row)) * rstd, 0.0)
         if AFFINE:
             dweight += grad * normal
             dbias += grad
@@ -118,15 +129,15 @@ def forward(
     threshold: int,
     eps: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """As the reference, for contiguous matrices."""
     rows, hidden = x.shape
-    y, total = x.new_empty(x.shape), x.new_empty(x.shape if save else 0)
+    y, total = x.new_empty(x.shape), x.new_empty(x.shape) if save else None
     moments = x.new_empty((rows, 2), dtype=torch.float32)
     if x.numel():
         dropout_add_norm_kernel[(rows,)](
-            x, residual, weight, bias, moments if seed is None else seed, y, total, moments, hidden,
-            threshold, scale_of(threshold), eps,
+            x, residual, weight, bias, moments if seed is None else seed, y,
+            y if total is None else total, moments, hidden, threshold, scale_of(threshold), eps,
             DROPS=seed is not None, SAVE=save, **row_options(hidden),
         )  # fmt: skip
     return y, total, moments
@@ -135,28 +146,31 @@ def forward(
 @on_its_device
 def backward(
     dy: Tensor,
-    total: Tensor,
+    before: Tensor,
     moments: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     seed: Tensor | None,
     threshold: int,
     affine_needed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """As the reference; the chunks' float32 sums are added in a fixed order."""
     rows, hidden = dy.shape
-    dresidual, dx = dy.new_empty(dy.shape), dy.new_empty(0 if seed is None else dy.shape)
-    daffine = moments.new_empty((2, hidden) if affine_needed else 0)
+    dresidual, dx = dy.new_empty(dy.shape), None if seed is None else dy.new_empty(dy.shape)
+    daffine = moments.new_empty((2, hidden)) if affine_needed else None
     if not dy.numel():
-        return dx, dresidual, daffine.zero_()
+        return dx, dresidual, None if daffine is None else daffine.zero_()
     each = triton.cdiv(rows, programs(dy))
     chunks = triton.cdiv(rows, each)
     partial = moments.new_empty((chunks, 2, hidden) if affine_needed else 1)
     dropout_add_norm_backward_kernel[(chunks,)](
-        dy, total, moments, weight, moments if seed is None else seed, dx, dresidual, partial,
+        dy, before, moments, weight, weight if bias is None else bias,
+        moments if seed is None else seed, dresidual if dx is None else dx, dresidual, partial,
         rows, each, hidden, threshold, scale_of(threshold),
-        DROPS=seed is not None, AFFINE=affine_needed, **row_options(hidden),
+        DROPS=seed is not None, OUTPUT=bias is not None, AFFINE=affine_needed,
+        **row_options(hidden),
     )  # fmt: skip
-    return dx, dresidual, sum_partials(partial, daffine) if affine_needed else daffine
+    return dx, dresidual, None if daffine is None else sum_partials(partial, daffine)
 
 
 def _cases():
@@ -169,28 +183,29 @@ def _cases():
                 "gemm": False,
             }
             scalars = {"hidden": "i32", "threshold": "i32", "scale": "fp32"}
-            data = {"weight": "*fp32", "seed": "*i64", "moments": "*fp32"}
+            data = {"weight": "*fp32", "bias": "*fp32", "seed": "*i64", "moments": "*fp32"}
             rows = dict.fromkeys(["x", "residual", "y", "total"], f"*{dtype}")
             yield {
                 "name": f"dropout_add_norm/{dtype}/{hidden}",
                 "kernel": dropout_add_norm_kernel,
-                "signature": {**data, **rows, "bias": "*fp32", **scalars, "eps": "fp32"},
-                "divisible": [*data, *rows, "bias", "hidden"],
+                "signature": {**data, **rows, **scalars, "eps": "fp32"},
+                "divisible": [*data, *rows, "hidden"],
                 "constexprs": {"DROPS": True, "SAVE": True, **options},
                 **shared,
             }
-            rows = dict.fromkeys(["dy", "total", "dx", "dresidual"], f"*{dtype}")
-            yield {
-                "name": f"dropout_add_norm_backward/{dtype}/{hidden}",
-                "kernel": dropout_add_norm_backward_kernel,
-                "signature": {
-                    **data, **rows, "partial": "*fp32", **scalars, "rows": "i32",
-                    "rows_each": "i32",
-                },
-                "divisible": [*data, *rows, "partial", "hidden"],
-                "constexprs": {"DROPS": True, "AFFINE": True, **options},
-                **shared,
-            }  # fmt: skip
+            rows = dict.fromkeys(["dy", "before", "dx", "dresidual"], f"*{dtype}")
+            for output in (False, True):
+                yield {
+                    "name": f"dropout_add_norm_backward/{dtype}/{hidden}" + "/output" * output,
+                    "kernel": dropout_add_norm_backward_kernel,
+                    "signature": {
+                        **data, **rows, "partial": "*fp32", **scalars, "rows": "i32",
+                        "rows_each": "i32",
+                    },
+                    "divisible": [*data, *rows, "partial", "hidden"],
+                    "constexprs": {"DROPS": True, "OUTPUT": output, "AFFINE": True, **options},
+                    **shared,
+                }  # fmt: skip
 
 
 AOT_CASES = list(_cases())

@@ -167,17 +167,19 @@ def select_kept(
         return Kept(bits=bits, indices=indices, counts=counts)
     ranking = reference.rank_units(reference.sort_keys(scores), segments, count)
     lows, steps = (_listed(two, kinds, ranking) for two in (minimums, multiples))
-    if scope == "per_segment" and budget is None:
+    best = equal and segments is None and minimums == (0, 0)
+    if best or (scope == "per_segment" and budget is None):
         bits = reference.keep_per_segment(ranking, limits.long(), lows, steps)
         return reference.to_kept(bits, segments, count)
     ones = torch.ones_like(scores, dtype=torch.float64) if costs is None else costs
-    chunks = reference.bundle(ranking, scores, ones, kinds, lows, steps)
+    chunks = reference.bundle(ranking, scores, ones, kinds, lows, steps, single=not prefix)
     if scope == "per_segment":
         bits = reference.keep_within_budgets(chunks, ranking, limits, prefix=prefix)
         return reference.to_kept(bits, segments, count)
     bits = reference.keep_within_budget(
-        chunks, ranking, limits[0], prefix=prefix, equal=equal, segments=count
-    )
+        chunks, ranking, limits[0], prefix=prefix, equal=equal, segments=count,
+        two_kinds=kinds is not None,
+    )  # fmt: skip
     return reference.to_kept(bits, segments, count)
 
 

@@ -100,20 +100,30 @@ def bundle(
     kinds: Tensor | None,
     minimum: Tensor,
     multiple: Tensor,
+    *,
+    single: bool = False,
 ) -> Chunks:
-    """Cut every segment's ranking into chunks of ``multiple`` units, the last one partial."""
+    """Cut every segment's ranking into chunks of ``multiple`` units, the last one partial.
+
+    ``single``: a chunk is one unit, so that nothing need be summed.
+    """
     n = scores.numel()
-    starts = ranking.rank % multiple == 0
-    of_unit = starts.cumsum(0) - 1
     values = scores.double()[ranking.units]
     finite = values.isfinite()
-    lengths = torch.zeros(n, dtype=torch.int64, device=scores.device)
-    lengths.scatter_add_(0, of_unit, torch.ones_like(of_unit))
+    of_unit = torch.arange(n, device=scores.device)
+    lengths = torch.ones_like(of_unit)
+    if not single:
+        of_unit = (ranking.rank % multiple == 0).cumsum(0) - 1
+        lengths = torch.zeros_like(lengths).scatter_add_(0, of_unit, lengths)
 
     def total(x: Tensor) -> Tensor:
+        if single:
+            return x.double()
         return torch.segment_reduce(x.double(), "sum", lengths=lengths, unsafe=True, initial=0.0)
 
     def first(x: Tensor) -> Tensor:
+        if single:
+            return x
         return torch.zeros(n, dtype=x.dtype, device=x.device).scatter_reduce_(
             0, of_unit, x, "amax", include_self=False
         )
@@ -246,7 +256,14 @@ def one_cost_per_kind(chunks: Chunks) -> Tensor:
 
 
 def keep_within_budget(
-    chunks: Chunks, ranking: Ranking, budget: Tensor, *, prefix: bool, equal: bool, segments: int
+    chunks: Chunks,
+    ranking: Ranking,
+    budget: Tensor,
+    *,
+    prefix: bool,
+    equal: bool,
+    segments: int,
+    two_kinds: bool,
 ) -> Tensor:
     """Bits of the units kept; ``equal``: all chunks cost the same. A CPU budget is checked."""
     forced_cost = chunks.cost.masked_fill(~chunks.forced, 0.0).sum()
@@ -256,6 +273,8 @@ def keep_within_budget(
         raise infeasible(float(forced_cost), float(budget))
     if equal:
         extra = fill_equal(chunks, left)
+    elif not two_kinds:
+        extra = fill_greedy(chunks, left, prefix, segments)
     elif host:
         exact = bool(one_cost_per_kind(chunks))
         extra = (

@@ -62,7 +62,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     elif bias_needed:
         dbias = dy.sum(0)
     if weight is not None:
-        dx = (dy @ weight).view(*ctx.leading, weight.shape[1])
+        dx = torch.mm(dy, weight).view(*ctx.leading, weight.shape[1])
     if read is not None:
         dvalues = _grad_values(dy, read, ctx.layout, ctx.backend)
     return dx, None, dvalues, dbias if bias_needed else None, None, None, None
@@ -87,7 +87,7 @@ def _grad_values(dy: Tensor, read: Tensor, layout: Layout, backend: str) -> Tens
         return pack(dy.T @ read, layout)
     dy = gather(dy, layout.rows)
     if backend == "torch":
-        return pack(dy.T @ read, layout, compact=True)
+        return pack(torch.mm(dy.t(), read), layout, compact=True)
     if unwatched(dy):
         return ops.grad_values(dy, read, layout, backend)
     return _OPS.selective_grad_values(dy, read, *to_arguments(layout), backend)

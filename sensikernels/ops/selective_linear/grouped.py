@@ -6,7 +6,8 @@ Query, key and value of an attention do. Saved of the input: one copy of what al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +40,9 @@ def why_apart(layouts: Sequence[Layout], dtype: torch.dtype) -> str | None:
         return "a product is shared by packed layouts or by blocks, not by elements or a mixture"
     if len(layouts) > MOST:
         return f"at most {MOST} linears share a product, got {len(layouts)}"
+    joinable = isinstance(first, BlockLayout) and not torch.compiler.is_compiling()
     for other in others:
-        if not _same(first.columns, other.columns):
+        if not joinable and not _same(first.columns, other.columns):
             return "they keep different columns"
         if isinstance(first, BlockLayout) and other.block_shape != first.block_shape:  # type: ignore[union-attr]
             return "their blocks differ in shape"
@@ -55,6 +57,61 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or torch.equal(a, b)
 
 
+def joined(layouts: Sequence[Layout]) -> tuple[Layout, ...]:
+    """The layouts over the columns that any of them keeps; themselves where they keep the same.
+
+    Blocks alone need it; it is done once for the layouts that meet, and kept with the first.
+    """
+    first = layouts[0]
+    if not isinstance(first, BlockLayout) or all(one.columns is first.columns for one in layouts):
+        return tuple(layouts)
+    known, made = first.chosen.get("joined", ((), ()))
+    if len(known) != len(layouts) or any(a is not b for a, b in zip(known, layouts, strict=True)):
+        known, made = tuple(layouts), tuple(_join([_blocks(one) for one in layouts]))
+        first.chosen["joined"] = known, made
+    return cast("tuple[Layout, ...]", made)
+
+
+def _join(layouts: Sequence[BlockLayout]) -> list[BlockLayout]:
+    width, features = layouts[0].block_shape[1], layouts[0].shape[1]
+    device = layouts[0].col_idx.device
+    grid = -(-features // width)
+    kept = torch.zeros(grid, dtype=torch.bool, device=device)
+    own = []  # the block columns that each sees, of all
+    for one in layouts:
+        mine = one.columns
+        seen = torch.arange(grid, device=device) if mine is None else mine[::width] // width
+        own.append(seen)
+        kept[seen] = True
+    if bool(kept.all()):
+        columns, place = None, torch.arange(grid, device=device)
+    else:
+        columns = kept.repeat_interleave(width)[:features].nonzero().flatten().int()
+        place = kept.cumsum(0) - 1
+    width = int(kept.sum())
+    return [
+        _over(one, columns, place[seen[one.col_idx]], width)
+        for one, seen in zip(layouts, own, strict=True)
+    ]
+
+
+def _over(layout: BlockLayout, columns: Tensor | None, index: Tensor, width: int) -> BlockLayout:
+    """``layout`` on a grid ``width`` blocks wide, of the features ``columns``."""
+    counts = torch.bincount(index, minlength=width)
+    return replace(
+        layout,
+        columns=columns,
+        col_idx=index.int(),
+        row_ptr_t=F.pad(counts.cumsum(0), (1, 0)).int(),
+        row_order_t=counts.argsort(descending=True, stable=True).int(),
+    )
+
+
+def _blocks(layout: Layout) -> BlockLayout:
+    assert isinstance(layout, BlockLayout)
+    return layout
+
+
 def selective_linear_grouped(
     x: Tensor, linears: Sequence[Selected], *, backend: str = "auto"
 ) -> tuple[Tensor, ...]:
@@ -67,7 +124,7 @@ def selective_linear_grouped(
     Args:
         x: ``[..., in_features]``.
         linears: one to three, all packed with the same kept columns, or all of blocks of one shape
-            with the same kept columns; every ``values`` is trained.
+            (of x the columns that any of them keeps are saved); every ``values`` is trained.
         backend: ``auto``, ``native`` or ``triton``.
 
     Returns:
@@ -89,8 +146,8 @@ def selective_linear_grouped(
         dtype = torch.get_autocast_dtype(device)
         x, tensors = x.to(dtype), [None if t is None else t.to(dtype) for t in tensors]
         with torch.autocast(device, enabled=False):
-            return _Grouped.apply(x, tuple(layouts), served, *tensors)  # type: ignore[no-untyped-call]
-    return _Grouped.apply(x, tuple(layouts), served, *tensors)  # type: ignore[no-untyped-call]
+            return _Grouped.apply(x, joined(layouts), served, *tensors)  # type: ignore[no-untyped-call]
+    return _Grouped.apply(x, joined(layouts), served, *tensors)  # type: ignore[no-untyped-call]
 
 
 def _backend(layout: Layout, x: Tensor, asked: str) -> str:

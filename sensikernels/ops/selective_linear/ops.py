@@ -47,8 +47,10 @@ def grad_values_grouped(
         from sensikernels.ops.selective_linear.triton import selective_grad_values_grouped
 
         return selective_grad_values_grouped(dys, x, layouts)
-    if isinstance(layouts[0], BlockLayout):
-        return [grad_values(dy, x, one, backend) for dy, one in zip(dys, layouts, strict=True)]
+    blocks = [layout for layout in layouts if isinstance(layout, BlockLayout)]
+    if blocks:
+        require(not x.is_cuda, "backend", "triton for blocks on a GPU", "native")
+        return _blocks.grad_values_grouped(dys, x, blocks)
     product = (dys[0] if len(dys) == 1 else torch.cat(list(dys), 1)).T @ x
     return list(product.split([dy.shape[1] for dy in dys]))
 

@@ -47,11 +47,6 @@ class Engine:
         self._items: Sequence[Item] | None = None
         self._runs_native = False
 
-    def coalesce(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``reference.coalesce``."""
-        name, _ = choose(self.backend, grad.device, {grad.dtype})
-        return native.coalesce(grad) if name == "native" else reference.coalesce(grad)
-
     def update(
         self,
         items: Sequence[Item],
@@ -62,7 +57,7 @@ class Engine:
         found_inf: Tensor | None = None,
     ) -> Tensor:
         """See ``reference.update``. The same list object means the same items, but for their
-        ``grad`` and ``touched``."""
+        ``grad`` and ``entries``."""
         if items is not self._items:
             name, _ = choose(self.backend, hyper.device, {item.param.dtype for item in items})
             self._runs_native = name == "native"

@@ -11,10 +11,11 @@ from sensikernels.ops.subset_adamw.kept import KeptLayout
 
 @dataclass(kw_only=True, eq=False)
 class Clock:
-    """Decay bookkeeping of a table whose rows are updated only when a gradient names them.
+    """Bookkeeping of a table whose rows are updated only when a gradient names them.
 
-    ``now``: float64 [3], the sum over the table's steps of log(1 - lr * weight_decay), log(beta1)
-    and log(beta2). ``rows``: float64 [rows, 3], the value of ``now`` each row is up to date with.
+    ``now``: float64 [5], the sum over the table's steps of log(1 - lr * weight_decay), log(beta1),
+    log(beta2) and lr, and the last lr. ``rows``: float64 [rows, 5], the value of ``now`` that each
+    row is up to date with.
     """
 
     now: Tensor
@@ -25,14 +26,15 @@ class Clock:
 class Item:
     """One parameter of a step. State tensors have ``layout.state_shape`` and are contiguous.
 
-    ``param``, ``grad``: the layout's shape; ``grad`` is [units, ...] where ``touched`` is given.
+    ``param``, ``grad``: the layout's shape; ``grad`` is [entries, ...] where ``entries`` is given.
     ``exp_avg``, ``exp_avg_sq``, ``master``: float32 (float64 for a float64 parameter).
     ``home``: the strided parameter that ``param`` is a contiguous copy of, or None.
     ``step``: float32 []. ``group``: row of the ``hyper`` table.
     ``cohort``: uint8, per kept entry the index into ``cohort_start``, float32 [cohorts]: the step
     after which the entry joined; None if all joined at 0.
     ``masked``: frozen entries are updated too, from a zero gradient; state covers all entries.
-    ``touched``: int32 [units], distinct rows ``grad`` belongs to, -1 for none; needs ``clock``.
+    ``entries``: int64 [entries], the row each entry of ``grad`` is added to, in any order, a row as
+    often as it likes; needs ``clock``. None: ``grad`` is dense.
     ``sums``: float32 [rows] each, += Σ|w·g| and += Σg² over the kept entries of a row.
     """
 
@@ -47,7 +49,7 @@ class Item:
     masked: bool = False
     cohort: Tensor | None = None
     cohort_start: Tensor | None = None
-    touched: Tensor | None = None
+    entries: Tensor | None = None
     clock: Clock | None = None
     sums: tuple[Tensor | None, Tensor | None] = (None, None)
     home: Tensor | None = None

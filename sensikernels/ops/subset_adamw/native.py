@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -44,15 +43,17 @@ def why_not(device: torch.device, dtypes: set[torch.dtype]) -> str | None:
     return None
 
 
-def coalesce(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``reference.coalesce``; float32 sums."""
-    rows, values = grad._indices()[0].contiguous(), grad._values().contiguous()
-    if rows.device.type == "cpu":
-        return cast(tuple[Tensor, Tensor], _native.ops().subset_adamw_coalesce(rows, values))
-    rows, order = rows.sort(stable=True)
-    place = (rows.diff(prepend=rows[:1]) != 0).cumsum(0)
-    launch = _native.ops().subset_adamw_coalesce_sorted
-    return cast(tuple[Tensor, Tensor], launch(rows, order, place, values))
+def reads_host(device: torch.device) -> bool:
+    """Whether the kernels read tables in host memory."""
+    return device.type == "cpu"
+
+
+def to_device(table: Tensor, device: torch.device) -> Tensor:
+    """A copy of ``table`` on the device, without waiting for it."""
+    if torch.cuda.is_current_stream_capturing():
+        # A replay would copy from host memory that has another owner by then.
+        raise RuntimeError("the optimizer's table is not laid out yet: run one step before")
+    return table.pin_memory().to(device, non_blocking=True)
 
 
 class Plan:
@@ -79,8 +80,23 @@ class Plan:
         """See ``reference.update``."""
         norm = torch.empty((), dtype=torch.float32, device=hyper.device)
         grads = [_served(item) for item in items]
-        _native.ops().subset_adamw_step(
-            *self._refresh(items, grads, hyper.device),
+        by_rows = [place for place, item in enumerate(items) if item.entries is not None]
+        named: dict[int, Tensor] = {}
+        host, run = reads_host(hyper.device), _native.ops()
+        for place in by_rows if host else ():
+            named[place], grads[place] = run.subset_adamw_coalesce(
+                items[place].entries, grads[place]
+            )
+        table, chunks = self._refresh(items, grads, named, hyper.device)
+        for place in () if host else by_rows:
+            rows, order = _entries(items[place]).sort(stable=True)
+            # It writes their addresses into the table: in a captured step they are the graph's.
+            named[place], grads[place] = run.subset_adamw_coalesce_sorted(
+                rows, order, grads[place], table, place
+            )
+        run.subset_adamw_step(
+            table,
+            chunks,
             hyper,
             self._partials,
             norm,
@@ -92,74 +108,95 @@ class Plan:
         return norm
 
     def _refresh(
-        self, items: Sequence[Item], grads: Sequence[Tensor], device: torch.device
+        self,
+        items: Sequence[Item],
+        grads: Sequence[Tensor],
+        named: Mapping[int, Tensor],
+        device: torch.device,
     ) -> tuple[Tensor, Tensor]:
+        """Table and chunks of this step; copied to a device only when something has moved."""
+        host = reads_host(device)
         stale = items is not self._items
         if stale:
             self._held = []
-            rows = [self._row(item) for item in items]
+            rows = [self._row(item, host=host) for item in items]
             self._table = np.array(rows, dtype=np.int64).reshape(len(rows), len(FIELDS))
             place = FIELDS.index("param_dtype")
             pairs = 3 * self._table[:, place] + self._table[:, place + 1]
             self._dtypes = int(np.bitwise_or.reduce(1 << pairs))
             self._items = items
         pointers = np.array(
-            [(item.param.data_ptr(), grad.data_ptr())
+            [(item.param.data_ptr(), grad.data_ptr() if host or item.entries is None else 0)
              for item, grad in zip(items, grads, strict=True)],
             dtype=np.int64,
         ).reshape(len(grads), 2)  # fmt: skip
         moved = stale or not np.array_equal(self._table[:, :2], pointers)
         self._table[:, :2] = pointers
         resized = stale
+        units, index = FIELDS.index("units"), FIELDS.index("index")
         for place, item in enumerate(items):
-            if item.touched is not None:
-                units, index = FIELDS.index("units"), FIELDS.index("index")
-                resized |= int(self._table[place, units]) != item.touched.numel()
-                self._table[place, units] = item.touched.numel()
-                self._table[place, index] = item.touched.data_ptr()
-                moved = True
+            if item.entries is None:
+                continue
+            resized |= int(self._table[place, units]) != item.entries.numel()
+            self._table[place, units] = item.entries.numel()
+            if place in named:
+                self._table[place, index] = named[place].data_ptr()
         if resized:
             self._chunks = torch.from_numpy(_chunks(self._table, CHUNK[device.type]))
             self._partials = torch.empty(len(self._chunks), dtype=torch.float64, device=device)
-        if device.type == "cpu":
+        if host:
             return torch.from_numpy(self._table), self._chunks
         if moved or resized or self._on_device is None:
-            table = torch.from_numpy(self._table.copy()).pin_memory()
-            chunks = self._chunks.pin_memory()
             self._on_device = (
-                table.to(device, non_blocking=True),
-                chunks.to(device, non_blocking=True),
+                to_device(torch.from_numpy(self._table.copy()), device),
+                to_device(self._chunks, device),
             )
         return self._on_device
 
-    def _row(self, item: Item) -> list[int]:
+    def _row(self, item: Item, *, host: bool) -> list[int]:
         layout = item.layout
         index, offsets = layout.index, layout.offsets
         if item.masked and layout.kind != "elements":
             index, offsets = pack_bits(layout.flags().flatten()).to(item.param.device), None
         self._held += [t for t in (index, offsets) if t is not None]
         kind = MASKED if item.masked else KIND[layout.kind]
-        kind = kind if item.touched is None else TOUCHED
+        kind = kind if item.entries is None else TOUCHED
         rows, columns = matrix_shape(layout.shape)
-        clock = item.clock
+        clock, cohort, starts = item.clock, item.cohort, item.cohort_start
+        cohorts = 0
+        if cohort is not None and starts is not None and cohort.numel():
+            # On a device all, as a later change of who joined when is in place.
+            cohorts = starts.numel() if not host else _in_use(starts)
         pointers = (
             item.param, item.grad, item.exp_avg, item.exp_avg_sq, item.master, item.step,
-            index if item.touched is None else item.touched, offsets,
-            item.cohort, item.cohort_start, *item.sums,
+            index, offsets, cohort if cohorts else None, starts, *item.sums,
             None if clock is None else clock.now, None if clock is None else clock.rows,
         )  # fmt: skip
+        lines = layout.kind in ("rows", "columns", "blocks") and not item.masked
         return [
             *(0 if t is None else t.data_ptr() for t in pointers),
             kind,
             DTYPES[item.param.dtype],
-            DTYPES[_served(item).dtype],
+            DTYPES[_served(item).dtype if item.entries is None else torch.float32],
             rows,
             columns,
-            0 if index is None else index.numel(),
-            0 if item.cohort_start is None else item.cohort_start.numel(),
+            # A device also passes over the room for more, which a later change may fill.
+            0 if not lines else layout.units if host else layout.room,
+            cohorts,
             *layout.block_shape,
             item.group,
         ]
+
+
+def _in_use(starts: Tensor) -> int:
+    """Cohorts up to the last that began after the first step; 0 if none did."""
+    late = starts.nonzero()
+    return int(late.max()) + 1 if late.numel() else 0
+
+
+def _entries(item: Item) -> Tensor:
+    assert item.entries is not None
+    return item.entries
 
 
 def _served(item: Item) -> Tensor:

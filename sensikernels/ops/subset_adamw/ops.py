@@ -29,6 +29,7 @@ def _layout(
     if name == "elements":
         counts = popcounts(index, shape.numel())
         offsets = counts.cumsum(0) - counts
+    units = index.numel() if name in ("rows", "columns", "blocks") else count
     return KeptLayout(
         kind=name,
         shape=shape,
@@ -36,6 +37,8 @@ def _layout(
         block_shape=(block[0], block[1]),
         offsets=offsets,
         count=count,
+        units=units,
+        room=units,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sensikernels._checks import require, require_one_of
-from sensikernels.ops.subset_adamw import reference, state
+from sensikernels.ops.subset_adamw import state
 from sensikernels.ops.subset_adamw.api import MODES
 from sensikernels.ops.subset_adamw.engine import Engine, choose
 from sensikernels.ops.subset_adamw.item import Item
@@ -98,7 +99,9 @@ class SubsetAdamW(Optimizer):
             require(False, "params", "one device", sorted(map(str, devices)))
         self._forget()
 
-    def set_kept(self, param: Tensor, kept: tuple[Any, ...] | None) -> None:
+    def set_kept(
+        self, param: Tensor, kept: tuple[Any, ...] | None, *, capacity: int | None = None
+    ) -> None:
         """Say which entries of ``param`` are updated from now on.
 
         ``kept``: None (all) | ("rows", index) | ("columns", index) | ("blocks", index, (h, w)),
@@ -106,24 +109,34 @@ class SubsetAdamW(Optimizer):
         entries equal to the number of units are padding. Bits: uint8, one per entry of the
         row-major parameter, lowest bit first, spare bits zero. A parameter counts as [shape[0],
         everything else]. Entries that stay keep their state; in mode ``hard_freeze`` entries that
-        join start from zero moments, with their own bias correction. As many entries of the same
-        kind as before are written in place, so a captured CUDA graph stays valid: from the second
-        change on in ``hard_freeze`` (the first starts the bookkeeping of who joined when), in
-        ``as_published`` for elements. Raises ``UsageError`` before anything is changed.
+        join start from zero moments, with their own bias correction.
+
+        A later choice of the same kind that has no more units (columns: as many) is written in
+        place: no address and no shape changes, and a captured CUDA graph stays valid. ``capacity``
+        makes room for that many units (rows, blocks, elements), whatever is kept now; None, all,
+        then means all units of this kind. Mode ``as_published`` makes every choice one of elements.
+        Raises ``UsageError`` before anything is changed.
         """
         group = self._group(param)
         own = self.state[param]
         require("clock" not in own, "param", "one with dense gradients", "a table updated by rows")
-        layout = make_layout(param.shape, kept, param)
         old, frozen = self._layout(param), group["mode"] == "hard_freeze"
+        if kept is None and old.lasting:
+            kept = old.everything()
+        named = kept is not None or capacity is None
+        require(named, "capacity", "None, as no kind of unit is named", capacity)
+        layout = make_layout(param.shape, kept, param, capacity or 0)
+        if not frozen:
+            layout = layout.by_elements().with_room(param.numel(), lasting=False)
+        elif capacity is None:
+            layout = layout.in_room_of(old)
+        layout = replace(layout, lasting=capacity is not None or old.lasts_as(layout))
         if "step" in own and frozen:
             state.change_kept(param, own, old, layout)
-        # Masks of lines and blocks are packed into bits where a step masks gradients.
-        fixed = frozen or layout.kind == "elements"
-        if not ("kept" in own and kept is not None and fixed and old.take_(layout)):
+        if layout.kind == "all":
             own.pop("kept", None)
-            if kept is not None:
-                own["kept"] = layout.to_state()
+        elif "kept" not in own or not layout.write_to(own["kept"]):
+            own["kept"] = layout.to_state()
         self._forget()
 
     def slice_state(
@@ -191,24 +204,20 @@ class SubsetAdamW(Optimizer):
             self.grad_norm = None if self.max_grad_norm is None else norm
             for item in items:  # keep no gradient alive
                 item.grad = _NOTHING[item.grad.dtype]
+                item.entries = None
         return loss
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Bring rows of sparsely updated tables up to date: pending decay of weights and moments.
+        """Bring rows of sparsely updated tables up to date, as a dense AdamW would have them.
 
-        Between two gradients that name it a row is not touched; when next named, its weight is
-        first multiplied by Π(1 - lr·weight_decay) and its moments by Πbeta over the table's
-        steps it missed, at the rates those steps had. What old momentum would have moved it by in
-        those steps is dropped, as in ``torch.optim.SparseAdam``. Call before reading or saving
-        the weights.
+        Between two gradients that name it a row is not touched. What the steps that it missed would
+        have done is made up for when it is next named: decay of its weight and moments, and what
+        its momentum would have moved it by. Call before reading or saving the weights.
         """
-        for param, own in self.state.items():
-            clock = state.clock_of(own)
-            if clock is not None:
-                reference.catch_up(
-                    param, own["exp_avg"], own["exp_avg_sq"], own.get("master"), clock
-                )
+        for group in self.param_groups:
+            for param in group["params"]:
+                state.catch_up(param, self.state.get(param, {}), group)
 
     finalize = flush
 
@@ -218,11 +227,13 @@ class SubsetAdamW(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 own = self.state.get(param, {})
-                if "master" in own:
-                    weight = param.detach().contiguous()
-                    full = own["master"].shape == weight.shape
-                    layout = self._layout(param)
-                    own["master"].copy_(weight if full else layout.gather(weight))
+                if "master" not in own:
+                    continue
+                weight, layout = param.detach().contiguous(), self._layout(param)
+                if group["mode"] == "as_published":
+                    own["master"].copy_(weight)
+                else:
+                    layout.live(own["master"]).copy_(layout.gather(weight))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer``, but every tensor keeps its dtype: float32 state of a
@@ -312,14 +323,9 @@ class SubsetAdamW(Optimizer):
             return item is None and grad is None
         if item.exp_avg is not own["exp_avg"] or item.exp_avg_sq is not own["exp_avg_sq"]:
             return False
-        if grad.is_sparse:
-            if item.touched is None:
-                return False
-            item.touched, item.grad = self._engine.coalesce(grad)
-            return True
-        if grad.dtype != item.grad.dtype or item.clock is not None:
+        if grad.is_sparse != (item.clock is not None) or grad.dtype != item.grad.dtype:
             return False
-        item.grad = grad
+        item.entries, item.grad = _parts(grad)
         return True
 
     def _item(self, place: int, group: dict[str, Any], param: Tensor) -> Item | None:
@@ -331,17 +337,16 @@ class SubsetAdamW(Optimizer):
             low = param.dtype in (torch.bfloat16, torch.float16)
             master = low and group["master_weights"] is not False
             state.start(param, own, layout, master=master, full=full)
-        touched = None
         if grad.is_sparse:
             require(layout.kind == "all", "kept", "None under a sparse gradient", layout.kind)
             one = grad.sparse_dim() == 1
             require(one, "param.grad", "one sparse dimension", grad.sparse_dim())
             if "clock" not in own:
                 state.start_clock(param, own)
-            touched, grad = self._engine.coalesce(grad)
-        elif "clock" in own:
+        entries, grad = _parts(grad)
+        if entries is None and "clock" in own:
             # A dense gradient names every row.
-            touched = torch.arange(param.shape[0], dtype=torch.int32, device=param.device)
+            entries = torch.arange(param.shape[0], device=param.device)
         return Item(
             param=param if param.is_contiguous() else param.detach().contiguous(),
             home=None if param.is_contiguous() else param,
@@ -355,10 +360,15 @@ class SubsetAdamW(Optimizer):
             masked=full and layout.kind != "all",
             cohort=own.get("cohort"),
             cohort_start=own.get("cohort_start"),
-            touched=touched,
+            entries=entries,
             clock=state.clock_of(own),
             sums=self._sums.get(param, (None, None)),
         )
+
+
+def _parts(grad: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The rows of a gradient's values, as they came (None if it is dense), and the values."""
+    return (grad._indices()[0], grad._values()) if grad.is_sparse else (None, grad)
 
 
 def _check_options(group: dict[str, Any]) -> None:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from sensikernels._bits import pack_bits
 from sensikernels._checks import require
+from sensikernels.ops.subset_adamw import reference
 from sensikernels.ops.subset_adamw.item import Clock
 from sensikernels.ops.subset_adamw.kept import KeptLayout, make_layout, matrix_shape
 
 PER_ENTRY = ("exp_avg", "exp_avg_sq", "master", "cohort")
-_FIRST_COHORTS, _MAX_COHORTS = 16, 256
+_COHORTS = 256
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
@@ -46,13 +47,36 @@ def start(
     state["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=device)
     if master:
         weight = param.detach().contiguous()
-        state["master"] = (weight.clone() if full else layout.gather(weight)).to(dtype)
+        state["master"] = torch.zeros(shape, dtype=dtype, device=device)
+        (state["master"] if full else layout.live(state["master"])).copy_(
+            weight if full else layout.gather(weight)
+        )
+    if layout.kind != "all" and not full:
+        _start_cohorts(state)
+
+
+def _start_cohorts(state: dict[str, Any]) -> None:
+    """Who joined when: all at the first step, so far. Here before it is needed, so that a captured
+    step reads it from the beginning."""
+    state["cohort"] = torch.zeros_like(state["exp_avg"], dtype=torch.uint8)
+    state["cohort_start"] = state["step"].new_zeros(_COHORTS)
 
 
 def start_clock(param: Tensor, state: dict[str, Any]) -> None:
     """Begin row-wise bookkeeping; every row is up to date now."""
-    state["clock"] = torch.zeros(3, dtype=torch.float64, device=param.device)
-    state["row_clock"] = param.new_zeros((param.shape[0], 3), dtype=torch.float64)
+    state["clock"] = torch.zeros(5, dtype=torch.float64, device=param.device)
+    state["row_clock"] = param.new_zeros((param.shape[0], 5), dtype=torch.float64)
+
+
+def catch_up(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """Bring the rows of a table up to date; nothing for any other parameter."""
+    clock = clock_of(state)
+    if clock is not None:
+        numbers = [0.0, *group["betas"], group["eps"], group["weight_decay"]]
+        reference.catch_up(
+            param, state["exp_avg"], state["exp_avg_sq"], state.get("master"), clock,
+            clock.now.new_tensor(numbers), state["step"],
+        )  # fmt: skip
 
 
 def change_kept(param: Tensor, state: dict[str, Any], old: KeptLayout, new: KeptLayout) -> None:
@@ -64,36 +88,33 @@ def change_kept(param: Tensor, state: dict[str, Any], old: KeptLayout, new: Kept
     weight = param.detach().contiguous()
     joined = new.gather(~old.flags().to(param.device))
     late = bool(joined.any()) and float(state["step"]) > 0
-    if late and "cohort" not in state:
-        state["cohort"] = torch.zeros_like(state["exp_avg"], dtype=torch.uint8)
-        state["cohort_start"] = state["step"].new_zeros(_FIRST_COHORTS)
+    if "cohort" not in state and (late or new.kind != "all"):
+        _start_cohorts(state)
     for name in PER_ENTRY:
         if name not in state:
             continue
-        compact: Tensor = state[name]
-        full = weight.to(compact.dtype) if name == "master" else None
-        full = weight.new_zeros(weight.shape, dtype=compact.dtype) if full is None else full
+        held: Tensor = state[name]
+        full = weight.to(held.dtype) if name == "master" else None
+        full = weight.new_zeros(weight.shape, dtype=held.dtype) if full is None else full
         full = full.clone() if full is weight else full
-        old.scatter_(full, compact)
-        taken = new.gather(full)
-        state[name] = compact.copy_(taken) if compact.shape == taken.shape else taken
+        old.scatter_(full, old.live(held))
+        if held.shape != new.state_shape:
+            held = state[name] = held.new_empty(new.state_shape)
+        held.zero_()
+        new.live(held).copy_(new.gather(full))
     if late:
-        _start_cohort(state, joined)
+        _start_cohort(state, new.live(state["cohort"]), joined)
 
 
-def _start_cohort(state: dict[str, Any], joined: Tensor) -> None:
-    """Entries that joined become the cohort after the highest in use, in place if there is room."""
-    cohort, starts = state["cohort"], state["cohort_start"]
+def _start_cohort(state: dict[str, Any], cohort: Tensor, joined: Tensor) -> None:
+    """Entries that joined become the cohort after the highest in use."""
+    starts = state["cohort_start"]
     used = int(cohort.max()) + 1
-    if used == _MAX_COHORTS:
+    if used == starts.numel():
         # The two oldest differ least in bias correction: they become one.
         cohort.copy_((cohort.int() - 1).clamp(min=0))
         starts[:-1] = starts[1:].clone()
         used -= 1
-    if used >= starts.numel():
-        size = min(max(2 * starts.numel(), _FIRST_COHORTS), _MAX_COHORTS)
-        starts = torch.cat((starts, starts.new_zeros(size - starts.numel())))
-        state["cohort_start"] = starts
     cohort.masked_fill_(joined, used)
     starts[used].copy_(state["step"])
 
@@ -116,7 +137,7 @@ def slice_layout(
     if layout.kind in ("rows", "columns"):
         along = 0 if layout.kind == "rows" else 1
         lines = torch.zeros(matrix_shape(layout.shape)[along], dtype=torch.bool)
-        lines[layout.index.long().cpu()] = True
+        lines[layout.index[: layout.units].long().cpu()] = True
         taken = [i for i, dim in zip(index, dims, strict=True) if dim == along]
         lines = lines[taken[0].long().cpu()] if taken and len(shape) <= 2 else lines
         if len(lines) == matrix_shape(shape)[along]:
@@ -143,7 +164,7 @@ def slice_state(
             sliced[name] = select(state[name], index, dims)
             continue
         wide = torch.zeros(old.shape, dtype=state[name].dtype, device=state[name].device)
-        old.scatter_(wide, state[name])
+        old.scatter_(wide, old.live(state[name]))
         sliced[name] = new.gather(select(wide, index, dims))
     if "row_clock" in state and 0 in dims:
         rows = index[list(dims).index(0)]

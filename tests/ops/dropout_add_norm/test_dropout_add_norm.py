@@ -178,12 +178,14 @@ def test_operator_checks(backend: str, dtype: torch.dtype, seed: Tensor | None):
     for save in (True, False):
         arguments = (x, residual, weight, bias, seed, threshold, 1e-12, save, backend)
         torch.library.opcheck(ops.dropout_add_norm.default, arguments)
-    _, total, moments = ops.dropout_add_norm(
+    y, total, moments = ops.dropout_add_norm(
         x, residual, weight, bias, seed, threshold, 1e-12, True, backend
     )
-    for needed in (True, False):
-        arguments = (torch.randn_like(x), total, moments, weight, seed, threshold, needed, backend)
-        torch.library.opcheck(ops.dropout_add_norm_backward.default, arguments)
+    for before, shift in ((total, None), (y, bias)):
+        for needed in (True, False):
+            arguments = (torch.randn_like(x), before, moments, weight, shift)
+            rest = (seed, threshold, needed, backend)
+            torch.library.opcheck(ops.dropout_add_norm_backward.default, (*arguments, *rest))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -67,6 +67,21 @@ def test_native_is_the_definition(problem):
     assert outcome(*problem, "native") == outcome(*problem, "reference")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [1.0, 1e-300, 1e30])
+def test_many_units_of_any_range_in_order(dtype: torch.dtype, spread: float) -> None:
+    """The sort's words hold 45 to 64 bits of a key beside its position: one round, then two."""
+    torch.manual_seed(0)
+    n = 70_001
+    scores = (torch.randn(n, dtype=torch.float64) * spread).to(dtype)
+    scores[::7] = scores[3::7].mean()
+    scores[::501], scores[1::901], scores[2::1001] = NAN, INF, -INF
+    scores[4::2001], scores[5::2001] = 0.0, -0.0
+    segments = (torch.arange(n) * 9 // n).sort().values
+    arguments = {"segments": segments, "n_segments": 9, "k": 33_333}
+    assert outcome(scores, arguments, "native") == outcome(scores, arguments, "reference")
+
+
 @settings(max_examples=60)
 @given(problems())
 def test_the_path_of_a_device_is_the_definition(problem):

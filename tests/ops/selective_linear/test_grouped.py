@@ -14,10 +14,11 @@ from sensikernels.ops.selective_linear import (
     selective_linear,
     selective_linear_grouped,
 )
+from sensikernels.ops.selective_linear.grouped import joined
 from tests.tolerance import assert_close_to_reference
 
 IN = 40
-KINDS = ["rows", "heads", "columns", "blocks", "mixed rows"]
+KINDS = ["rows", "heads", "columns", "blocks", "mixed rows", "other columns"]
 
 
 def layouts(kind: str) -> list[Layout]:
@@ -28,6 +29,14 @@ def layouts(kind: str) -> list[Layout]:
     if kind == "blocks":
         grids = [torch.rand(4, 5) < 0.5 for _ in range(3)]
         return [layout_of(grid, (8, 8), (32, IN), compact_output=True) for grid in grids]
+    if kind == "other columns":  # of five block columns the second stays out; the last is cut
+        grids = [torch.rand(4, 4) < 0.6 for _ in range(3)]
+        for grid, read in zip(grids, ([0, 2], [2, 3], [0, 3]), strict=True):
+            grid[:, [c for c in range(4) if c not in read]] = False
+            grid[0, read] = torch.tensor([True, False])
+            grid[1, read] = True
+        both = {"compact_input": True, "compact_output": True}
+        return [layout_of(grid, (8, 12), (32, IN), **both) for grid in grids]
     band = {"rows": 1, "heads": 8, "mixed rows": 1}[kind]
     keeps = [torch.rand(out // band, 1) < 0.4 for out in (32, 24, 48)]
     if kind == "mixed rows":
@@ -73,8 +82,8 @@ def test_as_alone(kind: str, tokens: int, dtype: torch.dtype):
         assert_close_to_reference(mine, torchs, truth)
 
 
-@pytest.mark.parametrize("kind", ["rows", "columns"])
-def test_x_is_saved_once_and_of_columns_only_the_kept(kind: str):
+@pytest.mark.parametrize(("kind", "kept"), [("rows", IN), ("columns", None), ("other columns", 28)])
+def test_x_is_saved_once_and_of_columns_only_the_kept(kind: str, kept: int | None):
     x, linears, _ = inputs(kind, 6, torch.float32)
     saved: list[Tensor] = []
 
@@ -85,7 +94,23 @@ def test_x_is_saved_once_and_of_columns_only_the_kept(kind: str):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         selective_linear_grouped(x.detach(), linears)
     columns = linears[0].layout.columns
-    assert [t.shape for t in saved] == [(6, IN if columns is None else len(columns))]
+    assert [t.shape for t in saved] == [(6, len(columns) if kept is None else kept)]
+
+
+def test_layouts_are_joined_once():
+    first, second, third = layouts("other columns")
+    made = joined([first, second])
+    assert all(a is b for a, b in zip(made, joined([first, second]), strict=True))
+    assert made[0].columns is made[1].columns
+    assert joined([first, third])[0].columns is not made[0].columns
+    assert joined([first])[0] is first
+    whole = layout_of(torch.eye(4).bool(), (8, 12), (32, IN))
+    for one in joined([first, whole]):
+        assert one.columns is None
+        assert one.grid_shape[1] == 4
+    weight = torch.randn(32, IN)
+    for one, other in zip((first, second), made, strict=True):
+        assert torch.equal(pack(weight, one), pack(weight, other))
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "blocks"])
@@ -136,6 +161,12 @@ def test_opcheck(kind: str):
     read = x.detach()
     if kind == "columns":
         read = read[:, linears[0].layout.columns.long()]
+    elif kind == "other columns":
+        over = joined([one.layout for one in linears])
+        linears = [one._replace(layout=own) for one, own in zip(linears, over, strict=True)]
+        read = read[:, over[0].columns.long()]
+        sizes, index = zip(*(to_arguments(one) for one in over), strict=True)
+        flat = sum(map(list, sizes), []), sum(map(list, index), [])
     torch.library.opcheck(
         torch.ops.sensikernels.selective_grad_values_grouped.default,
         (narrow, read, *flat, "native"),

@@ -24,6 +24,24 @@ struct Entry {
     int64_t param, grad, state, row;
 };
 
+constexpr double kHyper[kHypers] = {0.1, 0.9, 0.95, 1e-3, 0.05};
+
+// The learning rate of a step, and the clock after it.
+double rate_at(int step) {
+    return 0.25 - 0.05 * step;
+}
+std::vector<double> clock_at(int step) {
+    std::vector<double> clock(kClock);
+    for (int s = 1; s <= step; ++s) {
+        const double hyper[] = {rate_at(s), kHyper[1], kHyper[2], kHyper[3], kHyper[4]};
+        tick(clock.data(), hyper);
+    }
+    return clock;
+}
+int last_step(int64_t row) {
+    return static_cast<int>(row % 3) + 1;
+}
+
 template <class P, class G>
 struct Case {
     int64_t kind, rows, columns, block_rows = 2, block_columns = 4;
@@ -37,7 +55,7 @@ struct Case {
     std::vector<G> grad;
     std::vector<float> first, second, weight, sum_abs, sum_squared;
     std::vector<float> starts{0, 1, 2};
-    std::vector<double> clock{-0.5, -2.0, -0.25}, row_clock;
+    std::vector<double> clock = clock_at(3), row_clock;
     std::vector<Entry> entries;
     float step = 3;
     int64_t state_size = 0;
@@ -89,6 +107,9 @@ struct Case {
                     entries.push_back({e, set ? e : -1, place, e / columns});
             }
         }
+        // Room for more: past the last unit there is none.
+        const int64_t none = kind == kRows ? rows : rows / block_rows * (columns / block_columns);
+        if (kind == kRows || kind == kBlocks) index.insert(index.end(), 5, int32_t(none));
         state_size = kind == kAll || kind == kTouched || kind == kMasked
                          ? numel
                          : static_cast<int64_t>(entries.size());
@@ -102,8 +123,8 @@ struct Case {
         }
         sum_abs.assign(rows, 1.0f);
         sum_squared.assign(rows, 2.0f);
-        for (int64_t r = 0; r < 3 * rows; ++r)
-            row_clock.push_back(clock[r % 3] * (0.5 + 0.5 * std::fabs(uniform())));
+        for (int64_t r = 0; r < rows; ++r)
+            for (double value : clock_at(last_step(r))) row_clock.push_back(value);
     }
 
     Item item() {
@@ -171,10 +192,11 @@ void run(int64_t kind, int64_t rows, int64_t columns, bool master, bool sums, bo
     one.master = master;
     one.sums = sums;
     one.cohorts = cohorts && kind != kTouched && kind != kMasked;
+    if (columns == 1) one.starts = {0, 0, 0};  // nobody joined late
     one.shift = shift;
     one.lay_out();
     const Case<P, G> before = one;
-    const double hyper[kHypers] = {0.1, 0.9, 0.95, 1e-3, 0.5};
+    const double* hyper = kHyper;
     const float scale = 4, bad = infinite ? 1.0f : 0.0f;
     const Item item = one.item();
     const std::vector<Chunk> chunks = one.chunks();
@@ -201,7 +223,9 @@ void run(int64_t kind, int64_t rows, int64_t columns, bool master, bool sums, bo
     const double share = max_norm / (std::sqrt(squares) + 1e-6);
     const double clip = max_norm > 0 && share < 1 ? share : 1;
     std::vector<double> sum_abs(rows, 1), sum_squared(rows, 2);
-    const double precision = std::is_same<P, float>::value ? 1e-6 : 1e-2;
+    // A missed step's decay is taken as proportional to its learning rate.
+    const double single = kind == kTouched ? 5e-6 : 1e-6;
+    const double precision = std::is_same<P, float>::value ? single : 1e-2;
     for (const Entry& e : before.entries) {
         if (infinite) break;
         const double raw = e.grad < 0 ? 0.0 : double(float(before.grad[e.grad + shift])) / scale;
@@ -213,10 +237,15 @@ void run(int64_t kind, int64_t rows, int64_t columns, bool master, bool sums, bo
         double age = 4;
         if (one.cohorts) age -= before.starts[(e.state + shift) % 3];
         if (kind == kTouched) {
-            const double* row = before.row_clock.data() + e.row * 3;
-            w *= std::exp(before.clock[0] - row[0]);
-            m *= std::exp(before.clock[1] - row[1]);
-            v *= std::exp(before.clock[2] - row[2]);
+            double moving = m / (std::sqrt(v) + hyper[kEps]);
+            for (int t = last_step(e.row) + 1; t <= 3; ++t) {
+                m *= hyper[kBeta1];
+                v *= hyper[kBeta2];
+                moving *= hyper[kBeta1] / std::sqrt(hyper[kBeta2]);
+                w *= 1 - rate_at(t) * hyper[kWeightDecay];
+                w -= rate_at(t) * std::sqrt(1 - std::pow(hyper[kBeta2], t)) /
+                     (1 - std::pow(hyper[kBeta1], t)) * moving;
+            }
         }
         m += (g - m) * (1 - hyper[kBeta1]);
         v = hyper[kBeta2] * v + (1 - hyper[kBeta2]) * g * g;
@@ -226,7 +255,7 @@ void run(int64_t kind, int64_t rows, int64_t columns, bool master, bool sums, bo
         near(one.first[e.state + shift], m, 1e-6, "exp_avg", kind);
         near(one.second[e.state + shift], v, 1e-6, "exp_avg_sq", kind);
         near(float(one.param[e.param + shift]), w, precision, "param", kind);
-        if (master) near(one.weight[e.state + shift], w, 1e-6, "master", kind);
+        if (master) near(one.weight[e.state + shift], w, single, "master", kind);
         moved[e.param + shift] = true;
     }
     for (size_t p = 0; p < moved.size(); ++p)
@@ -238,11 +267,13 @@ void run(int64_t kind, int64_t rows, int64_t columns, bool master, bool sums, bo
         near(one.sum_squared[r], sum_squared[r], 1e-5, "sum_squared", kind);
     }
     if (kind == kTouched && !infinite) {
-        const double logs[3] = {std::log(0.95), std::log(0.9), std::log(0.95)};
-        for (int k = 0; k < 3; ++k) {
-            near(one.clock[k], before.clock[k] + logs[k], 1e-12, "clock", kind);
+        const double log1 = std::log(0.9), log2 = std::log(0.95);
+        const double then[] = {before.clock[0] + std::log(0.995), before.clock[1] + log1,
+                               before.clock[2] + log2, before.clock[3] + 0.1, 0.1};
+        for (int k = 0; k < kClock; ++k) {
+            near(one.clock[k], then[k], 1e-12, "clock", kind);
             for (int32_t row : one.index)
-                if (row >= 0) CHECK(one.row_clock[row * 3 + k] == one.clock[k], "row clock\n");
+                if (row >= 0) CHECK(one.row_clock[row * kClock + k] == one.clock[k], "row clock\n");
         }
     }
     if (infinite) CHECK(one.first == before.first && one.clock == before.clock, "skipped\n");
@@ -260,36 +291,44 @@ void run_all(bool master, int stride) {
 }
 
 template <class G>
-void coalesce() {
-    const std::vector<int64_t> rows{1, 1, 1, 4, 6, 6}, order{5, 0, 2, 1, 3, 4},
-        place{0, 0, 0, 1, 2, 2};
-    const int64_t n = 6, wide = 45;
+void coalesce(int64_t wide, int shift) {
+    const std::vector<int64_t> order{5, 0, 2, 1, 3, 4};
+    std::vector<int64_t> rows{1, 1, 1, 4, 6, 6}, from = order;
+    for (int64_t i = 0; i < 70; ++i) rows.push_back(9), from.push_back(75 - i);
+    const int64_t n = 76;
     std::vector<G> values;
-    for (int64_t i = 0; i < n * wide; ++i) values.push_back(G(static_cast<float>(i % 11)));
-    std::vector<int32_t> touched(n, -1);
+    for (int64_t i = 0; i < n * wide + shift; ++i) values.push_back(G(float(uniform())));
+    std::vector<int32_t> touched(n, 77);
     std::vector<float> sums(n * wide, NAN);
-    SK_LAUNCH(coalesce_rows<G>, 1, kThreads, 0, nullptr, rows.data(), order.data(), place.data(),
-              values.data(), n, wide, touched.data(), sums.data());
-    CHECK((touched == std::vector<int32_t>{1, 4, 6, -1, -1, -1}), "touched\n");
-    for (int64_t u = 0; u < 3; ++u)
-        for (int64_t c = 0; c < wide; ++c) {
+    Item item{};
+    SK_LAUNCH(coalesce_rows<G>, 3, kThreads, 0, nullptr, rows.data(), from.data(),
+              values.data() + shift, n, wide, touched.data(), sums.data(), &item);
+    CHECK(item.grad == sums.data() && item.index == touched.data(), "addresses\n");
+    for (int64_t i = 0; i < n; ++i) {
+        const bool first = i == 0 || rows[i] != rows[i - 1];
+        CHECK(touched[i] == (first ? rows[i] : -1), "touched %d\n", touched[i]);
+        for (int64_t c = 0; c < wide && first; ++c) {
             float want = 0;
-            for (int64_t i = 0; i < n; ++i)
-                if (place[i] == u) want += float(values[order[i] * wide + c]);
-            CHECK(sums[u * wide + c] == want, "sum\n");
+            for (int64_t j = 0; j < n; ++j)
+                if (rows[j] == rows[i]) want += float(values[from[j] * wide + c + shift]);
+            CHECK(sums[i * wide + c] == want, "sum\n");
         }
+    }
 }
 
 int main() {
     sk_shim::for_each_order([] {
         run_all<float, float>(false, sk_shim::order == sk_shim::Order::ascending ? 1 : 3);
-        coalesce<float>();
+        coalesce<float>(45, 0);
+        coalesce<float>(300, 0);
+        coalesce<float>(300, 1);
     });
     run_all<__nv_bfloat16, __nv_bfloat16>(true, 3);
     run_all<__nv_bfloat16, float>(false, 3);
     run_all<__half, __half>(true, 3);
     run_all<__half, float>(true, 3);
-    coalesce<__nv_bfloat16>();
-    coalesce<__half>();
+    coalesce<__nv_bfloat16>(260, 0);
+    coalesce<__half>(131, 1);
+    coalesce<float>(1, 0);
     std::puts("ok");
 }

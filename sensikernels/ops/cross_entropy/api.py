@@ -1,0 +1,61 @@
+"""``cross_entropy``: the public function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sensikernels._checks import require
+from sensikernels._columns import unwatched
+from sensikernels.ops.common.choice import choose, described
+from sensikernels.ops.cross_entropy import reference
+from sensikernels.ops.cross_entropy.autograd import CrossEntropy
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, backend: str = "auto"
+) -> Tensor:
+    """Mean over labelled rows of ``logsumexp(logits) - logits[label]``.
+
+    Forward and backward read the logits once each. Saved for backward, beside logits and labels:
+    two float32 a row. Sums are taken in float32, in an order that does not depend on the number
+    of threads. Nothing waits for the device: the number of labelled rows stays there.
+
+    Args:
+        logits: ``[rows, classes]``, a floating dtype; under autocast it keeps its dtype.
+        labels: int64 or int32 ``[rows]``: a class, or ``ignore_index``. Ignored rows are not read
+            and get gradient 0.
+        ignore_index: the label of rows that do not count.
+        backend: "auto", "reference", "native" or "triton".
+
+    Returns:
+        float32 ``[]`` (float64 for such logits); NaN where no row counts, as PyTorch's. Once
+        differentiable (the reference to any order).
+
+    Raises:
+        UsageError: shapes, dtypes or devices do not fit; a backend that cannot serve; on a CPU, a
+            label that is neither a class nor ``ignore_index``. On a GPU, where finding out would
+            wait, such a label makes the loss and its row's gradient NaN, and reads no foreign
+            memory.
+    """
+    if not logits.is_floating_point() or logits.dim() != 2 or logits.shape[1] == 0:
+        require(False, "logits", "floating [rows, classes >= 1]", described(logits))
+    fits = labels.shape == logits.shape[:1] and labels.dtype in (torch.int64, torch.int32)
+    if not fits or labels.device != logits.device:
+        want = f"int64 [{logits.shape[0]}] on {logits.device}"
+        require(False, "labels", want, described(labels))
+    labels = labels.long()
+    chosen, _ = choose(logits, backend)
+    if chosen == "reference":
+        if logits.is_cpu and unwatched(logits):
+            reference.check(labels, logits.shape[1], ignore_index)
+        with torch.autocast(logits.device.type, enabled=False):
+            return reference.cross_entropy(logits, labels, ignore_index)[0]
+    out: Tensor = CrossEntropy.apply(logits, labels, ignore_index, chosen)  # type: ignore[no-untyped-call]
+    return out
+
+
+def explain(logits: Tensor, backend: str = "auto") -> str:
+    """One line: which backend serves ``logits``, and why."""
+    name, why = choose(logits, backend)
+    return f"cross_entropy: {name} ({why})"
