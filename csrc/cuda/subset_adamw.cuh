@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(kThreads)
 // Of entries sorted by row, `order` says where each one's values are. The first entry of a row gets
 // the sum of all, in their order, and names the row; the others name none. `item` is told where.
 template <class G>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)  // else ptxas spills to stay below 33 registers
     coalesce_rows(const int64_t* rows, const int64_t* order, const G* values, int64_t n,
                   int64_t wide, int32_t* touched, float* sums, Item* item) {
     constexpr int64_t kPiece = 4 * kWarp;  // columns of a warp: a frequent row is shared by many
