@@ -88,16 +88,16 @@ def _join(layouts: Sequence[BlockLayout]) -> list[BlockLayout]:
     else:
         columns = kept.repeat_interleave(width)[:features].nonzero().flatten().int()
         place = kept.cumsum(0) - 1
-    width = int(kept.sum())
+    across = int(kept.sum())
     return [
-        _over(one, columns, place[seen[one.col_idx]], width)
+        _over(one, columns, place[seen[one.col_idx]], across)
         for one, seen in zip(layouts, own, strict=True)
     ]
 
 
-def _over(layout: BlockLayout, columns: Tensor | None, index: Tensor, width: int) -> BlockLayout:
-    """``layout`` on a grid ``width`` blocks wide, of the features ``columns``."""
-    counts = torch.bincount(index, minlength=width)
+def _over(layout: BlockLayout, columns: Tensor | None, index: Tensor, across: int) -> BlockLayout:
+    """``layout`` on a grid ``across`` blocks wide, of the features ``columns``."""
+    counts = torch.bincount(index, minlength=across)
     return replace(
         layout,
         columns=columns,

@@ -13,35 +13,16 @@ from sensikernels import _native
 from sensikernels.errors import UsageError
 from sensikernels.ops.dropout import dropout
 from sensikernels.ops.dropout_add_norm import dropout_add_norm, explain
+from tests.ops.dropout_add_norm.cases import DTYPES, SEED, parts, run
 from tests.tolerance import assert_close_to_reference
 
 BACKENDS = ["reference", "native"]
-DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(0, 8), (1, 17), (3, 5), (2, 9, 100), (40, 129), (130, 384), (7,)]
-SEED = torch.tensor(2**40 + 12345)
 
 
 def need(backend: str) -> None:
     if backend == "native" and not _native.available():
         pytest.skip("no compiled extension")
-
-
-def run(f: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
-    """Output and gradients."""
-    leaves = [t.detach().clone().requires_grad_() for t in leaves]
-    y = f(*leaves)
-    return [y, *torch.autograd.grad(y, leaves, dy)]
-
-
-def parts(p: float) -> Callable[..., Tensor]:
-    """The composition, with the same mask."""
-
-    def f(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        z = residual + dropout(x, p, seed=SEED, backend="reference")
-        weight, bias = weight.to(z.dtype), bias.to(z.dtype)
-        return F.layer_norm(z, z.shape[-1:], weight, bias, 1e-12)
-
-    return f
 
 
 def ours(p: float, backend: str = "auto") -> Callable[..., Tensor]:

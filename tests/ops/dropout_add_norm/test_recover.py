@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sensikernels import _native
 from sensikernels.errors import UsageError
-from sensikernels.ops.dropout import dropout
 from sensikernels.ops.dropout_add_norm import dropout_add_norm
 from sensikernels.ops.dropout_add_norm.native import recovers
+from tests.ops.dropout_add_norm.cases import DTYPES, SEED, parts, run
 from tests.tolerance import assert_close_to_reference
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason="no compiled extension")
-DTYPES = [torch.float32, torch.bfloat16]
-SEED = torch.tensor(2**40 + 12345)
 ROWS, HIDDEN = 130, 384
-
-
-def run(f: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in leaves]
-    y = f(*leaves)
-    return [y, *torch.autograd.grad(y, leaves, dy)]
-
-
-def parts(p: float) -> Callable[..., Tensor]:
-    def f(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        z = residual + dropout(x, p, seed=SEED, backend="reference")
-        return F.layer_norm(z, z.shape[-1:], weight, bias, 1e-12)
-
-    return f
 
 
 def check(weight: Tensor, bias: Tensor, dtype: torch.dtype, recover: str, p: float = 0.1) -> None:
