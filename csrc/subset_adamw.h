@@ -70,16 +70,14 @@ SK_HOST_DEVICE inline double missed_moves(const double* now, const double* row, 
     if (missed < 1 || rates <= 0) return 0;
     const double start = row[4] > 0 ? row[4] : rates / missed;
     const double slope = 2 * (rates / missed - start) / (missed + 1);
-    const double begun = steps - missed + first;
-    const double next = std::exp(stride * log_ratio), next1 = std::exp(stride * log1),
-                 next2 = std::exp(stride * log2);
-    double power = std::exp(first * log_ratio), power1 = std::exp(begun * log1),
-           power2 = std::exp(begun * log2), total = 0;
-    for (double k = first; k <= missed && k <= kTerms && power >= kLeast; k += stride) {
-        const double lr = start + slope * k;
+    double total = 0;
+    for (double k = first; k <= missed && k <= kTerms; k += stride) {
+        const double power = std::exp(k * log_ratio);
+        if (power < kLeast) break;
+        const double age = steps - missed + k, lr = start + slope * k;
         const double since = 1 - k * (start + 0.5 * slope * (k + 1)) / rates;
-        total += lr * power * std::sqrt(1 - power2) / (1 - power1) * std::exp(decay * since);
-        power *= next, power1 *= next1, power2 *= next2;
+        total += lr * power * std::sqrt(1 - std::exp(age * log2)) / (1 - std::exp(age * log1)) *
+                 std::exp(decay * since);
     }
     return total;
 }
