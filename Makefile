@@ -86,7 +86,7 @@ sanitize: .venv/ready-test
 	SENSIKERNELS_BUILD=cpu CXXFLAGS='$(SANITIZE)' $(PY) setup.py -q build --build-lib build/sanitize
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 SENSIKERNELS_BACKEND=native \
-	  $(PY) -m pytest -q -o 'pythonpath=build/sanitize .' -k native tests/test_native.py tests/ops
+	  $(PARALLEL) -q -o 'pythonpath=build/sanitize .' -k native tests/test_native.py tests/ops
 
 ## compare   the newest benchmark results against the committed ones
 compare: .venv/ready-test

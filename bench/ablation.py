@@ -30,14 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from sensikernels.bench.contestants import (
     FLOPS_SHARE,
     FROZEN_SHARE,
     Contestant,
     Race,
-    frozen_lowest,
     hugging_face,
     our_optimizer,
     packed,
@@ -46,8 +44,9 @@ from sensikernels.bench.contestants import (
 from sensikernels.bench.rows import row, to_dicts, write_dicts
 from sensikernels.bench.step import minilm, sentences
 from sensikernels.bench.timing import interleave
-from sensikernels.hf import STEP_PARTS, apply, cache_frozen_prefix, encoder_layers, sensitivity
+from sensikernels.hf import STEP_PARTS, apply, cache_frozen_prefix, sensitivity
 from sensikernels.masks import Budget, plan
+from sensikernels.methods.freeze import drop_nothing_below, frozen_lowest
 from sensikernels.training.graph import GraphedStep
 
 PATH = ("primitives", "optimizer", "words", "dropout", "packed", "cls", "fused")
@@ -107,21 +106,11 @@ def contestant(race: Race, stage: str) -> Contestant:
     elif stage in ("frozen", "cached"):
         apply(model, frozen_lowest(model, FROZEN_SHARE))
     if stage == "cached":
-        _no_dropout_below(model)
+        drop_nothing_below(model, FROZEN_SHARE)
         cache_frozen_prefix(model)
     if stage == "graph":
         made.graphs = GraphedStep(model, made.optimizer)
     return made
-
-
-def _no_dropout_below(model: nn.Module) -> None:
-    layers = encoder_layers(model)
-    low = [f"{layer.prefix}." for layer in layers[: round(FROZEN_SHARE * len(layers))]]
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and (
-            ".embeddings." in name or name.startswith(tuple(low))
-        ):
-            module.p = 0.0
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ from sensikernels.hf import apply, encoder_layers, sensitivity
 from sensikernels.hf.targets import PARTS
 from sensikernels.masks import Budget, Mask, Plan, plan
 from sensikernels.methods import DPS, BitFit, Method, Run
+from sensikernels.methods.freeze import frozen_lowest
 from sensikernels.ops.select_kept import select_kept
 from sensikernels.ops.subset_adamw import SubsetAdamW
 from sensikernels.training.graph import GraphedStep
@@ -173,12 +174,3 @@ def largest_rows(model: nn.Module, share: float) -> Plan:
                                k=max(1, round(share * len(weight))))  # fmt: skip
             masks[layer.name(part)] = Mask.rows(kept.bits, tuple(weight.shape))
     return Plan(method=f"rows-{share:g}", update_masks=masks)
-
-
-def frozen_lowest(model: nn.Module, share: float) -> Plan:
-    """Embeddings and the lowest ``share`` of the layers frozen."""
-    layers = encoder_layers(model)
-    frozen = tuple(f"{layer.prefix}." for layer in layers[: round(share * len(layers))])
-    names = [name for name, _ in model.named_parameters()]
-    kept = [n for n in names if not n.startswith(frozen) and ".embeddings." not in n]
-    return Plan(method=f"freeze-{share:.2f}", trainable=tuple(kept))

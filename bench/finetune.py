@@ -68,6 +68,7 @@ PLANS: dict[str, Entry] = {
         epochs=1.6,
     ),
     "bitfit": Entry(settings={"method": "bitfit"}),
+    "dps": Entry(settings={"method": "dps", "lr": BASELINE_RATE}),
 }  # fmt: skip
 
 
@@ -111,8 +112,13 @@ def run(
         require_one_of(name, "only", PLANS)
     seeds = seeds or (1 if quick else 3)
     samples = samples or (960 if quick else 20_000)
-    curves = [_one_seed(seed, names, device, samples, data_dir, progress) for seed in range(seeds)]
-    return _rows(curves, "demo" if data_dir is None else "sst2", samples)
+    curves: list[dict[str, Curve]] = []
+    rows: list[Row] = []
+    for seed in range(seeds):
+        curves.append(_one_seed(seed, names, device, samples, data_dir, progress))
+        # Of every seed so far: a run cut short keeps them.
+        rows = _rows(curves, "demo" if data_dir is None else "sst2", samples)
+    return rows
 
 
 def _one_seed(

@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,42 @@ def keep_journal(path: Path | None) -> None:
     _Journal.path = path
 
 
+@contextmanager
+def journal(result: Path | None) -> Iterator[None]:
+    """``keep_journal`` beside ``result`` (None: none), as ``.jsonl``; dropped at the end.
+
+    What is left of an earlier one is kept as ``.jsonl.old``.
+    """
+    if result is None:
+        yield
+        return
+    path = result.with_suffix(".jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.replace(path.with_name(path.name + ".old"))
+    keep_journal(path)
+    try:
+        yield
+    finally:
+        keep_journal(None)
+    path.unlink(missing_ok=True)
+
+
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; none where there is no file."""
+    """The whole lines of a journal; none where there is no file.
+
+    Of rows that count ``seeds`` the last of a contestant: it holds the seeds of those before it.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+    lines = path.read_text().splitlines(True)
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    last = {_contestant(one): place for place, one in enumerate(found) if "seeds" in one}
+    return [one for i, one in enumerate(found) if "seeds" not in one or last[_contestant(one)] == i]
+
+
+def _contestant(one: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(one.get(name) for name in ("suite", "case", "candidate", "baseline"))
 
 
 def row(*, candidate_time: Timing, baseline_time: Timing, **facts: Any) -> Row:

@@ -1,9 +1,10 @@
 """Whole training steps of BERT: HuggingFace as it is, ours dense, ours under a plan.
 
 Every contestant takes the same sentences in the same order, one step a round; see ``contestants``.
-``peak_mib`` is of the batch with the most tokens; ``activation_mib`` leaves out what stays between
-steps (weights, optimizer state). ``product_share`` (not with ``--quick`` on a CPU): the step's
-products at the rate of one large product timed in the same rounds, over the step's time.
+Memory is that of the batch with the most tokens: ``peak_mib`` in all, ``step_mib`` without what
+stays between steps (weights, optimizer state), ``activation_mib`` of the forward alone.
+``product_share`` (not with ``--quick`` on a CPU): the step's products at the rate of one large
+product timed in the same rounds, over the step's time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sensikernels.bench.rows import Row, row
 from sensikernels.bench.timing import Timing, interleave
 from sensikernels.glue.batching import Row as Sentence
 from sensikernels.hf import load_model, load_tokenizer, quiet
-from sensikernels.training.memory import MIB, peak_mib, resident_bytes
+from sensikernels.training.memory import MIB, activation_mib, peak_mib, resident_bytes
 
 BASELINES = ("hf-padded", "hf-dynamic", "hf-compiled", "dense")
 PRODUCT = "product"
@@ -157,7 +158,7 @@ def _one(step: Contestant) -> Callable[[], None]:
 
 def _rows(
     case: Case, dtype: torch.dtype, race: Race, times: dict[str, Timing],
-    peaks: dict[str, tuple[float, float]], shares: dict[str, float],
+    peaks: dict[str, dict[str, float]], shares: dict[str, float],
 ) -> list[Row]:  # fmt: skip
     return [
         row(
@@ -171,11 +172,10 @@ def _rows(
             direction="step",
             candidate_time=times[candidate],
             baseline_time=times[baseline],
-            peak_mib=peaks[candidate][0],
+            peak_mib=peaks[candidate]["peak_mib"],
             extra={
-                "baseline_peak_mib": peaks[baseline][0],
-                "activation_mib": peaks[candidate][1],
-                "baseline_activation_mib": peaks[baseline][1],
+                **{name: mib for name, mib in peaks[candidate].items() if name != "peak_mib"},
+                **{f"baseline_{name}": mib for name, mib in peaks[baseline].items()},
                 "tokens_per_s": race.tokens / times[candidate].median_ms * 1e3,
                 "product_share": shares.get(candidate),
                 "baseline_product_share": shares.get(baseline),
@@ -193,13 +193,17 @@ def _density(candidate: str) -> float:
     return round(1 - share, 2) if candidate.startswith("freeze") else share
 
 
-def _peak(step: Contestant) -> tuple[float, float]:
-    """MiB of the largest batch's step: with and without what stays between steps."""
+def _peak(step: Contestant) -> dict[str, float]:
+    """MiB of the largest batch: in all, without what stays between steps, of the forward."""
     # A compiled step's buffers are its own; the stock model's figure stands for it.
     model = getattr(step.model, "_orig_mod", step.model)
     batch = max(step.batches, key=lambda b: b["input_ids"].numel())
     peak = peak_mib(model, step.optimizer, batch)
-    return peak, peak - resident_bytes(model, step.optimizer) / MIB
+    return {
+        "peak_mib": peak,
+        "step_mib": peak - resident_bytes(model, step.optimizer) / MIB,
+        "activation_mib": activation_mib(model, batch),
+    }
 
 
 def _flops(step: Contestant) -> float:

@@ -132,6 +132,35 @@ def test_each_row_is_in_the_journal_at_once(tmp_path: Path) -> None:
     assert len(rows.read_journal(path)) == 2
 
 
+def test_a_result_has_a_journal_until_it_is_written(tmp_path: Path) -> None:
+    result, beside = tmp_path / "deep" / "r.json", tmp_path / "deep" / "r.jsonl"
+    one = timing.summarize([1.0])
+
+    def measured(candidate: str, **extra: int) -> None:
+        rows.row(suite="s", case="c", candidate=candidate, baseline="y", candidate_time=one,
+                 baseline_time=one, extra=extra)  # fmt: skip
+
+    def cut_short() -> None:
+        with rows.journal(result):
+            for seeds in (1, 2):
+                measured("x", seeds=seeds)
+                measured("z", seeds=seeds)
+            measured("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_short()
+    kept = [(r["candidate"], r.get("seeds")) for r in rows.read_journal(beside)]
+    assert kept == [("x", 2), ("z", 2), ("x", None)]
+    with rows.journal(result):
+        measured("x")
+    assert not beside.exists()
+    assert len(rows.read_journal(tmp_path / "deep" / "r.jsonl.old")) == 3
+    with rows.journal(None):
+        measured("x")
+    assert sorted(p.name for p in result.parent.iterdir()) == ["r.jsonl.old"]
+
+
 def test_a_commit_can_come_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(rows.COMMIT, "abc-dirty")
     assert {"commit": "abc", "dirty": True}.items() <= rows.provenance().items()

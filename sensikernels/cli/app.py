@@ -33,6 +33,7 @@ class Suite(str, Enum):
     reductions = "reductions"
     optimizer = "optimizer"
     step = "step"
+    latency = "latency"
     finetune = "finetune"
 
 
@@ -47,7 +48,8 @@ Model = Annotated[str, typer.Option(help="minilm (embedded weights), a folder, o
 MaxTrain = Annotated[int | None, typer.Option(help="Train on this many rows, drawn by --seed.",
     rich_help_panel=_DATA)]  # fmt: skip
 MethodName = Annotated[str, typer.Option("--method", help="dense, sensi-bert (rank and trim), "
-    "bitfit (biases only) or dps (the most moving entries).", rich_help_panel=_BUDGET)]  # fmt: skip
+    "bitfit (biases only), freeze (upper layers only) or dps (the most moving entries).",
+    rich_help_panel=_BUDGET)]  # fmt: skip
 Flops = Annotated[float | None, typer.Option(help="Keep this share of the training step's FLOPs.",
     rich_help_panel=_BUDGET)]  # fmt: skip
 Params = Annotated[float | None, typer.Option(help="Keep this share of the encoder's parameters.",
@@ -64,8 +66,8 @@ PlanFile = Annotated[Path | None, typer.Option("--plan", help="Trim to this plan
     "`sensikernels plan`) instead of ranking.", rich_help_panel=_BUDGET)]  # fmt: skip
 Options = Annotated[list[str] | None, typer.Option("--method-option", metavar="KEY=VALUE",
     help="A setting of the method, repeatable. sensi-bert: warmup, criterion, statistic, "
-    "granularity, ranking, multiples; bitfit: subsets; dps: masked_share, update_ratio, "
-    "as_published.", rich_help_panel=_BUDGET)]  # fmt: skip
+    "granularity, ranking, multiples; bitfit: subsets; freeze: share, cache; dps: masked_share, "
+    "update_ratio, as_published.", rich_help_panel=_BUDGET)]  # fmt: skip
 Ranking = Annotated[int, typer.Option("--ranking-rows", help="Training rows that rank the units.",
     rich_help_panel=_BUDGET)]  # fmt: skip
 Epochs = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
@@ -223,7 +225,8 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Few cases, few rounds.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the rows and their provenance.")] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="GLUE's folders, for real batches (step, finetune).")
+        Path | None,
+        typer.Option(help="GLUE's folders, for real batches (step, latency, finetune)."),
     ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds of each case (linear only).")
@@ -264,6 +267,7 @@ def bench(
     takes = {
         Suite.linear: ("rounds", "seconds", "picture"),
         Suite.step: ("data-dir", "case"),
+        Suite.latency: ("data-dir",),
         Suite.finetune: ("data-dir", "only", "seeds", "samples", "picture"),
     }.get(suite, ())
     asked = {name: value for name, value in given.items() if value is not None}
@@ -276,11 +280,11 @@ def bench(
         module = import_module(name)
     except ModuleNotFoundError as error:
         raise SensiError(f"bench {suite.value}: {error}: run it from a source checkout") from error
-    with progress_lines() as progress:
+    with progress_lines() as progress, rows.journal(json):
         result = module.run(device=device, quick=quick, progress=progress, **extra)
-    show_rows(result)
-    if json is not None:
-        rows.write(json, result, device)
+        show_rows(result)
+        if json is not None:
+            rows.write(json, result, device)
     if picture is not None:
         if suite is Suite.linear:
             from sensikernels.bench.roofline import draw

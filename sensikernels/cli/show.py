@@ -1,7 +1,8 @@
-"""What the commands print: tables on stdout, progress on stderr where it is a terminal."""
+"""What the commands print: tables on stdout, progress on stderr."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,8 +160,11 @@ def show_rows(rows: Sequence[Any]) -> None:
 
 @contextmanager
 def progress_lines() -> Iterator[Callable[[str], None]]:
-    """A status line on a terminal; yields what is called with what is being timed."""
+    """Yields what is called with what is being timed: a status line, off a terminal a log."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: print(text, file=sys.stderr, flush=True)
+        return
     with console.status("") as status:
         yield lambda text: status.update(str(text))
 

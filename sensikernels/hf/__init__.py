@@ -11,6 +11,7 @@ from sensikernels.hf.packed import (
     unpacked,
     use_packed,
 )
+from sensikernels.hf.packed_cache import uncached
 from sensikernels.hf.packed_tokens import to_padded
 from sensikernels.hf.parts import STEP_PARTS
 from sensikernels.hf.sensitivity import CRITERIA, sensitivity
@@ -36,6 +37,7 @@ __all__ = [
     "sensitivity",
     "structure",
     "to_padded",
+    "uncached",
     "unpacked",
     "use_counter_dropout",
     "use_packed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class FrozenPrefixCache:
         self.depth = len(prefix) - 1
         self._prefix, self._limit = prefix, limit_mib * MIB
         self._kept: dict[bytes, Tensor] = {}
-        self._held = 0
+        self.held = 0
         self._version: tuple[int, ...] = ()
         self.hits = self.misses = 0
 
@@ -57,9 +58,9 @@ class FrozenPrefixCache:
     def _keep(self, made: dict[bytes, Tensor]) -> None:
         for key, piece in made.items():
             size = piece.numel() * piece.element_size()
-            if self._held + size <= self._limit:
+            if self.held + size <= self._limit:
                 self._kept[key] = piece.clone()
-                self._held += size
+                self.held += size
 
     def _check(self) -> None:
         trained = [p for module in self._prefix for p in module.parameters() if p.requires_grad]
@@ -71,7 +72,20 @@ class FrozenPrefixCache:
         )
         if version != self._version:
             self._kept.clear()
-            self._held, self._version = 0, version
+            self.held, self._version = 0, version
+
+
+@contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Compute a kept prefix as if it were not, inside the block."""
+    held = [(m, m.prefix_cache) for m in model.modules() if getattr(m, "prefix_cache", None)]
+    for module, _ in held:
+        module.prefix_cache = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, cache in held:
+            module.prefix_cache = cache
 
 
 def frozen_depth(embeddings: nn.Module, layers: Sequence[nn.Module]) -> int:

@@ -107,6 +107,22 @@ class Structure:
         linear = weights + self.fixed_token_flops
         return self.flops(sequence_length) - linear
 
+    def flops_above(self, sequence_length: float, depth: int) -> float:
+        """Training FLOPs per token when embeddings and layers below ``depth`` are frozen.
+
+        Forward alone there, and no gradient for what layer ``depth`` reads.
+        """
+        total = self.fixed_flops(sequence_length)
+        for c in self.couplings:
+            unit = c.flops(sequence_length)
+            if c.layer < depth:
+                unit /= TRAIN_FACTOR
+            elif c.layer == depth and c.kind != "neurons":
+                reads = sum(2 * m.shape[1] * c.unit_size for m in c.members if m.axis == 0)
+                unit -= min(reads, c.linear(sequence_length))
+            total += unit * c.units
+        return total
+
     def params(self, kept: Mapping[str, int] | None = None) -> int:
         """Parameters outside the embeddings with ``kept`` units by coupling name."""
         counts = {c.name: c.units for c in self.couplings} | dict(kept or {})

@@ -9,11 +9,12 @@ from sensikernels.methods.base import Method, Run
 from sensikernels.methods.bitfit import BitFit
 from sensikernels.methods.dense import Dense
 from sensikernels.methods.dps import DPS
+from sensikernels.methods.freeze import Freeze
 from sensikernels.methods.sensi_bert import SensiBert
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (Dense, SensiBert, BitFit, DPS)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Dense, SensiBert, BitFit, DPS, Freeze)}
 
-__all__ = ["DPS", "METHODS", "BitFit", "Dense", "Method", "Run", "SensiBert", "method"]
+__all__ = ["DPS", "METHODS", "BitFit", "Dense", "Freeze", "Method", "Run", "SensiBert", "method"]
 
 
 def method(name: str, **options: Any) -> Method:

@@ -87,6 +87,11 @@ class Method:
     def before_step(self, run: Run) -> None:
         """Gradients are ready, the optimizer has not moved."""
 
+    def needs_eager(self) -> str | None:
+        """What it does within a step that no CUDA graph can hold; None if nothing."""
+        acts = type(self).before_step is not Method.before_step
+        return f"{self.name} looks at the gradients" if acts else None
+
     def state(self) -> dict[str, Tensor]:
         """Tensors to put into a checkpoint."""
         return {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sensikernels.hf import uncached
 from sensikernels.masks import training_flops
 from sensikernels.training.data import Data
 
@@ -20,8 +21,14 @@ def flops_per_token(model: nn.Module, data: Data) -> float:
 
     One row of every length that occurs is run and counted by ``FlopCounterMode``; lengths
     are weighted by how often they occur. FLOPs are linear in rows, so this is the run's own
-    total, not that of one typical batch. The model is left as it was.
+    total, not that of one typical batch. A kept prefix counts as computed, as in the first epoch.
+    The model is left as it was.
     """
+    with uncached(model):
+        return _counted(model, data)
+
+
+def _counted(model: nn.Module, data: Data) -> float:
     rows: dict[int, int] = {}
     for (batch_rows, length), count in data.geometry.shapes.items():
         rows[length] = rows.get(length, 0) + batch_rows * count

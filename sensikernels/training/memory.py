@@ -1,16 +1,16 @@
 """Peak memory of one training step.
 
-Counted, in MiB: what stays between steps (parameters, buffers, optimizer state), plus the most
-that one forward and backward of the run's largest batch allocates on top of it at any moment
-(activations, gradients, temporaries). On a CPU these are the profiler's memory events: the running
-sum of what torch's allocator hands out and takes back. On a GPU they are the caching allocator's
-own peak. Not counted: the data set, the process itself, libraries' private scratch (oneDNN's), and
-the temporaries of the optimizer's update.
+Counted, in MiB: what stays between steps (parameters, buffers, optimizer state, a kept prefix),
+plus the most that one forward and backward of the run's largest batch allocates on top of it at any
+moment (activations, gradients, temporaries). On a CPU these are the profiler's memory events: the
+running sum of what torch's allocator hands out and takes back. On a GPU they are the caching
+allocator's own peak. Not counted: the data set, the process itself, libraries' private scratch
+(oneDNN's), and the temporaries of the optimizer's update. ``activation_mib``: the forward's part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,17 @@ MIB = 2**20
 
 def peak_mib(model: nn.Module, optimizer: Optimizer, batch: Mapping[str, Tensor]) -> float:
     """Peak memory of a step on ``batch``; gradients, mode and random state are not changed."""
+    step = _peak(model, lambda: model(**batch).loss.backward())
+    return (resident_bytes(model, optimizer) + step) / MIB
+
+
+def activation_mib(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
+    """The most a training forward on ``batch`` holds: what backward needs, and temporaries."""
+    return _peak(model, lambda: model(**batch).loss) / MIB
+
+
+def _peak(model: nn.Module, work: Callable[[], object]) -> int:
+    """The most bytes ``work`` holds at a time; the model is as it was afterwards."""
     device = next(model.parameters()).device
     measure = _cuda_peak if device.type == "cuda" else _cpu_peak
     saved = [(p, p.grad) for p in model.parameters()]
@@ -31,20 +42,21 @@ def peak_mib(model: nn.Module, optimizer: Optimizer, batch: Mapping[str, Tensor]
         for parameter, _ in saved:
             parameter.grad = None
         model.train()
-        step = measure(model, batch)
+        peak = measure(work)
     model.train(training)
     for parameter, grad in saved:
         parameter.grad = grad
-    return (resident_bytes(model, optimizer) + step) / MIB
+    return peak
 
 
 def resident_bytes(model: nn.Module, optimizer: Optimizer) -> int:
-    """Bytes of parameters, buffers and optimizer state, shared storage counted once."""
+    """Bytes of all that stays between steps, shared storage counted once."""
     storages = {}
     for tensor in (*model.parameters(), *model.buffers(), *_tensors(optimizer.state)):
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    caches = (getattr(module, "prefix_cache", None) for module in model.modules())
+    return sum(storages.values()) + sum(cache.held for cache in caches if cache is not None)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -55,11 +67,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _cpu_peak(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+def _cpu_peak(work: Callable[[], object]) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        model(**batch).loss.backward()
+        work()
     results: Any = profiled.profiler
     events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
     total = peak = 0
@@ -69,10 +81,10 @@ def _cpu_peak(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     return peak
 
 
-def _cuda_peak(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+def _cuda_peak(work: Callable[[], object]) -> int:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    model(**batch).loss.backward()
+    work()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before

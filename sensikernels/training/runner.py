@@ -123,15 +123,23 @@ class Runner:
         return loss.detach()
 
     def _graphs(self) -> GraphedStep | None:
-        """Captured steps, where one process trains on a GPU and no method acts within a step."""
+        """Captured steps on a GPU; elsewhere, and for the reason the report then gives, none."""
         run = self.run
-        between = type(self.method).before_step is not Method.before_step
-        ours = isinstance(run.optimizer, SubsetAdamW) and self.max_grad_norm is None
-        if self.device.type != "cuda" or self.world.size > 1 or between or not ours:
+        if self.device.type != "cuda":
             return None
-        graphed = GraphedStep(run.model, run.optimizer)
-        run.events.append(f"step 0: {graphed.explain()}")
+        reason = self._needs_eager()
+        graphed = None if reason else GraphedStep(run.model, run.optimizer)
+        said = f"step: eager ({reason})" if graphed is None else graphed.explain()
+        run.events.append(f"step 0: {said}")
         return graphed
+
+    def _needs_eager(self) -> str | None:
+        """What a step does that no graph can hold; None if nothing."""
+        if self.world.size > 1:
+            return f"{self.world.size} processes reduce gradients"
+        if not isinstance(self.run.optimizer, SubsetAdamW):
+            return f"{type(self.run.optimizer).__name__} is torch's, clipped outside"
+        return self.method.needs_eager()
 
     @torch.no_grad()
     def evaluate(self, data: Data) -> dict[str, float]:

@@ -81,7 +81,7 @@ def test_needs_a_budget_and_known_options() -> None:
 
 
 def test_methods_by_name() -> None:
-    assert sorted(METHODS) == ["bitfit", "dense", "dps", "sensi-bert"]
+    assert sorted(METHODS) == ["bitfit", "dense", "dps", "freeze", "sensi-bert"]
     assert method("bitfit", subsets=["query"]).options() == {"subsets": ("query",)}
     with pytest.raises(UsageError, match="method: expected one of bitfit, dense"):
         method("lora")

@@ -140,3 +140,18 @@ def test_an_infeasible_budget_names_the_smallest_and_leaves_nothing(settings):
     with pytest.raises(UsageError, match=r"at least 0\.\d+ \(the smallest feasible"):
         finetune(asked)
     assert not asked.output.exists()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_keeps_its_prefix_and_trains_as_without(settings, tmp_path, monkeypatch, dtype):
+    common = {"method": "freeze", "options": {"share": 0.5, "cache": True}, "epochs": 3,
+              "dtype": dtype}  # fmt: skip
+    kept = finetune(settings(**common))
+    assert kept["events"][0] == "step 0: embeddings and 1 layers frozen, their output kept"
+    assert kept["budget"]["flops_ratio_measured"] < 1
+    monkeypatch.setattr("sensikernels.methods.freeze.cache_frozen_prefix", lambda model: None)
+    plain = finetune(settings(**common, output=tmp_path / "plain"))
+    close = 1e-5 if dtype == "fp32" else 2e-2
+    assert kept["losses"]["planned"] == pytest.approx(plain["losses"]["planned"], rel=close)
+    ratio = "flops_ratio_measured"
+    assert kept["budget"][ratio] == plain["budget"][ratio]

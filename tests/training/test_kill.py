@@ -40,9 +40,9 @@ def killed(settings, kills, **given):
 
 
 def options(method):
-    return {"warmup": 0.35} if method == "sensi-bert" else (
-        {"update_ratio": 0.25} if method == "dps" else {}
-    )  # fmt: skip
+    named = {"sensi-bert": {"warmup": 0.35}, "dps": {"update_ratio": 0.25},
+             "freeze": {"share": 0.5, "cache": True}}  # fmt: skip
+    return named.get(method, {})
 
 
 CASES = [
@@ -53,7 +53,7 @@ CASES = [
 ]
 REST = [
     (method, dtype, compared, "anywhere")
-    for method in ("dense", "sensi-bert", "bitfit", "dps")
+    for method in ("dense", "sensi-bert", "bitfit", "dps", "freeze")
     for dtype in ("fp32", "bf16")
     for compared in (False, True)
 ]

@@ -15,7 +15,7 @@ from sensikernels.training.config import parse_counts, parse_options
 from sensikernels.training.data import Data
 from sensikernels.training.flops import flops_per_token
 from sensikernels.training.loop import fresh_model, prepare
-from sensikernels.training.memory import MIB, peak_mib, resident_bytes
+from sensikernels.training.memory import MIB, activation_mib, peak_mib, resident_bytes
 from sensikernels.training.runner import groups, schedule
 
 
@@ -118,6 +118,8 @@ def test_peak_memory_is_what_is_held_and_allocated():
     peak = peak_mib(model, optimizer, batch)
     # Weight 1, wide 4 and its square 4; then up to three gradients of 4, and the weight of 1.
     assert 9 <= peak <= 20
+    # Without backward: wide, its square, the loss; and a row of ones for the mean at most.
+    assert activation_mib(model, batch) == pytest.approx(8, abs=0.1)
     assert model.weight.grad is None
     model(**batch).loss.backward()
     optimizer.step()

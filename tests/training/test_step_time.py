@@ -12,15 +12,21 @@ from sensikernels.training import finetune, step_costs
 from tests.training.processes import run_together
 
 
-def test_asked_and_met_are_reported(settings, tmp_path):
+@pytest.fixture
+def costs(settings, tmp_path):
+    """A table that says what widths save: on a model this small noise is larger than that."""
     table = step_costs(settings(method="dense", budget=None), lambda line: None)
-    # On a model this small noise is larger than what a width saves.
     saved = {"heads": {1: 10.0, 4: 0.0}, "neurons": {16: 20.0, 128: 0.0}}
     known = {"dense_ms": 100.0, "saved": {"inner": saved, "last": saved}}
-    StepCosts(**{**table.to_json(), **known}).save(tmp_path / "costs.json")
+    path = tmp_path / "costs.json"
+    StepCosts(**{**table.to_json(), **known}).save(path)
+    return path
+
+
+def test_asked_and_met_are_reported(settings, costs, tmp_path):
     asked = Budget(step_time=0.9)
     common = {"budget": asked, "max_train_samples": 64, "output": tmp_path / "run"}
-    report = finetune(settings(**common, costs=tmp_path / "costs.json"))
+    report = finetune(settings(**common, costs=costs))
     budget = report["budget"]
     assert (budget["measure"], budget["requested"]) == ("step_time", 0.9)
     assert budget["step_time_ratio_measured"] > 0
@@ -29,6 +35,17 @@ def test_asked_and_met_are_reported(settings, tmp_path):
     assert plan.origin["step_time"]["asked"] == 0.9
     assert plan.origin["step_time"]["met"] > 0
     assert json.loads((tmp_path / "run" / "report.json").read_text())["budget"] == budget
+
+
+def test_the_benchmark_times_the_plan_beside_the_dense_step(settings, costs):
+    from sensikernels.bench import latency
+
+    asked = {"budget": Budget(step_time=0.9), "costs": costs, "device": "cpu"}
+    made = latency.measure(settings(**asked, max_train_samples=64), 3)
+    assert (made.candidate, made.baseline, made.n) == ("step-time-0.9", "dense", 3)
+    assert made.extra["asked"] == made.density == 0.9
+    assert made.extra["flops_ratio"] < 1
+    assert made.extra["met"] > 0
 
 
 def test_without_a_table_the_run_measures_one(settings):

@@ -1,0 +1,93 @@
+"""Freezing: embeddings and the lowest layers stay as pre-trained, so backward ends above them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from sensikernels._checks import require
+from sensikernels.hf import apply, cache_frozen_prefix, encoder_layers, structure
+from sensikernels.masks import Plan
+from sensikernels.methods.base import Method, Run
+
+
+def depth_of(model: nn.Module, share: float) -> int:
+    """How many of the encoder's layers are its lowest ``share``; all but one at most."""
+    layers = len(encoder_layers(model))
+    return min(round(share * layers), layers - 1)
+
+
+def below(model: nn.Module, share: float) -> tuple[str, ...]:
+    """Prefixes of the names of all that lies in the embeddings and the lowest ``share``."""
+    layers = encoder_layers(model)
+    root = layers[0].prefix.partition("encoder.")[0]
+    lowest = (f"{layer.prefix}." for layer in layers[: depth_of(model, share)])
+    return (f"{root}embeddings.", *lowest)
+
+
+def frozen_lowest(model: nn.Module, share: float) -> Plan:
+    """Everything trains but the embeddings and the lowest ``share`` of the layers."""
+    frozen = below(model, share)
+    kept = (name for name, _ in model.named_parameters() if not name.startswith(frozen))
+    return Plan(method="freeze", trainable=tuple(kept), origin={"share": share})
+
+
+def drop_nothing_below(model: nn.Module, share: float) -> None:
+    """Switch dropout off in the embeddings and the lowest ``share`` of the layers."""
+    frozen = below(model, share)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and name.startswith(frozen):
+            module.p = 0.0
+
+
+class Freeze(Method):
+    """Train the upper layers, the pooler and the head.
+
+    ``share`` of the layers are frozen, with the embeddings (Lee et al. 2019, arXiv 1911.03090: a
+    quarter of the layers need training for nine tenths of the quality). ``cache`` keeps what the
+    frozen part makes of every sentence, from the first epoch on: dropout is off there, which
+    changes training a little. It needs packed tokens and one process.
+    """
+
+    name = "freeze"
+    summary = "embeddings and the lowest layers are frozen, the rest trains"
+
+    def __init__(self, *, share: float = 2 / 3, cache: bool = False) -> None:
+        require(0 < share < 1, "share", "a share in (0, 1)", share)
+        self.share, self.cache = share, cache
+
+    def begin(self, run: Run) -> None:
+        """Freeze before the first step."""
+        alone = not self.cache or run.processes == 1
+        require(alone, "cache", "one process", run.processes)
+        model, length = run.model, run.sequence_length
+        depth = depth_of(model, self.share)
+        require(depth > 0, "share", "at least one layer's", self.share)
+        parts = structure(model).at(run.tokens_per_sequence, run.attended)
+        made = frozen_lowest(model, self.share)
+        run.plan = Plan(
+            method=self.name,
+            trainable=made.trainable,
+            sequence_length=length,
+            flops_dense=parts.flops(length),
+            flops_planned=parts.flops_above(length, depth),
+            params_dense=parts.params(),
+            params_planned=parts.params(),
+            origin=made.origin,
+        )
+        apply(model, run.plan)
+        kept = ""
+        if self.cache:
+            drop_nothing_below(model, self.share)
+            cache_frozen_prefix(model)
+            kept = ", their output kept"
+        run.events.append(f"step 0: embeddings and {depth} layers frozen{kept}")
+
+    def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
+        """Freezing needs nothing but the share."""
+        self.begin(run)
+
+    def needs_eager(self) -> str | None:
+        """The cache looks sentences up by their token ids."""
+        return "token ids are read for the kept prefix" if self.cache else None
