@@ -10,7 +10,7 @@ product timed in the same rounds, over the step's time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,16 @@ def run(
     progress: Callable[[str], None],
     data_dir: Path | None = None,
     case: Sequence[str] | None = None,
+    only: str | None = None,
 ) -> list[Row]:
     """Rows of every case in float32 and bfloat16. ``data_dir``: a folder with ``SST-2/`` etc.
 
-    ``case``: those cases alone, with every contestant and all rounds even where ``quick``. Raises
-    UsageError for a name that is none.
+    ``case``: those cases alone, with every contestant and all rounds even where ``quick``.
+    ``only``: names of contestants, separated by commas. Raises UsageError for a name that is none.
     """
     chosen = cases(quick, device, data_dir) if case is None else named(case, device, data_dir)
+    if only is not None:
+        chosen = [among(one, only.split(",")) for one in chosen]
     _settings.reserve_primitive_cache(16384)
     _settings.quiet_profiler()
     torch.set_float32_matmul_precision("medium" if device == "cpu" else "high")
@@ -74,6 +77,14 @@ def named(names: Sequence[str], device: str, data_dir: Path | None) -> list[Case
     for name in names:
         require_one_of(name, "case", known)
     return [known[name] for name in names]
+
+
+def among(case: Case, names: Sequence[str]) -> Case:
+    """The case with those of its contestants alone. Raises UsageError for a name that is none."""
+    for name in names:
+        require_one_of(name, "only", (*HF, *OURS))
+    others = tuple(name for name in (*HF, *OURS) if name not in names)
+    return replace(case, without=(*case.without, *others))
 
 
 def cases(quick: bool, device: str, data_dir: Path | None) -> list[Case]:

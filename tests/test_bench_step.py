@@ -23,3 +23,13 @@ def test_a_case_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
         step.run(device="cpu", quick=True, progress=print, case=["sst2"])
     assert main(["bench", "linear", "--case", "demo-minilm-32"]) == 2
     assert "case: expected none for suite linear" in capsys.readouterr().err
+
+
+def test_only_those_asked_for_race() -> None:
+    (case,) = step.named(["bert-base-8x128"], "cpu", None)
+    few = step.among(case, ["hf-dynamic", "dense"])
+    assert [who for who in (*step.HF, *step.OURS) if who not in few.without] == [
+        "hf-dynamic", "dense",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="only: expected one of"):
+        step.among(case, ["hf"])

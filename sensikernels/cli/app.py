@@ -233,12 +233,10 @@ def bench(
     ] = None,
     case: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A case by name, with all contestants; repeatable (step only)."
-        ),  # fmt: skip
+        typer.Option(help="A case by name, in full; repeatable (step only)."),  # fmt: skip
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help="Contestants, separated by commas (finetune only).")
+        str | None, typer.Option(help="Contestants, separated by commas (step, finetune).")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Repetitions (finetune only).")] = None,
     samples: Annotated[
@@ -266,7 +264,7 @@ def bench(
     }  # fmt: skip
     takes = {
         Suite.linear: ("rounds", "seconds", "picture"),
-        Suite.step: ("data-dir", "case"),
+        Suite.step: ("data-dir", "case", "only"),
         Suite.latency: ("data-dir",),
         Suite.finetune: ("data-dir", "only", "seeds", "samples", "picture"),
     }.get(suite, ())

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from sensikernels._checks import require
-from sensikernels.hf import apply, cache_frozen_prefix, encoder_layers, structure
+from sensikernels.hf import apply, cache_frozen_prefix, encoder_layers, packing_of, structure
 from sensikernels.masks import Plan
 from sensikernels.methods.base import Method, Run
 
@@ -59,9 +59,10 @@ class Freeze(Method):
 
     def begin(self, run: Run) -> None:
         """Freeze before the first step."""
-        alone = not self.cache or run.processes == 1
-        require(alone, "cache", "one process", run.processes)
         model, length = run.model, run.sequence_length
+        if self.cache:
+            require(run.processes == 1, "cache", "one process", run.processes)
+            require(packing_of(model) is not None, "cache", "packed tokens", "padded ones")
         depth = depth_of(model, self.share)
         require(depth > 0, "share", "at least one layer's", self.share)
         parts = structure(model).at(run.tokens_per_sequence, run.attended)

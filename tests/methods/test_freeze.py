@@ -80,6 +80,9 @@ def test_what_cannot_be_is_refused_before_anything_changes() -> None:
         Freeze(share=0.1).begin(few)
     with pytest.raises(UsageError, match="cache: expected one process, got 2"):
         Freeze(cache=True).begin(two)
-    for run in (few, two):
+    padded = make_run()
+    with pytest.raises(UsageError, match="cache: expected packed tokens, got padded ones"):
+        Freeze(cache=True).begin(padded)
+    for run in (few, two, padded):
         assert all(p.requires_grad for p in run.model.parameters())
         assert run.plan is None

@@ -13,6 +13,7 @@ from sensikernels import Mask, MaskedLinear
 from sensikernels.ops.subset_adamw import SubsetAdamW
 from sensikernels.training import finetune
 from sensikernels.training.graph import GraphedStep, fingerprint
+from sensikernels.training.loop import prepare
 from sensikernels.training.runner import Runner
 from tests.graph_replay import acted_graphs  # noqa: F401
 
@@ -185,3 +186,14 @@ def test_a_run_captures_its_steps(settings, still, tmp_path, monkeypatch, method
     assert made[0].explain().startswith("step: CUDA graphs")
     assert sum(one.tail.replays for one in made[0]._graphs.values()) > 0
     assert report["losses"]["planned"] == pytest.approx(wanted["losses"]["planned"], rel=1e-4)
+
+
+def test_a_run_without_graphs_says_why(settings):
+    def reason(method: str, **options: object) -> str | None:
+        return prepare(settings(method=method, options=options)).runner._needs_eager()
+
+    assert reason("bitfit") is reason("freeze", share=0.5) is None
+    assert reason("dps") == "dps looks at the gradients"
+    assert reason("freeze", cache=True) == "token ids are read for the kept prefix"
+    compared = prepare(settings(compare_dense=True)).dense
+    assert compared._needs_eager() == "AdamW is torch's, clipped outside"
