@@ -24,7 +24,7 @@ from sensikernels.training.loop import prepare, rank, step_costs
 from sensikernels.training.runner import Runner
 
 ASKED = (0.7, 0.5, 0.35)
-ROUNDS, QUICK_ROUNDS = 48, 16
+ROUNDS, QUICK_ROUNDS = 64, 16
 SAMPLES = 3000
 
 

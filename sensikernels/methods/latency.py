@@ -32,6 +32,7 @@ MakeOptimizer = Callable[[nn.Module], Optimizer]
 
 TOLERANCE = 0.02
 _CORRECTIONS = 4
+_SECONDS = 20.0
 _SAMPLE = 8  # batches that a plan is timed on
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 
@@ -41,16 +42,17 @@ def measure_costs(
     batches: Iterable[Batch],
     make_optimizer: MakeOptimizer,
     *,
-    seconds: float = 20.0,
+    seconds: float | None = None,
     progress: Callable[[str], object] = lambda _: None,
 ) -> StepCosts:
     """What trimming one layer to each width saves of a training step of ``model``.
 
     A copy cut to its first and last layer is trimmed, one layer and one kind of unit at a time,
     and stepped in turn with an untrimmed twin on the batch of median size. Gradients, update and
-    all that a step does are in the times. ``seconds`` is shared among the widths; each takes three
-    rounds at least.
+    all that a step does are in the times. ``seconds`` (20) is shared among the widths; each takes
+    three rounds at least.
     """
+    seconds = _SECONDS if seconds is None else seconds
     parts = structure(model)
     units = {c.kind: c.units for c in parts.couplings}
     layers = encoder_layers(model)
@@ -105,10 +107,11 @@ def time_ratio(
 ) -> float:
     """Step time of ``planned`` over that of ``dense`` on the same batches, in turn; both train.
 
-    Per batch the median over ``rounds``; the ratio of their sums. Several processes step together
-    (``gradients``), the averaging of gradients included, and the slowest one's sums count.
+    Eight batches, of every eighth of their sizes the middle one; per batch the median over
+    ``rounds``; the ratio of their sums. Several processes step together (``gradients``), the
+    averaging of gradients included, and the slowest one's sums count.
     """
-    sample = list(islice(iter(batches), _SAMPLE))
+    sample = _spread(list(islice(iter(batches), 4 * _SAMPLE)))
     require(len(sample) > 0, "batches", "at least one", "none")
     device = next(dense.parameters()).device
     steps = [
@@ -121,6 +124,13 @@ def time_ratio(
             totals[i] += statistics.median(times)
     slowest = [max(sums) for sums in zip(*gather(totals), strict=True)]
     return float(slowest[1] / slowest[0])
+
+
+def _spread(batches: list[Batch]) -> list[Batch]:
+    """``_SAMPLE`` of the batches, evenly spaced by tokens: a plan saves less on small ones."""
+    ordered = sorted(batches, key=tokens_of)
+    taken = min(_SAMPLE, len(ordered))
+    return [ordered[(2 * i + 1) * len(ordered) // (2 * taken)] for i in range(taken)]
 
 
 def own_rows(run: Run) -> list[Batch]:
@@ -138,13 +148,15 @@ def own_rows(run: Run) -> list[Batch]:
 
 
 def by_the_clock(run: Run, make_plan: Callable[[Budget], Plan], budget: Budget) -> Plan:
-    """The plan whose measured step time is within 2 % of ``budget.step_time`` of the dense step.
+    """The plan whose step time by the clock is nearest ``budget.step_time`` of the dense step.
 
     ``make_plan(budget)`` allocates by ``run.costs``, which are measured first where there are none.
     Every process must call it; all get the plan of the first, made by the slowest one's costs.
     The plan returned carries the budget as asked; ``origin["step_time"]`` says what was met and how
-    many plans were timed. If none comes within the tolerance, the closest one is returned. Models,
-    optimizer and random state of the run are left as they are.
+    many plans were timed: up to four, until one is within 2 %. A table's error is much alike for
+    neighbouring plans and each timing has noise of its own, so the next share asked of the table
+    and the plan taken go by the mean error of the last two timings. Models, optimizer and random
+    state of the run are left as they are.
 
     Raises:
         UsageError: the run has no ``make_optimizer``; its costs are for another model or device;
@@ -171,9 +183,11 @@ def _corrected(
     make_optimizer: MakeOptimizer,
     batches: Sequence[Batch],
 ) -> Plan:
-    aim, tried = asked, list[tuple[float, float, Plan]]()
+    tried: list[tuple[float, float, Plan]] = []  # share asked of the table, share met, plan
+    error = 1.0
     for _ in range(_CORRECTIONS):
-        nearer = replace(budget, step_time=min(1.0, aim))
+        aim = min(1.0, asked / error)
+        nearer = replace(budget, step_time=aim)
         try:
             made: Plan = run.agree(partial(make_plan, nearer))
         except UsageError:
@@ -186,11 +200,11 @@ def _corrected(
         met = time_ratio(
             dense, planned, batches, make_optimizer, gradients=run.gradients, gather=run.gather
         )
-        tried.append((abs(met / asked - 1), met, made))
-        if tried[-1][0] <= TOLERANCE:
+        tried.append((aim, met, made))
+        error = statistics.geometric_mean(found / sought for sought, found, _ in tried[-2:])
+        if abs(met / asked - 1) <= TOLERANCE:
             break
-        aim *= asked / met
-    _, met, best = min(tried, key=lambda one: one[0])
+    _, met, best = min(tried, key=lambda one: abs(one[0] * error / asked - 1))
     facts = {"asked": asked, "met": met, "plans": len(tried)}
     return replace(best, budget=budget, origin={**best.origin, "step_time": facts})
 

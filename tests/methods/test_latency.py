@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sensikernels.errors import UsageError
 from sensikernels.hf import applied, apply, structure
-from sensikernels.masks import Budget, StepCosts, training_flops
+from sensikernels.masks import Budget, Plan, StepCosts, training_flops
 from sensikernels.methods import Run, SensiBert, latency
 from sensikernels.ops.subset_adamw import SubsetAdamW
 from tests.hf.conftest import make_batch, make_model
@@ -87,6 +87,36 @@ def test_what_the_table_does_not_know_is_corrected(clock: dict[str, float]) -> N
     facts = run.plan.origin["step_time"]
     assert 1 < facts["plans"] <= 4
     assert facts["met"] == pytest.approx(0.7, rel=latency.TOLERANCE)
+
+
+def test_noise_of_one_timing_does_not_choose_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are 1.1 of the table's; the first is found right by chance of a twentieth."""
+    noise = iter([1.05, 0.93, 1.04, 0.96])
+
+    def plans(budget: Budget) -> Plan:
+        assert budget.step_time is not None
+        return Plan(method="m", origin={"aim": budget.step_time})
+
+    def ratio(dense: nn.Module, planned: Plan, *rest: object, **named: object) -> float:
+        return 1.1 * next(noise) * float(aims[-1])
+
+    aims: list[float] = []
+    monkeypatch.setattr(latency, "apply", lambda model, made: aims.append(made.origin["aim"]))
+    monkeypatch.setattr(latency, "time_ratio", ratio)
+    run = make_run(0.5)
+    found = latency._corrected(run, plans, Budget(step_time=0.5), 0.5, make_optimizer, [])
+    assert len(aims) == found.origin["step_time"]["plans"] == 4
+    assert found.origin["aim"] * 1.1 == pytest.approx(0.5, rel=0.02)
+    assert found.budget == Budget(step_time=0.5)
+
+
+def test_a_plan_is_timed_on_batches_of_every_size() -> None:
+    def batch(length: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.zeros(2, length)}
+
+    chosen = latency._spread([batch(n) for n in (5, 32, *range(1, 5), *range(6, 32))])
+    assert [b["input_ids"].shape[1] for b in chosen] == [3, 7, 11, 15, 19, 23, 27, 31]
+    assert len(latency._spread([batch(2), batch(1), batch(3)])) == 3
 
 
 def test_the_table_knows_position_kind_and_width(clock: dict[str, float]) -> None:

@@ -8,8 +8,15 @@ import pytest
 
 from sensikernels.errors import UsageError
 from sensikernels.masks import Budget, Plan, StepCosts
+from sensikernels.methods import latency
 from sensikernels.training import finetune, step_costs
 from tests.training.processes import run_together
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch):
+    """Of a model this small no width needs its share of twenty seconds."""
+    monkeypatch.setattr(latency, "_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -38,10 +45,10 @@ def test_asked_and_met_are_reported(settings, costs, tmp_path):
 
 
 def test_the_benchmark_times_the_plan_beside_the_dense_step(settings, costs):
-    from sensikernels.bench import latency
+    from sensikernels.bench.latency import measure
 
     asked = {"budget": Budget(step_time=0.9), "costs": costs, "device": "cpu"}
-    made = latency.measure(settings(**asked, max_train_samples=64), 3)
+    made = measure(settings(**asked, max_train_samples=64), 3)
     assert (made.candidate, made.baseline, made.n) == ("step-time-0.9", "dense", 3)
     assert made.extra["asked"] == made.density == 0.9
     assert made.extra["flops_ratio"] < 1
