@@ -1,9 +1,9 @@
 """Is a step-time budget met? The plans ``Budget(step_time=…)`` makes, timed beside the dense step.
 
 SST-2 (or the generated demo task without ``data_dir``), MiniLM, batches as a run draws them, one
-after the other, each taken by both in turn, the first time to compile its shapes. ``met`` is the sum of the planned steps' times over the
-dense ones'; ``ratio``, as everywhere, the median speed-up. The costs of widths are measured once a
-dtype and not counted.
+after the other, each taken by both in turn; a first pass compiles their shapes. ``met`` is the sum
+of the planned steps' times over the dense ones'; ``ratio``, as everywhere, the median speed-up. The
+costs of widths are measured once a dtype and not counted.
 """
 
 from __future__ import annotations
