@@ -13,14 +13,14 @@ from sensikernels.training import finetune, step_costs
 from tests.training.processes import run_together
 
 
-@pytest.fixture(autouse=True)
-def _few_rounds(monkeypatch):
-    """Of a model this small no width needs its share of twenty seconds."""
+@pytest.fixture
+def few_rounds(monkeypatch):
+    """Where a table's figures do not matter it need not take twenty seconds."""
     monkeypatch.setattr(latency, "_SECONDS", 0.0)
 
 
 @pytest.fixture
-def costs(settings, tmp_path):
+def costs(settings, few_rounds, tmp_path):
     """A table that says what widths save: on a model this small noise is larger than that."""
     table = step_costs(settings(method="dense", budget=None), lambda line: None)
     saved = {"heads": {1: 10.0, 4: 0.0}, "neurons": {16: 20.0, 128: 0.0}}
@@ -55,7 +55,7 @@ def test_the_benchmark_times_the_plan_beside_the_dense_step(settings, costs):
     assert made.extra["met"] > 0
 
 
-def test_without_a_table_the_run_measures_one(settings):
+def test_without_a_table_the_run_measures_one(settings, few_rounds):
     report = finetune(settings(budget=Budget(step_time=1.0), max_train_samples=64))
     assert report["budget"]["step_time_ratio_measured"] > 0
     assert report["seconds"]["planned"]["rank"] > 0
@@ -66,7 +66,7 @@ def test_other_budgets_are_not_timed(settings):
     assert report["budget"]["step_time_ratio_measured"] is None
 
 
-def test_a_table_of_another_model_is_refused_before_training(settings, tmp_path):
+def test_a_table_of_another_model_is_refused_before_training(settings, few_rounds, tmp_path):
     table = step_costs(settings(method="dense", budget=None), lambda line: None)
     path = tmp_path / "costs.json"
     StepCosts(**{**table.to_json(), "dtype": "bfloat16"}).save(path)
