@@ -60,7 +60,7 @@ def run(
     """
     chosen = cases(quick, device, data_dir) if case is None else named(case, device, data_dir)
     if only is not None:
-        chosen = [among(one, only.split(",")) for one in chosen]
+        chosen = [among(one, [name.strip() for name in only.split(",")]) for one in chosen]
     _settings.reserve_primitive_cache(16384)
     _settings.quiet_profiler()
     torch.set_float32_matmul_precision("medium" if device == "cpu" else "high")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -66,16 +67,13 @@ class Freeze(Method):
         depth = depth_of(model, self.share)
         require(depth > 0, "share", "at least one layer's", self.share)
         parts = structure(model).at(run.tokens_per_sequence, run.attended)
-        made = frozen_lowest(model, self.share)
-        run.plan = Plan(
-            method=self.name,
-            trainable=made.trainable,
+        run.plan = replace(
+            frozen_lowest(model, self.share),
             sequence_length=length,
             flops_dense=parts.flops(length),
             flops_planned=parts.flops_above(length, depth),
             params_dense=parts.params(),
             params_planned=parts.params(),
-            origin=made.origin,
         )
         apply(model, run.plan)
         kept = ""

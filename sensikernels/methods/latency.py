@@ -32,7 +32,6 @@ MakeOptimizer = Callable[[nn.Module], Optimizer]
 
 TOLERANCE = 0.02
 _CORRECTIONS = 4
-_SECONDS = 20.0
 _SAMPLE = 8  # batches that a plan is timed on
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 
@@ -42,17 +41,16 @@ def measure_costs(
     batches: Iterable[Batch],
     make_optimizer: MakeOptimizer,
     *,
-    seconds: float | None = None,
+    seconds: float = 20.0,
     progress: Callable[[str], object] = lambda _: None,
 ) -> StepCosts:
     """What trimming one layer to each width saves of a training step of ``model``.
 
     A copy cut to its first and last layer is trimmed, one layer and one kind of unit at a time,
     and stepped in turn with an untrimmed twin on the batch of median size. Gradients, update and
-    all that a step does are in the times. ``seconds`` (20) is shared among the widths; each takes
-    three rounds at least.
+    all that a step does are in the times. ``seconds`` is shared among the widths; each takes three
+    rounds at least.
     """
-    seconds = _SECONDS if seconds is None else seconds
     parts = structure(model)
     units = {c.kind: c.units for c in parts.couplings}
     layers = encoder_layers(model)

@@ -127,11 +127,10 @@ class Runner:
         run = self.run
         if self.device.type != "cuda":
             return None
-        reason = self._needs_eager()
-        graphed = None if reason else GraphedStep(run.model, run.optimizer)
-        said = f"step: eager ({reason})" if graphed is None else graphed.explain()
-        run.events.append(f"step 0: {said}")
-        return graphed
+        graphed = GraphedStep(run.model, run.optimizer)
+        graphed.reason = self._needs_eager()
+        run.events.append(f"step 0: {graphed.explain()}")
+        return graphed if graphed.reason is None else None
 
     def _needs_eager(self) -> str | None:
         """What a step does that no graph can hold; None if nothing."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
 from sensikernels.errors import UsageError
 from sensikernels.masks import Budget, Plan, StepCosts
 from sensikernels.methods import latency
-from sensikernels.training import finetune, step_costs
+from sensikernels.training import finetune, loop, step_costs
 from tests.training.processes import run_together
 
 
 @pytest.fixture
 def few_rounds(monkeypatch):
     """Where a table's figures do not matter it need not take twenty seconds."""
-    monkeypatch.setattr(latency, "_SECONDS", 0.0)
+    quick = partial(latency.measure_costs, seconds=0.0)
+    for module in (latency, loop):
+        monkeypatch.setattr(module, "measure_costs", quick)
 
 
 @pytest.fixture
