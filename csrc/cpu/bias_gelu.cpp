@@ -124,8 +124,9 @@ int64_t check(const Tensor& x, const std::optional<Tensor>& bias) {
     STD_TORCH_CHECK(served, "x: expected float32 or bfloat16, got ", toString(x.scalar_type()));
     if (bias) {
         check_dtype(*bias, "bias", ScalarType::Float);
+        check_cpu(*bias, "bias");
         check_contiguous(*bias, "bias");
-        check_size(*bias, "bias", 0, x.size(1));
+        check_numel(*bias, "bias", x.size(1));
     }
     return x.size(1);
 }
@@ -134,8 +135,7 @@ void check_like(const Tensor& t, const char* name, const Tensor& x) {
     check_cpu(t, name);
     check_dtype(t, name, x.scalar_type());
     check_contiguous(t, name);
-    STD_TORCH_CHECK(t.numel() == x.numel(), name, ": expected ", x.numel(), " elements, got ",
-                    t.numel());
+    check_numel(t, name, x.numel());
 }
 
 const float* floats(const std::optional<Tensor>& t) {
@@ -173,8 +173,10 @@ void bias_gelu_backward(const Tensor& dy, const Tensor& x, std::optional<Tensor>
     check_like(dx, "dx", x);
     if (dbias) {
         STD_TORCH_CHECK(bias.has_value(), "dbias: expected none without a bias");
+        check_cpu(*dbias, "dbias");
         check_dtype(*dbias, "dbias", ScalarType::Float);
-        check_size(*dbias, "dbias", 0, width);
+        check_contiguous(*dbias, "dbias");
+        check_numel(*dbias, "dbias", width);
     }
     const RowChunks chunks(x.size(0));
     const ColumnSums sums(chunks.count, dbias ? width : 0);

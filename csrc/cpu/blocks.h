@@ -162,6 +162,29 @@ inline const int32_t* int_data(const Tensor& t, const char* name) {
     return static_cast<const int32_t*>(t.data_ptr());
 }
 
+// How a product goes through the grid: `lines` of blocks make its `out_width` columns and read
+// `in_width`; `entries` of the index.
+struct Grid {
+    bool transposed;
+    int64_t lines, out_width, in_width, entries;
+};
+
+// That each line's blocks are blocks of `values`, read columns there are and write no others.
+inline void check_grid(const Grid& grid, const Tensor& values, const int32_t* ptr,
+                       const int32_t* idx, const int32_t* perm) {
+    const int64_t n = values.size(0), rows = values.size(1), columns = values.size(2);
+    STD_TORCH_CHECK(rows > 0 && columns > 0, "values: expected blocks with entries");
+    STD_TORCH_CHECK(grid.lines >= 0 && grid.entries == n, "idx: expected ", n, " entries, got ",
+                    grid.entries);
+    const int64_t across = grid.transposed ? rows : columns;
+    STD_TORCH_CHECK(grid.out_width >= 0 && grid.lines <= ceil_div(grid.out_width, across),
+                    "ptr: expected no more lines than ", grid.out_width, " features make of ",
+                    across, ", got ", grid.lines);
+    check_pointers(ptr, grid.lines, "ptr", n);
+    check_index(idx, n, "idx", 0, ceil_div(grid.in_width, grid.transposed ? columns : rows));
+    if (perm) check_index(perm, n, "perm", 0, n);
+}
+
 inline bool check_activations(const Tensor& x, const char* name) {
     check_cpu(x, name);
     check_dim(x, name, 2);

@@ -152,6 +152,8 @@ int64_t check_columns(const Tensor& x, const Tensor& index) {
     sk::check_cpu(x, "x");
     sk::check_dim(x, "x", 2);
     sk::check_contiguous(x, "x");
+    sk::check_cpu(index, "index");
+    sk::check_dim(index, "index", 1);
     sk::check_dtype(index, "index", ScalarType::Int);
     sk::check_contiguous(index, "index");
     const int64_t bytes = x.element_size();
@@ -160,10 +162,9 @@ int64_t check_columns(const Tensor& x, const Tensor& index) {
 }
 
 void check_bounds(const Tensor& index, int64_t width) {
-    const int32_t* i = static_cast<const int32_t*>(index.data_ptr());
-    const int64_t n = index.numel();
-    STD_TORCH_CHECK(n == 0 || (i[0] >= 0 && i[n - 1] < width),
-                    "index: expected ascending columns below ", width, ", got ", i[n - 1]);
+    STD_TORCH_CHECK(width >= 0, "width: expected a number of columns, got ", width);
+    sk::check_index(static_cast<const int32_t*>(index.data_ptr()), index.numel(), "index", 0, width,
+                    true);
 }
 
 Tensor gather_columns(const Tensor& x, const Tensor& index) {
@@ -188,8 +189,9 @@ Tensor scatter_columns(const Tensor& x, const Tensor& index, int64_t width,
     const void* rest = nullptr;
     if (fill) {
         sk::check_dtype(*fill, "fill", x.scalar_type());
+        sk::check_cpu(*fill, "fill");
         sk::check_contiguous(*fill, "fill");
-        sk::check_size(*fill, "fill", 0, width);
+        sk::check_numel(*fill, "fill", width);
         rest = fill->data_ptr();
     }
     Tensor out = sk::empty(x, {tokens, width});
@@ -206,6 +208,7 @@ Tensor scatter_columns(const Tensor& x, const Tensor& index, int64_t width,
 Tensor scatter_biased(const Tensor& x, const Tensor& index, const Tensor& bias) {
     check_columns(x, index);
     sk::check_dtype(x, "x", ScalarType::Float);
+    sk::check_cpu(bias, "bias");
     sk::check_dtype(bias, "bias", ScalarType::Float);
     sk::check_contiguous(bias, "bias");
     const int64_t tokens = x.size(0), n = index.numel(), width = bias.numel();
@@ -233,6 +236,19 @@ Tensor scatter_biased(const Tensor& x, const Tensor& index, const Tensor& bias) 
     return out;
 }
 
+// The first entry of an index outside [low, high) or, `ascending`, not above the one before it.
+int64_t first_outside(const Tensor& index, int64_t low, int64_t high, bool ascending) {
+    sk::check_cpu(index, "index");
+    sk::check_contiguous(index, "index");
+    const int64_t n = index.numel();
+    if (index.scalar_type() == ScalarType::Int)
+        return sk::first_outside(static_cast<const int32_t*>(index.const_data_ptr()), n, low, high,
+                                 ascending);
+    sk::check_dtype(index, "index", ScalarType::Long);
+    return sk::first_outside(static_cast<const int64_t*>(index.const_data_ptr()), n, low, high,
+                             ascending);
+}
+
 void poison(bool on) {
     sk::poisoned = on;
 }
@@ -243,6 +259,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sensikernels_native, m) {
     m.def("gather_columns(Tensor x, Tensor index) -> Tensor");
     m.def("scatter_columns(Tensor x, Tensor index, int width, Tensor? fill) -> Tensor");
     m.def("scatter_biased(Tensor x, Tensor index, Tensor bias) -> Tensor");
+    m.def("first_outside(Tensor index, int low, int high, bool ascending) -> int");
     m.def("poison(bool on) -> ()");
 }
 
@@ -250,6 +267,7 @@ STABLE_TORCH_LIBRARY_IMPL(sensikernels_native, CPU, m) {
     m.impl("gather_columns", TORCH_BOX(&gather_columns));
     m.impl("scatter_columns", TORCH_BOX(&scatter_columns));
     m.impl("scatter_biased", TORCH_BOX(&scatter_biased));
+    m.impl("first_outside", TORCH_BOX(&first_outside));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sensikernels_native, CompositeExplicitAutograd, m) {

@@ -95,7 +95,7 @@ T* data(const Tensor& t, const char* name, ScalarType dtype, int64_t numel) {
     check_cpu(t, name);
     check_contiguous(t, name);
     check_dtype(t, name, dtype);
-    STD_TORCH_CHECK(t.numel() == numel, name, ": expected ", numel, " elements, got ", t.numel());
+    check_numel(t, name, numel);
     return static_cast<T*>(t.data_ptr());
 }
 
@@ -113,6 +113,13 @@ struct Rows {
         const ScalarType dtype = single ? ScalarType::Float : ScalarType::BFloat16;
         logits = data<void>(x, "logits", dtype, count * classes);
         labels = data<int64_t>(labels_, "labels", ScalarType::Long, count);
+    }
+
+    // The first row whose label is neither a class nor `ignored`; -1 if there is none.
+    int64_t first_wrong() const {
+        for (int64_t i = 0; i < count; ++i)
+            if (labels[i] != ignored && (labels[i] < 0 || labels[i] >= classes)) return i;
+        return -1;
     }
 
     // Calls run(row, its logits), several rows a task where they are short.
@@ -137,13 +144,10 @@ int64_t cross_entropy(const Tensor& logits, const Tensor& labels, int64_t ignore
     float* kept = data<float>(stats, "stats", ScalarType::Float, 2 * rows.count);
     float* mean = data<float>(loss, "loss", ScalarType::Float, 1);
     float* share = data<float>(scale, "scale", ScalarType::Float, 1);
+    const int64_t wrong = rows.first_wrong();
+    if (wrong >= 0) return wrong;
     int64_t counted = 0;
-    for (int64_t i = 0; i < rows.count; ++i) {
-        const int64_t label = rows.labels[i];
-        if (label == ignored) continue;
-        if (label < 0 || label >= rows.classes) return i;
-        ++counted;
-    }
+    for (int64_t i = 0; i < rows.count; ++i) counted += rows.labels[i] != ignored;
     std::vector<float> losses(rows.count);
     rows.each([&](int64_t i, const auto* x) {
         kept[2 * i] = kept[2 * i + 1] = 0.0f;
@@ -162,6 +166,9 @@ void cross_entropy_backward(const Tensor& dloss, const Tensor& logits, const Ten
                             const Tensor& stats, const Tensor& scale, int64_t ignored,
                             Tensor& dlogits) {
     const Rows rows(logits, labels, ignored);
+    const int64_t wrong = rows.first_wrong();
+    STD_TORCH_CHECK(wrong < 0, "labels: expected a class below ", rows.classes, " or ", ignored,
+                    ", got ", rows.labels[wrong < 0 ? 0 : wrong], " in row ", wrong);
     const float* kept = data<float>(stats, "stats", ScalarType::Float, 2 * rows.count);
     const float share = *data<float>(dloss, "dloss", ScalarType::Float, 1) *
                         *data<float>(scale, "scale", ScalarType::Float, 1);

@@ -58,9 +58,10 @@ void dropout(const Tensor& x, const Tensor& seed, int64_t threshold, Tensor& y) 
     check_contiguous(x, "x");
     check_contiguous(y, "y");
     check_dtype(seed, "seed", ScalarType::Long);
+    check_numel(seed, "seed", 1);
+    check_count(threshold, "threshold", 0, 65536);
     check_dtype(y, "y", x.scalar_type());
-    STD_TORCH_CHECK(y.numel() == x.numel(), "y: expected ", x.numel(), " elements, got ",
-                    y.numel());
+    check_numel(y, "y", x.numel());
     const bool single = x.scalar_type() == ScalarType::Float;
     STD_TORCH_CHECK(single || x.scalar_type() == ScalarType::BFloat16,
                     "x: expected float32 or bfloat16, got ", toString(x.scalar_type()));

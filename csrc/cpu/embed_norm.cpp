@@ -98,10 +98,7 @@ Lookup<T> lookup_of(const Tensor* ids, const Tensor* tables, int64_t tokens, int
         const int64_t count = tables[i].size(0);
         out.tables[i] = data<const T>(tables[i], "table", count * width);
         out.ids[i] = data<const int64_t>(ids[i], "ids", tokens);
-        const int64_t* id = out.ids[i];
-        for (int64_t t = 0; t < tokens; ++t)
-            STD_TORCH_CHECK(id[t] >= 0 && id[t] < count, "ids: expected ids in [0, ", count,
-                            "), got ", id[t]);
+        check_index(out.ids[i], tokens, "ids", 0, count);
     }
     return out;
 }
@@ -185,9 +182,7 @@ void add_rows(const Tensor& rows, const Tensor& index, Tensor& out) {
     check_size(out, "out", 1, rows.size(1));
     const int64_t tokens = rows.size(0), width = rows.size(1), count = out.size(0);
     const int64_t* id = data<const int64_t>(index, "index", tokens);
-    for (int64_t t = 0; t < tokens; ++t)
-        STD_TORCH_CHECK(id[t] >= 0 && id[t] < count, "index: expected ids in [0, ", count,
-                        "), got ", id[t]);
+    check_index(id, tokens, "index", 0, count);
     constexpr int64_t kStrip = 64;
     by_type(rows, "rows", [&](auto* kind) {
         using T = std::remove_pointer_t<decltype(kind)>;

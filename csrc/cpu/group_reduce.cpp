@@ -294,15 +294,48 @@ float* float_data(const std::optional<Tensor>& t, const char* name, int64_t slot
     return static_cast<float*>(t->data_ptr());
 }
 
+// That no chunk, partial or group lies beyond its table; what a tensor holds only the caller knows.
+void check_work(const Work& work, int64_t tensors, int64_t chunks, int64_t members) {
+    for (int64_t i = 0; i < tensors; ++i) {
+        sk::check_count(work.tensors[i].weight_type, "descriptors", 0, 2);
+        sk::check_count(work.tensors[i].grad_type, "descriptors", 0, 2);
+    }
+    for (int64_t i = 0; i < chunks; ++i) {
+        const Chunk& c = work.chunks[i];
+        sk::check_count(c.kind, "chunks.kind", kRowSums, kGather);
+        sk::check_count(c.tensor, "chunks.tensor", 0, tensors - 1);
+        STD_TORCH_CHECK(
+            c.row0 >= 0 && c.rows >= 0 && c.col0 >= 0 && c.cols >= 0 && c.block > 0 && c.pitch >= 0,
+            "chunks: expected sizes >= 0 and a block > 0");
+        const int64_t sums = c.kind == kRowSums      ? c.rows
+                             : c.kind == kColumnSums ? (c.cols + c.block - 1) / c.block
+                                                     : 1;
+        sk::check_count(sums, "chunks.rows", 0, work.n_partials);
+        sk::check_count(c.partial0, "chunks.partial0", 0, work.n_partials - sums);
+        if (c.kind != kGather) continue;
+        sk::check_count(c.rows, "chunks.rows", 0, members);
+        sk::check_count(c.row0, "chunks.row0", 0, members - c.rows);
+    }
+}
+
+void check_groups(const Finish& f, int64_t places) {
+    unsigned down = 0;
+    for (int64_t j = 0; j < f.n_groups; ++j) down |= f.starts[j + 1] < f.starts[j];
+    const int64_t last = f.order ? places : f.n_partials;
+    STD_TORCH_CHECK(down == 0 && f.starts[0] >= 0 && f.starts[f.n_groups] <= last,
+                    "starts: expected offsets that rise from 0 to at most ", last);
+    if (f.order) sk::check_index(f.order, places, "order", 0, f.n_partials);
+}
+
 void group_reduce(Tensor descriptors, Tensor chunks, Tensor starts, Tensor order, Tensor members,
                   int64_t statistics, Tensor partials, Tensor out, std::optional<Tensor> running,
                   std::optional<Tensor> ema, double decay) {
-    for (const auto* t : {&descriptors, &chunks, &starts, &members}) {
+    for (const auto* t : {&descriptors, &chunks, &starts, &members, &order}) {
         sk::check_cpu(*t, "table");
-        sk::check_dtype(*t, "table", ScalarType::Long);
+        sk::check_dtype(*t, "table", t == &order ? ScalarType::Int : ScalarType::Long);
         sk::check_contiguous(*t, "table");
     }
-    sk::check_dtype(order, "order", ScalarType::Int);
+    STD_TORCH_CHECK(starts.numel() > 0, "starts: expected at least one offset");
     sk::check_size(chunks, "chunks", 1, sizeof(Chunk) / 8);
     sk::check_size(descriptors, "descriptors", 1, sizeof(Descriptor) / 8);
     STD_TORCH_CHECK(statistics > 0 && statistics < 1 << kStatistics,
@@ -332,6 +365,8 @@ void group_reduce(Tensor descriptors, Tensor chunks, Tensor starts, Tensor order
         mask,
     };
     const int64_t n_chunks = chunks.size(0);
+    check_work(work, descriptors.size(0), n_chunks, members.numel());
+    check_groups(f, order.numel());
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), n_chunks);
     sk::for_each_in_ranges(n_chunks, threads, [&](int64_t, int64_t i) {
         const Chunk& c = work.chunks[i];

@@ -31,8 +31,10 @@ struct Dropout {
         if (seed_) {
             check_cpu(*seed_, "seed");
             check_dtype(*seed_, "seed", ScalarType::Long);
+            check_numel(*seed_, "seed", 1);
             seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed_->data_ptr()));
         }
+        check_count(threshold_, "threshold", 0, 65536);
         STD_TORCH_CHECK(seed_ || threshold_ == 65536, "seed: expected one beside a dropout");
         if (threshold) scale = 65536.0f / static_cast<float>(threshold);
     }
@@ -121,22 +123,37 @@ struct Moments {
 constexpr int kRows = 4;
 #define SK_ROWS _Pragma("GCC unroll 4") for (int r = 0; r < R; ++r)
 
+// The variance about `mean`, where taking it from two sums overflows.
+[[gnu::noinline]] static float variance_about(float mean, const float* z, int64_t n) {
+    Sum squares;
+    for (int64_t j = 0; j < n; ++j) squares.add((z[j] - mean) * (z[j] - mean));
+    return squares.total() / static_cast<float>(n);
+}
+
 // The moments of R rows of z, one after the other, whose sums are known. In two passes: a mean that
-// is large beside the deviations cancels nothing.
+// is large beside the deviations cancels nothing. A rounded mean is off by `shift`, which the
+// second pass sums too: of a row of equal elements nothing is left.
 template <int R>
 SK_INLINE void moments(const float* __restrict z, const Sum* sums, int64_t n, float eps,
                        Moments* out) {
     const float count = static_cast<float>(n);
     float mean[R];
-    Sum squares[R];
+    Sum squares[R], offs[R];
     SK_ROWS mean[r] = sums[r].total() / count;
     by_lanes(n, [&](int64_t j, auto lane) SK_LAMBDA {
         SK_ROWS {
             const auto off = read<decltype(lane)>(z + r * n + j) - mean[r];
+            offs[r].add(off);
             squares[r].add(off * off);
         }
     });
-    SK_ROWS out[r] = {mean[r], 1.0f / std::sqrt(squares[r].total() / count + eps)};
+    SK_ROWS {
+        const float shift = offs[r].total() / count;
+        float variance = squares[r].total() / count - shift * shift;
+        if (!std::isfinite(variance)) variance = variance_about(mean[r] + shift, z + r * n, n);
+        // Below zero by a rounding only; a NaN stays.
+        out[r] = {mean[r] + shift, 1.0f / std::sqrt((variance < 0.0f ? 0.0f : variance) + eps)};
+    }
 }
 
 SK_INLINE Moments moments(const float* z, int64_t n, float eps) {
@@ -240,7 +257,7 @@ T* data(const Tensor& t, const char* name, int64_t numel) {
                                      ? ScalarType::Long
                                      : ScalarType::BFloat16;
     check_dtype(t, name, dtype);
-    STD_TORCH_CHECK(t.numel() == numel, name, ": expected ", numel, " elements, got ", t.numel());
+    check_numel(t, name, numel);
     return static_cast<T*>(t.data_ptr());
 }
 

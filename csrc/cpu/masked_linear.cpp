@@ -331,10 +331,12 @@ Tensor lines(bool transposed, const Tensor& x, const Tensor& values, const Tenso
     s.lines = ptr.numel() - 1;
     s.perm = perm;
     s.out_width = out_width;
+    check_grid({transposed, s.lines, out_width, s.ld, idx.numel()}, values, s.ptr, s.idx, perm);
     if (bias) {
+        check_cpu(*bias, "bias");
         check_dtype(*bias, "bias", x.scalar_type());
         check_contiguous(*bias, "bias");
-        check_size(*bias, "bias", 0, out_width);
+        check_numel(*bias, "bias", out_width);
         s.bias = bias->data_ptr();
     }
     Tensor y = empty(x, {s.tokens, out_width});
@@ -358,6 +360,7 @@ Tensor block_forward(const Tensor& x, const Tensor& values, const Tensor& row_pt
 Tensor block_grad_input(const Tensor& dy, const Tensor& values, const Tensor& row_ptr_t,
                         const Tensor& row_idx_t, const Tensor& perm_t, int64_t in_width) {
     const int32_t* perm = int_data(perm_t, "perm_t");
+    check_numel(perm_t, "perm_t", row_idx_t.numel());
     return lines(false, dy, values, row_ptr_t, row_idx_t, perm, std::nullopt, in_width);
 }
 

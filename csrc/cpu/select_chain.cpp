@@ -36,9 +36,10 @@ Tensor select_chain(const Tensor& value, const Tensor& own, const Tensor& passed
     const auto* worth = column<double>(value, "value", ScalarType::Double, n);
     const auto* cost = column<int64_t>(own, "own", ScalarType::Long, n);
     const auto* reach = column<int64_t>(passed, "passed", ScalarType::Long, n);
-    STD_TORCH_CHECK(bins >= 1, "bins: expected at least 1, got ", bins);
-    for (int64_t i = 0; i < n; ++i)
-        STD_TORCH_CHECK(cost[i] >= 0 && reach[i] >= 0, "own: expected costs >= 0");
+    sk::check_count(bins, "bins", 1, INT32_MAX);
+    // In buckets; bins + 1 is what no budget pays.
+    sk::check_index(cost, n, "own", 0, bins + 2);
+    sk::check_index(reach, n, "passed", 0, bins + 2);
     Tensor kept = torch::stable::new_zeros(value, {n}, ScalarType::Bool);
     const int64_t wide = bins + 1;
     std::vector<double> best(wide, 0.0), before(wide);

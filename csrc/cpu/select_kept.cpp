@@ -292,8 +292,12 @@ void select_elements(std::vector<Tensor> tensors, std::vector<Tensor> grads,
     sk::check_dtype(arena, "arena", ScalarType::Byte);
     sk::check_dtype(threshold, "threshold", ScalarType::Float);
     sk::check_dtype(counts, "counts", ScalarType::Long);
-    sk::check_size(counts, "counts", 0, tensors.size());
-    sk::check_size(threshold, "threshold", 0, k.size());
+    for (const Tensor* t : {&arena, &threshold, &counts}) {
+        sk::check_cpu(*t, "arena, threshold, counts");
+        sk::check_contiguous(*t, "arena, threshold, counts");
+    }
+    sk::check_numel(counts, "counts", tensors.size());
+    sk::check_numel(threshold, "threshold", k.size());
     STD_TORCH_CHECK(k.size() == 1 || k.size() == tensors.size(), "k: expected 1 or ",
                     tensors.size(), " counts, got ", k.size());
     uint8_t* bits = static_cast<uint8_t*>(arena.data_ptr());
@@ -305,10 +309,8 @@ void select_elements(std::vector<Tensor> tensors, std::vector<Tensor> grads,
         sk::check_contiguous(tensors[i], "tensors");
         sk::check_contiguous(grads[i], "grads");
         const int64_t n = tensors[i].numel();
-        STD_TORCH_CHECK(grads[i].numel() == n, "grads: expected ", n, " entries, got ",
-                        grads[i].numel());
-        STD_TORCH_CHECK(offsets[i] >= 0 && offsets[i] + (n + 7) / 8 <= arena.numel(),
-                        "offsets: expected bits inside the arena, got ", offsets[i]);
+        sk::check_numel(grads[i], "grads", n);
+        sk::check_count(offsets[i], "offsets", 0, arena.numel() - (n + 7) / 8);
         const int64_t used = offsets[i] + (n + 7) / 8;
         const int64_t next = i + 1 < tensors.size() ? offsets[i + 1] : arena.numel();
         if (next > used) std::memset(bits + used, 0, next - used);

@@ -129,11 +129,7 @@ void Problem::rank() {
         for (int64_t i = 0; i < n; ++i) place[i] = (int32_t)i;
         return;
     }
-    for (int64_t i = 0; i < n; ++i) {
-        STD_TORCH_CHECK(0 <= segments[i] && segments[i] < n_segments,
-                        "segments: expected ids below ", n_segments, ", got ", segments[i]);
-        ++start[segments[i] + 1];
-    }
+    for (int64_t i = 0; i < n; ++i) ++start[segments[i] + 1];
     for (int64_t s = 0; s < n_segments; ++s) start[s + 1] += start[s];
     std::vector<int32_t> next(start.begin(), start.end() - 1);
     std::vector<int32_t>& by_segment = scratch.other;
@@ -307,7 +303,7 @@ const T* data_of(const std::optional<Tensor>& t, const char* name, ScalarType dt
     sk::check_cpu(*t, name);
     sk::check_dtype(*t, name, dtype);
     sk::check_contiguous(*t, name);
-    sk::check_size(*t, name, 0, n);
+    sk::check_numel(*t, name, n);
     return static_cast<const T*>(t->const_data_ptr());
 }
 
@@ -328,12 +324,25 @@ double select_units(const Tensor& scores, std::optional<Tensor> costs,
     p.costs = data_of<double>(costs, "costs", ScalarType::Double, p.n);
     p.segments = data_of<int64_t>(segments, "segments", ScalarType::Long, p.n);
     p.kinds = data_of<int64_t>(kinds, "kinds", ScalarType::Long, p.n);
+    sk::check_count(mode, "mode", kPerSegment, kBudget);
+    sk::check_count(p.n_segments, "n_segments", !p.segments && p.n ? 1 : 0, INT32_MAX);
+    if (p.segments) {
+        sk::check_index(p.segments, p.n, "segments", 0, p.n_segments);
+        for (int64_t i = 1; i < p.n; ++i)
+            STD_TORCH_CHECK(p.segments[i] >= p.segments[i - 1], "segments: expected ids that rise");
+    }
+    if (p.kinds) sk::check_index(p.kinds, p.n, "kinds", 0, 2);
     for (const int kind : {0, 1}) {
+        sk::check_count(minimum[kind], "minimum", 0, INT64_MAX);
+        sk::check_count(multiple[kind], "multiple", 1, INT32_MAX);
         p.minimum[kind] = minimum[kind];
         p.multiple[kind] = multiple[kind];
     }
     const int64_t n_limits = mode == kPerSegment ? p.n_segments : 1;
     const double* limit = data_of<double>(limits, "limits", ScalarType::Double, n_limits);
+    for (int64_t i = 0; i < n_limits; ++i)
+        STD_TORCH_CHECK(limit[i] == limit[i] && (limit[i] < 0x1p62 || mode != kPerSegment),
+                        "limits: expected counts or a budget, got ", limit[i]);
     data_of<bool>(bits, "bits", ScalarType::Bool, p.n);
     data_of<int32_t>(indices, "indices", ScalarType::Int, p.n);
     data_of<int32_t>(counts, "counts", ScalarType::Int, p.n_segments);

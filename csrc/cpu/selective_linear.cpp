@@ -143,17 +143,22 @@ Tensor block_grad_values(std::vector<Tensor> dys, const Tensor& x, std::vector<T
     const bool bf16 = check_activations(x, "x");
     STD_TORCH_CHECK(dys.size() == row_idx.size() && dys.size() == col_idx.size(),
                     "row_idx, col_idx: expected one for each of ", dys.size(), " dys");
+    STD_TORCH_CHECK(bm > 0 && bn > 0, "bm, bn: expected block sides above 0");
     int64_t blocks = 0;
     std::vector<Member> members;
     for (size_t i = 0; i < dys.size(); ++i) {
         check_activations(dys[i], "dys");
         check_dtype(dys[i], "dys", x.scalar_type());
         check_size(dys[i], "dys", 0, x.size(0));
-        check_size(col_idx[i], "col_idx", 0, row_idx[i].numel());
-        members.push_back({bf16 ? tiles_of<true>(dys[i], bm) : tiles_of<false>(dys[i], bm),
-                           int_data(row_idx[i], "row_idx"), int_data(col_idx[i], "col_idx"),
-                           row_idx[i].numel()});
-        blocks += row_idx[i].numel();
+        const int64_t kept = row_idx[i].numel();
+        check_numel(col_idx[i], "col_idx", kept);
+        const int32_t *rows = int_data(row_idx[i], "row_idx"),
+                      *columns = int_data(col_idx[i], "col_idx");
+        check_index(rows, kept, "row_idx", 0, ceil_div(dys[i].size(1), bm));
+        check_index(columns, kept, "col_idx", 0, ceil_div(x.size(1), bn));
+        members.push_back(
+            {bf16 ? tiles_of<true>(dys[i], bm) : tiles_of<false>(dys[i], bm), rows, columns, kept});
+        blocks += kept;
     }
     const Tiles right = bf16 ? tiles_of<true>(x, bn) : tiles_of<false>(x, bn);
     Tensor out = empty(x, {blocks, bm, bn});

@@ -227,6 +227,44 @@ Rates make_rates(const Item& item, const double* hyper, double clip, double unsc
     return rates;
 }
 
+// The kept units an item names: inside the parameter, ascending; rows of a gradient in any order.
+void check_units(const Item& item) {
+    check_count(item.kind, "table.kind", kAll, kTouched);
+    check_count(item.param_dtype, "table.param_dtype", kFloat, kHalf);
+    check_count(item.grad_dtype, "table.grad_dtype", kFloat, kHalf);
+    check_count(item.cohorts, "table.cohorts", 0, kCohorts);
+    STD_TORCH_CHECK(item.rows >= 0 && item.columns >= 0 && item.units >= 0,
+                    "table: expected sizes >= 0");
+    const auto* index = static_cast<const int32_t*>(item.index);
+    switch (item.kind) {
+        case kRows:
+            return check_index(index, item.units, "kept", 0, item.rows, true);
+        case kColumns:
+            return check_index(index, item.units, "kept", 0, item.columns, true);
+        case kBlocks: {
+            const int64_t high = item.block_rows, wide = item.block_columns;
+            STD_TORCH_CHECK(
+                high > 0 && wide > 0 && item.rows % high == 0 && item.columns % wide == 0,
+                "blocks: expected blocks that divide the parameter");
+            const int64_t units = item.rows / high * (item.columns / wide);
+            return check_index(index, item.units, "kept", 0, units, true);
+        }
+        case kTouched:
+            return check_index(index, item.units, "rows", -1, item.rows);
+        default:
+            return;
+    }
+}
+
+// A number for the whole step, float32; `otherwise` where there is none.
+float scalar(const std::optional<Tensor>& t, const char* name, float otherwise) {
+    if (!t) return otherwise;
+    check_cpu(*t, name);
+    check_dtype(*t, name, ScalarType::Float);
+    check_numel(*t, name, 1);
+    return *static_cast<const float*>(t->const_data_ptr());
+}
+
 void step(const Tensor& table, const Tensor& chunk_table, const Tensor& hyper, Tensor partials,
           Tensor norm, int64_t, double max_grad_norm, const std::optional<Tensor>& grad_scale,
           const std::optional<Tensor>& found_inf) {
@@ -250,11 +288,20 @@ void step(const Tensor& table, const Tensor& chunk_table, const Tensor& hyper, T
     const auto* rows = static_cast<const double*>(hyper.const_data_ptr());
     auto* sums = static_cast<double*>(partials.mutable_data_ptr());
     const int64_t count = chunk_table.size(0), parameters = table.size(0);
-    const auto scalar = [](const std::optional<Tensor>& t, float otherwise) {
-        return t ? *static_cast<const float*>(t->const_data_ptr()) : otherwise;
-    };
-
-    const double unscale = 1 / static_cast<double>(scalar(grad_scale, 1.0f));
+    for (int64_t i = 0; i < parameters; ++i) {
+        check_units(items[i]);
+        check_count(items[i].group, "table.group", 0, hyper.size(0) - 1);
+    }
+    for (int64_t c = 0; c < count; ++c) {
+        check_count(chunks[c].item, "chunks.item", 0, parameters - 1);
+        STD_TORCH_CHECK(0 <= chunks[c].first && chunks[c].first <= chunks[c].end,
+                        "chunks: expected units from 0 on");
+    }
+    check_cpu(norm, "norm");
+    check_dtype(norm, "norm", ScalarType::Float);
+    check_numel(norm, "norm", 1);
+    const bool stays = scalar(found_inf, "found_inf", 0.0f) != 0;
+    const double unscale = 1 / static_cast<double>(scalar(grad_scale, "grad_scale", 1.0f));
     double clip = 1;
     auto* norm_out = static_cast<float*>(norm.mutable_data_ptr());
     *norm_out = 0;
@@ -268,7 +315,7 @@ void step(const Tensor& table, const Tensor& chunk_table, const Tensor& hyper, T
         const float share = static_cast<float>(max_grad_norm) / (*norm_out + 1e-6f);
         clip = share > 1 ? 1 : share;
     }
-    if (scalar(found_inf, 0.0f) != 0) return;
+    if (stays) return;
 
     std::vector<Rates> rates;
     rates.reserve(parameters);
@@ -287,6 +334,8 @@ void step(const Tensor& table, const Tensor& chunk_table, const Tensor& hyper, T
 std::tuple<Tensor, Tensor> coalesce(const Tensor& rows, const Tensor& values) {
     check_dtype(rows, "rows", ScalarType::Long);
     check_dim(rows, "rows", 1);
+    check_cpu(rows, "rows");
+    check_cpu(values, "values");
     check_contiguous(rows, "rows");
     check_contiguous(values, "values");
     check_size(values, "values", 0, rows.size(0));
@@ -300,6 +349,7 @@ std::tuple<Tensor, Tensor> coalesce(const Tensor& rows, const Tensor& values) {
     Tensor touched = torch::stable::new_empty(rows, {n}, ScalarType::Int);
     Tensor sums = torch::stable::new_zeros(values, values.sizes(), ScalarType::Float);
     const auto* row = static_cast<const int64_t*>(rows.const_data_ptr());
+    check_index(row, n, "rows", 0, INT32_MAX);  // named by int32
     auto* named = static_cast<int32_t*>(touched.mutable_data_ptr());
     auto* out = static_cast<float*>(sums.mutable_data_ptr());
 

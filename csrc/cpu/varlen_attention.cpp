@@ -64,7 +64,7 @@ int64_t terms(int64_t n) {
 struct Head {
     Rows q, k, v, out;  // out: dO in backward
     Rows dq, dk, dv;    // backward only
-    float* logsumexp;
+    float* logsumexp;   // forward only
 };
 
 template <class Kind>
@@ -139,7 +139,7 @@ void backward_head(const Head& h, const Sizes& size, const Drop& drop, Scratch s
         prefetch<1>(h.dq.at(first), n);
         Kind::multiply(Left{packed_d, vo, 1}, n, vt, length, g, length, keys,
                        terms<Kind>(h.v.width), false);
-        softmax_backward(p, g, length, n, keys, size.scale, drop, first, h.logsumexp + first);
+        softmax_backward(p, g, length, n, keys, size.scale, drop, first);
         Kind::multiply(Kind::left(g, length, n, keys, narrowed), n, right_k, size.qk, dq, size.qk,
                        h.q.width, terms<Kind>(keys), false);
         write_rows(dq, size.qk, n, nullptr, 1.0f, h.dq.at(first));
@@ -166,6 +166,12 @@ void clear_rows(const Tensor& t, int64_t from) {
     std::memset(static_cast<char*>(t.data_ptr()) + from * bytes, 0, (t.size(0) - from) * bytes);
 }
 
+void check_rows(const Tensor& t, const char* name, int64_t tokens, int64_t heads, int64_t width) {
+    check_size(t, name, 0, tokens);
+    check_size(t, name, 1, heads);
+    check_size(t, name, 2, width);
+}
+
 const int32_t* offsets_of(const Tensor& t, const char* name) {
     check_cpu(t, name);
     check_dtype(t, name, ScalarType::Int);
@@ -173,9 +179,19 @@ const int32_t* offsets_of(const Tensor& t, const char* name) {
     return static_cast<const int32_t*>(t.data_ptr());
 }
 
+float* logsumexp_of(const Tensor& t, const Tensor& q) {
+    check_cpu(t, "logsumexp");
+    check_dtype(t, "logsumexp", ScalarType::Float);
+    check_contiguous(t, "logsumexp");
+    check_numel(t, "logsumexp", q.size(1) * q.size(0));
+    return static_cast<float*>(t.data_ptr());
+}
+
 Drop drop_of(const Tensor& seed, int64_t threshold) {
     check_cpu(seed, "seed");
     check_dtype(seed, "seed", ScalarType::Long);
+    check_numel(seed, "seed", 1);
+    check_count(threshold, "threshold", 0, 65536);
     return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr())), 0, 0,
             static_cast<uint32_t>(threshold),
             threshold ? 65536.0f / static_cast<float>(threshold) : 0.0f};
@@ -188,8 +204,8 @@ struct Call {
     Sizes longest;
     Drop drop;
 
-    Call(const Tensor& q, const Tensor& v, const Tensor& cu_q_, const Tensor& cu_k_,
-         const Tensor& seed, int64_t threshold, double scale)
+    Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q_,
+         const Tensor& cu_k_, const Tensor& seed, int64_t threshold, double scale)
         : cu_q(offsets_of(cu_q_, "cu_seqlens_query")),
           cu_k(offsets_of(cu_k_, "cu_seqlens")),
           sequences(cu_k_.numel() - 1),
@@ -198,10 +214,21 @@ struct Call {
           drop(drop_of(seed, threshold)) {
         STD_TORCH_CHECK(cu_q_.numel() == sequences + 1, "cu_seqlens_query: expected ",
                         sequences + 1, " entries, got ", cu_q_.numel());
+        STD_TORCH_CHECK(sequences >= 0, "cu_seqlens: expected at least one offset");
+        check_rows(k, "key", k.size(0), heads, q.size(2));
+        check_rows(v, "value", k.size(0), heads, v.size(2));
+        check_offsets(cu_q, "cu_seqlens_query", q.size(0));
+        check_offsets(cu_k, "cu_seqlens", k.size(0));
         for (int64_t s = 0; s < sequences; ++s) {
             longest.queries = std::max<int64_t>(longest.queries, cu_q[s + 1] - cu_q[s]);
             longest.keys = std::max<int64_t>(longest.keys, cu_k[s + 1] - cu_k[s]);
         }
+    }
+
+    void check_offsets(const int32_t* at, const char* name, int64_t tokens) const {
+        check_pointers(at, sequences, name, at[sequences]);
+        STD_TORCH_CHECK(at[sequences] <= tokens, name, ": expected offsets up to ", tokens,
+                        ", got ", at[sequences]);
     }
 
     // Calls run(head, sizes, drop) for each, and ahead(head, sizes) before the one before it;
@@ -235,10 +262,10 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
     const Rows qs = rows_of(q, "query", dtype), ks = rows_of(k, "key", dtype),
                vs = rows_of(v, "value", dtype), outs = rows_of(out, "out", dtype);
     check_contiguous(out, "out");
-    check_dtype(logsumexp, "logsumexp", ScalarType::Float);
-    const Call call(q, v, cu_q, cu_k, seed, threshold, scale);
-    float* const lse = static_cast<float*>(logsumexp.data_ptr());
-    const int64_t used = cu_q.numel() ? call.cu_q[call.sequences] : 0, tokens = q.size(0);
+    const Call call(q, k, v, cu_q, cu_k, seed, threshold, scale);
+    check_rows(out, "out", q.size(0), call.heads, v.size(2));
+    float* const lse = logsumexp_of(logsumexp, q);
+    const int64_t used = call.cu_q[call.sequences], tokens = q.size(0);
     clear_rows(out, used);
     for (int64_t head = 0; head < call.heads; ++head)
         std::fill(lse + head * tokens + used, lse + (head + 1) * tokens, 0.0f);
@@ -266,9 +293,9 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
 }
 
 void varlen_attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
-                               const Tensor& v, const Tensor& logsumexp, const Tensor& cu_q,
-                               const Tensor& cu_k, const Tensor& seed, int64_t threshold,
-                               double scale, bool pairs, Tensor& dq, Tensor& dk, Tensor& dv) {
+                               const Tensor& v, const Tensor& cu_q, const Tensor& cu_k,
+                               const Tensor& seed, int64_t threshold, double scale, bool pairs,
+                               Tensor& dq, Tensor& dk, Tensor& dv) {
     const ScalarType dtype = q.scalar_type();
     const Rows qs = rows_of(q, "query", dtype), ks = rows_of(k, "key", dtype),
                vs = rows_of(v, "value", dtype), douts = rows_of(dout, "dout", dtype),
@@ -277,16 +304,18 @@ void varlen_attention_backward(const Tensor& dout, const Tensor& q, const Tensor
     check_contiguous(dq, "dq");
     check_contiguous(dk, "dk");
     check_contiguous(dv, "dv");
-    check_dtype(logsumexp, "logsumexp", ScalarType::Float);
-    const Call call(q, v, cu_q, cu_k, seed, threshold, scale);
-    float* const lse = static_cast<float*>(logsumexp.data_ptr());
+    const Call call(q, k, v, cu_q, cu_k, seed, threshold, scale);
+    check_rows(dout, "dout", q.size(0), call.heads, v.size(2));
+    check_rows(dq, "dq", q.size(0), call.heads, q.size(2));
+    check_rows(dk, "dk", k.size(0), call.heads, q.size(2));
+    check_rows(dv, "dv", k.size(0), call.heads, v.size(2));
     clear_rows(dq, call.cu_q[call.sequences]);
     clear_rows(dk, call.cu_k[call.sequences]);
     clear_rows(dv, call.cu_k[call.sequences]);
     const bool in_pairs = pairs && qs.bf16 && Pairs::available();
-    const int64_t floats = call.longest.floats(), tokens = q.size(0), qh = q.stride(1),
-                  kh = k.stride(1), vh = v.stride(1), oh = dout.stride(1), dqh = dq.stride(1),
-                  dkh = dk.stride(1), dvh = dv.stride(1);
+    const int64_t floats = call.longest.floats(), qh = q.stride(1), kh = k.stride(1),
+                  vh = v.stride(1), oh = dout.stride(1), dqh = dq.stride(1), dkh = dk.stride(1),
+                  dvh = dv.stride(1);
     call.for_each_head(
         [&](int64_t s, int64_t head) {
             Head h = {};
@@ -297,7 +326,6 @@ void varlen_attention_backward(const Tensor& dout, const Tensor& q, const Tensor
             h.dq = dqs.at(call.cu_q[s], head * dqh);
             h.dk = dks.at(call.cu_k[s], head * dkh);
             h.dv = dvs.at(call.cu_k[s], head * dvh);
-            h.logsumexp = lse + head * tokens + call.cu_q[s];
             return h;
         },
         [](const Head& h, const Sizes& size) {
@@ -320,7 +348,7 @@ void varlen_attention_drop(Tensor& p, const Tensor& starts, const Tensor& seed, 
     const int32_t* const start = offsets_of(starts, "starts");
     const bool bf16 = p.scalar_type() == ScalarType::BFloat16;
     if (!bf16) check_dtype(p, "p", ScalarType::Float);
-    check_size(starts, "starts", 0, p.size(0));
+    check_numel(starts, "starts", p.size(0));
     const int64_t heads = p.size(1), rows = p.size(2), keys = p.size(3);
     const Drop drop = drop_of(seed, threshold);
     char* const base = static_cast<char*>(p.data_ptr());
@@ -344,9 +372,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sensikernels_native, m) {
         "Tensor(b!) logsumexp) -> ()");
     m.def(
         "varlen_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, "
-        "Tensor logsumexp, Tensor cu_seqlens_query, Tensor cu_seqlens, Tensor seed, "
-        "int threshold, float scale, bool pairs, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> "
-        "()");
+        "Tensor cu_seqlens_query, Tensor cu_seqlens, Tensor seed, int threshold, float scale, "
+        "bool pairs, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
     m.def("varlen_attention_drop(Tensor(a!) p, Tensor starts, Tensor seed, int threshold) -> ()");
 }
 

@@ -86,31 +86,34 @@ SK_INLINE void for_each_draw(const Drop& drop, int64_t first, int64_t rows, int6
         }
 }
 
+// A row of scaled scores to e^(score - largest); returns the sum, `top` is the largest. What is
+// subtracted is a score that was rounded as the others were, so no score's size matters.
+SK_INLINE float exponentials(float* row, int64_t keys, float scale, float& top) {
+    constexpr float lowest = -std::numeric_limits<float>::infinity();
+    Vec most = Vec{} + lowest;
+    for (int64_t j = 0; j < keys; j += kLanes) {
+        Vec v = load(row + j) * scale;
+        if (j + kLanes > keys) v = before(v, keys - j, lowest);
+        most = v > most ? v : most;
+        store(row + j, v);
+    }
+    top = fold_max(most);
+    Vec sum = {};
+    for (int64_t j = 0; j < keys; j += kLanes) {
+        Vec v = exponential(load(row + j) - top);
+        if (j + kLanes > keys) v = before(v, keys - j, 0.0f);
+        sum += v;
+        store(row + j, v);
+    }
+    return fold(sum);
+}
+
 // Scores to e^(score - largest), dropped ones to 0; `inverse`: 1 / row sums, before dropout.
 SK_CLONES void softmax(float* p, int64_t length, int64_t rows, int64_t keys, float scale,
                        const Drop& drop, int64_t first, float* inverse, float* logsumexp) {
-    constexpr float lowest = -std::numeric_limits<float>::infinity();
     alignas(64) float tops[kRows] = {}, totals[kRows] = {};
-    for (int64_t i = 0; i < rows; ++i) {
-        float* row = p + i * length;
-        Vec most = Vec{} + lowest;
-        for (int64_t j = 0; j < keys; j += kLanes) {
-            Vec v = load(row + j) * scale;
-            if (j + kLanes > keys) v = before(v, keys - j, lowest);
-            most = v > most ? v : most;
-            store(row + j, v);
-        }
-        const float top = fold_max(most);
-        Vec sum = {};
-        for (int64_t j = 0; j < keys; j += kLanes) {
-            Vec v = exponential(load(row + j) - top);
-            if (j + kLanes > keys) v = before(v, keys - j, 0.0f);
-            sum += v;
-            store(row + j, v);
-        }
-        tops[i] = top;
-        totals[i] = fold(sum);
-    }
+    for (int64_t i = 0; i < rows; ++i)
+        totals[i] = exponentials(p + i * length, keys, scale, tops[i]);
     for (int64_t i = 0; i < rows; i += kLanes) {
         store(inverse + i, keys ? 1.0f / load(totals + i) : Vec{});
         store(tops + i, load(tops + i) + logarithm(load(totals + i)));
@@ -126,20 +129,9 @@ SK_CLONES void softmax(float* p, int64_t length, int64_t rows, int64_t keys, flo
 
 // Scores and dP to what dV and dQ, dK are made of: p = dropped P, g = P (g - sum of P g) scale.
 SK_CLONES void softmax_backward(float* p, float* g, int64_t length, int64_t rows, int64_t keys,
-                                float scale, const Drop& drop, int64_t first,
-                                const float* logsumexp) {
-    float inverse[kRows] = {};  // a rounded logsumexp leaves sums off 1: divided out
-    for (int64_t i = 0; i < rows; ++i) {
-        Vec sum = {};
-        for (int64_t j = 0; j < keys; j += kLanes) {
-            float* at = p + i * length + j;
-            Vec v = exponential(load(at) * scale - logsumexp[i]);
-            if (j + kLanes > keys) v = before(v, keys - j, 0.0f);
-            sum += v;
-            store(at, v);
-        }
-        inverse[i] = fold(sum);
-    }
+                                float scale, const Drop& drop, int64_t first) {
+    float inverse[kRows] = {}, top;
+    for (int64_t i = 0; i < rows; ++i) inverse[i] = exponentials(p + i * length, keys, scale, top);
     for (int64_t i = 0; i < rows; i += kLanes) store(inverse + i, 1.0f / load(inverse + i));
     // A dropped probability is marked by its sign.
     if (drop.active())

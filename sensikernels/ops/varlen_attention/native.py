@@ -44,7 +44,6 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lse: Tensor,
     cu_query: Tensor,
     cu_key: Tensor,
     seed: Tensor,
@@ -53,6 +52,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)``, contiguous."""
     dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
-    arguments = (dout, query, key, value, lse, cu_query, cu_key, seed, threshold, scale, PAIRS)
+    arguments = (dout, query, key, value, cu_query, cu_key, seed, threshold, scale, PAIRS)
     _native.ops().varlen_attention_backward(*arguments, dq, dk, dv)
     return dq, dk, dv

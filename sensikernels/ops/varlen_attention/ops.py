@@ -78,7 +78,7 @@ def _backward(
         lengths = (max_query, max_key)
         return flash.backward(d, q, k, v, out, lse, state, *where, *lengths, threshold, scale)
     if backend == "native":
-        return native.backward(d, q, k, v, lse, *where, seed, threshold, scale)
+        return native.backward(d, q, k, v, *where, seed, threshold, scale)
     lengths = (max_query, max_key)
     return buckets.backward(d, q, k, v, *where, seed, *lengths, threshold, scale)
 
