@@ -37,8 +37,9 @@ from pathlib import Path
 from typing import Any
 
 import sensikernels
+from sensikernels.bench.checkout import ROOT
 
-RESULTS = Path(__file__).resolve().parent / "results" / "aot"
+RESULTS = ROOT / "bench" / "results" / "aot"
 OPS = Path(sensikernels.__file__).parent / "ops"
 
 

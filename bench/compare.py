@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from sensikernels.bench.checkout import ROOT
+
+RESULTS = ROOT / "bench" / "results"
 KEY = (
     "suite", "case", "candidate", "baseline", "pattern", "density", "block", "tokens",
     "in_features", "out_features", "dtype", "direction", "l2",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sensikernels.bench import suite_bars
+from sensikernels.bench.checkout import ROOT
 from sensikernels.bench.rows import write_json
 from sensikernels.bench.suite_report import (
     PICTURE,
@@ -26,7 +27,6 @@ from sensikernels.bench.suite_report import (
     machine_line,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "ARCHITECTURE.md")
 SUITES = tuple(dict.fromkeys(bar.suite for bar in suite_bars.BARS))
 

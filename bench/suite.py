@@ -24,10 +24,10 @@ from types import FrameType
 import torch
 
 from sensikernels.bench import rows
+from sensikernels.bench.checkout import ROOT
 from sensikernels.bench.suite_report import Report
 from sensikernels.bench.suite_steps import SECONDS, WEIGHTS, Options, Step, steps
 
-ROOT = Path(__file__).resolve().parents[1]
 RESERVE = 6.0
 """Seconds kept for the summary and the pictures."""
 MINUTES = {("cpu", True): 2.8, ("cpu", False): 60.0, ("cuda", True): 9.0, ("cuda", False): 60.0}

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from sensikernels import _native
+from sensikernels.bench.checkout import ROOT
 from sensikernels.bench.rows import provenance, write_json
 from sensikernels.errors import SensiError
 
-ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "sensikernels" / _native._LIBRARY.name
 
 

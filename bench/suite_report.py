@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sensikernels.bench import suite_bars, suite_pytest
+from sensikernels.bench import suite_bars
+from sensikernels.bench.checkout import ROOT
 from sensikernels.bench.roofline import draw
 from sensikernels.bench.rows import read_journal, write_json
+from sensikernels.bench.suite_pytest import OUTCOMES
+from sensikernels.bench.suite_pytest import summary as summary_of_tests
 from sensikernels.bench.suite_steps import Step
 
-ROOT = Path(__file__).resolve().parents[1]
 RECORD, SUMMARY, PICTURE, LOGS = "suite.json", "summary.md", "roofline.png", "logs.tar.gz"
 LOG_BYTES = 1 << 20
 """Of a longer log the two ends are kept."""
@@ -97,7 +99,7 @@ def read_result(step: Step) -> Any:
     if step.suite:
         return read_journal(path.with_suffix(".jsonl"))
     if path.suffix == ".jsonl":
-        return suite_pytest.summary(path)
+        return summary_of_tests(path)
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -153,7 +155,7 @@ def ceiling_table(ceilings: Sequence[Mapping[str, Any]]) -> list[str]:
 def _tests(found: Mapping[str, Any] | None) -> list[str]:
     if not found or "passed" not in found:
         return [suite_bars.NOT_YET]
-    counts = ", ".join(f"{found[name]} {name}" for name in suite_pytest.OUTCOMES)
+    counts = ", ".join(f"{found[name]} {name}" for name in OUTCOMES)
     return [counts, *(f"- `{one['test']}`" for one in found["failures"][:40])]
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sensikernels.ops.subset_adamw import SubsetAdamW as SubsetAdamW
     from sensikernels.ops.varlen_attention import varlen_attention as varlen_attention
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Resolved on first use, so that importing the package costs torch and nothing more.
 _HOMES = {

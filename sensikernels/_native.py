@@ -20,9 +20,8 @@ _MISSING = Path(__file__).with_name("_native_missing.txt")
 def why_not() -> str | None:
     """Why the extension cannot be used, on one line; None if it can. Loads it."""
     if not _LIBRARY.exists():
-        reason = _MISSING.read_text().splitlines()[0] if _MISSING.exists() else "it was not built"
         return (
-            f"no compiled extension ({reason}); "
+            f"no compiled extension ({_note() or 'it was not built'}); "
             "`SENSIKERNELS_BUILD=cpu pip install --no-build-isolation .` builds it"
         )
     try:
@@ -51,6 +50,35 @@ def ops() -> Any:
     if reason is not None:
         raise SensiError(f"native backend: {reason}")
     return torch.ops.sensikernels_native
+
+
+def why_no_cuda() -> str | None:
+    """Why the extension holds no CUDA kernels, on one line; None if it does.
+
+    Raises:
+        SensiError: there is no extension.
+    """
+    if build_info()["cuda_archs"]:
+        return None
+    return f"built without CUDA kernels ({_note() or 'no note says why'})"
+
+
+def describe() -> str:
+    """Which build this is, on one line: pure Python and why, or what it holds kernels for."""
+    reason = why_not()
+    if reason is not None:
+        return reason if _LIBRARY.exists() else f"pure Python, {reason}"
+    info = build_info()
+    made = f"{info['compiler']}, torch {info['torch']}"
+    if info["cuda_archs"]:
+        archs = ", ".join(f"sm_{arch}" for arch in info["cuda_archs"].split())
+        return f"native, CPU and CUDA kernels for {archs} ({made})"
+    return f"native, CPU kernels ({made}); {why_no_cuda()}"
+
+
+def _note() -> str:
+    """What the build wrote down about what it left out; empty if nothing."""
+    return _MISSING.read_text().splitlines()[0] if _MISSING.exists() else ""
 
 
 def build_info() -> dict[str, str]:

@@ -22,10 +22,12 @@ def report() -> dict[str, Any]:
     """Versions, devices and backends, as plain values fit for JSON.
 
     ``backends`` maps each name to None if it is usable, else to the reason why it is not.
-    ``extension`` is what the compiled library was built from, None without one.
+    ``build`` says which build this is; ``extension`` is what the compiled library was built
+    from, None without one.
     """
     return {
         "sensikernels": __version__,
+        "build": _native.describe(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "libraries": {"torch": torch.__version__, **{n: _version(n) for n in _LIBRARIES}},
@@ -53,12 +55,13 @@ def backends() -> dict[str, str | None]:
 
 
 def show(facts: dict[str, Any]) -> None:
-    """Print a report as two tables."""
+    """Print a report: which build this is, on one line, and two tables."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
+    console.print(f"build: {escape(facts['build'])}", soft_wrap=True, highlight=False)
     machine = Table(title="sensikernels doctor", show_header=False, title_justify="left")
     for name, value in _lines(facts):
         machine.add_row(name, escape(value))
@@ -76,11 +79,7 @@ def main() -> None:
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     libraries = facts["libraries"].items()
-    extension = facts["extension"]
     cpu = facts["cpu"]
-    built = f"torch {extension['torch']}, {extension['compiler']}" if extension else "not loaded"
-    if extension:
-        built += f", CUDA {extension['cuda_archs'] or 'not included'}"
     return [
         ("version", f"{facts['sensikernels']}, Python {facts['python']}, {facts['platform']}"),
         ("libraries", ", ".join(f"{n} {v}" for n, v in libraries if v)),
@@ -88,7 +87,6 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("CPU", f"{cpu['capability']}, {cpu['threads']} threads"),
         ("float32 matmul", cpu["float32_matmul_precision"]),
         *((f"GPU {i}", _gpu_line(gpu)) for i, gpu in enumerate(facts["gpus"])),
-        ("extension", built),
         ("backend=auto", facts["auto"]),
     ]
 
@@ -123,11 +121,7 @@ def _no_gpu() -> str | None:
 
 def _native_cuda() -> str | None:
     reason = _native.why_not() or _no_gpu()
-    if reason:
-        return reason
-    if not _native.build_info()["cuda_archs"]:
-        return "the extension was built without nvcc"
-    return None
+    return reason or _native.why_no_cuda()
 
 
 def _triton(*, interpreted: bool) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,51 @@ def test_without_a_gpu_the_reason_is_the_gpu():
         doctor.backends()["triton"]
     )
     assert doctor.backends()["native (CUDA)"] is not None
+
+
+MADE = "(gcc 1, torch 2)"
+WITHOUT = f"native, CPU kernels {MADE}; built without CUDA kernels"
+
+
+@pytest.mark.parametrize(
+    ("reason", "archs", "note", "line"),
+    [
+        (None, "80 90a", "", f"native, CPU and CUDA kernels for sm_80, sm_90a {MADE}"),
+        (None, "", "no nvcc\nat all", f"{WITHOUT} (no nvcc)"),
+        (None, "", None, f"{WITHOUT} (no note says why)"),
+        ("it is broken", "", None, "it is broken"),
+    ],
+)
+def test_one_line_says_which_build_this_is(
+    monkeypatch, tmp_path: Path, capsys, reason: str | None, archs: str, note: str | None, line: str
+):
+    library, missing = tmp_path / "library.so", tmp_path / "missing.txt"
+    library.write_bytes(b"")
+    if note is not None:
+        missing.write_text(note)
+    monkeypatch.setattr(_native, "_LIBRARY", library)
+    monkeypatch.setattr(_native, "_MISSING", missing)
+    monkeypatch.setattr(_native, "why_not", lambda: reason)
+    info = {"compiler": "gcc 1", "torch": "2", "cuda_archs": archs}
+    monkeypatch.setattr(_native, "build_info", lambda: info)
+    facts = doctor.report()
+    assert facts["build"] == line
+    doctor.show(facts)
+    assert capsys.readouterr().out.splitlines()[0] == f"build: {line}"
+
+
+def test_a_pure_build_says_why_it_is_one(monkeypatch, tmp_path: Path):
+    missing = tmp_path / "missing.txt"
+    missing.write_text("SENSIKERNELS_BUILD=none\n")
+    monkeypatch.setattr(_native, "_LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(_native, "_MISSING", missing)
+    _native.why_not.cache_clear()
+    try:
+        line = _native.describe()
+    finally:
+        _native.why_not.cache_clear()
+    assert line.startswith("pure Python, no compiled extension (SENSIKERNELS_BUILD=none); ")
+    assert "\n" not in line
 
 
 def test_missing_library_is_no_version():

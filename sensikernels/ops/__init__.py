@@ -1,0 +1,1 @@
+"""The ops: a folder each, tensors in, tensors out. No folder imports another but ``common``."""
