@@ -14,8 +14,9 @@ PACKAGE = ROOT / "sensikernels"
 # Imports point to a lower number, or stay inside one package. Level 0 is one floor for all.
 LEVELS = {
     **dict.fromkeys(["errors", "types", "layouts", "dispatch"], 0),
-    **dict.fromkeys(["_checks", "_settings", "_native", "_progress"], 0),
+    **dict.fromkeys(["_checks", "_files", "_settings", "_native", "_progress"], 0),
     **dict.fromkeys(["_bits", "_blocks", "_columns", "_compile", "_philox", "_timing"], 0),
+    **dict.fromkeys(["_values"], 0),
     "ops": 1,
     "masks": 2,
     **dict.fromkeys(["criteria", "nn"], 3),

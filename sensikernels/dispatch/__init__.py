@@ -8,7 +8,6 @@ wins.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +20,15 @@ import torch
 from sensikernels import _blocks
 from sensikernels._checks import require
 from sensikernels._compile import constant_when_traced
+from sensikernels._files import read_json, sealed, unsealed, write_json
 from sensikernels.errors import DataError
 
 USER_TABLES = Path.home() / ".cache" / "sensikernels" / "dispatch"
 KINDS = ("packed", "block-sparse", "selective")
+DIRECTIONS = ("forward+backward", "forward")
+FORMAT = 2
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_LARGEST = 1 << 24  # of a block's side and a token count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,18 @@ class BreakEven:
     density: float
     direction: str = "forward+backward"
     """``forward``: against a dense weight at hand; else dense has to be unpacked and packed."""
+
+    def __post_init__(self) -> None:
+        require(self.kind in KINDS, "kind", "one of " + ", ".join(KINDS), self.kind)
+        require(self.dtype in _DTYPES, "dtype", "one of " + ", ".join(_DTYPES), self.dtype)
+        known = self.direction in DIRECTIONS
+        require(known, "direction", "one of " + ", ".join(DIRECTIONS), self.direction)
+        for name, least in (("block", 0), ("tokens", 1)):
+            size = getattr(self, name)
+            ok = type(size) is int and least <= size <= _LARGEST
+            require(ok, name, f"a whole number from {least} to {_LARGEST}", size)
+        ok = type(self.density) in (int, float) and 0 <= self.density <= 1
+        require(ok, "density", "a share from 0 to 1", self.density)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +79,22 @@ def read_table(path: Path) -> tuple[BreakEven, ...]:
     """The entries of a table file.
 
     Raises:
-        DataError: the file is not a table.
+        DataError: the file is not a table, or it was edited or damaged.
     """
     try:
-        return tuple(BreakEven(**entry) for entry in json.loads(path.read_text())["break_even"])
+        body = unsealed(read_json(path), FORMAT, "measure anew: sensikernels tune")
+        return tuple(BreakEven(**entry) for entry in body["break_even"])
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: expected a dispatch table, got {error!r}") from error
+        why = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{path}: expected a dispatch table: {why}") from error
 
 
 def write_table(path: Path, table: Sequence[BreakEven], facts: dict[str, Any]) -> None:
     """Write a table and the ``facts`` of its measurement by renaming; forget what was loaded."""
-    document = {**facts, "break_even": [vars(entry) for entry in table]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    temporary.replace(path)
+    document = {"format": FORMAT, **facts, "break_even": [vars(entry) for entry in table]}
+    write_json(path, sealed(document))
     load.cache_clear()
     _break_even.cache_clear()
 

@@ -11,19 +11,32 @@ import torch
 from torch import nn
 
 from sensikernels.errors import DataError
+from sensikernels.hf.model_folder import CONFIG, check_folder, check_loaded
 
 
-def load_model(path: Path | str, *, labels: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(
+    path: Path | str,
+    *,
+    labels: int,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> nn.Module:
     """A sequence-classification model: a hub name, or a folder with ``config.json``.
 
-    ``labels=1`` is regression. A head for other labels is not loaded but made anew. Raises
-    DataError when the model cannot be loaded.
+    ``labels=1`` is regression. A head for other labels is not loaded but made anew; every other
+    weight comes from the folder. Code of the folder runs only with ``trust_remote_code``.
+
+    Raises:
+        DataError: the model cannot be loaded, naming the file and what is wrong with it: a config
+            that cannot be, weights missing, left over, of another size, not finite or damaged.
     """
     from transformers import AutoModelForSequenceClassification
 
     import sensikernels.hf.modeling  # noqa: F401  registers the compact classes
 
     problem = {"problem_type": "regression"} if labels == 1 else {}
+    if (folder := Path(path)).is_dir():
+        check_folder(folder)
     model, found = _load(
         AutoModelForSequenceClassification,
         path,
@@ -31,21 +44,31 @@ def load_model(path: Path | str, *, labels: int, dtype: torch.dtype = torch.floa
         dtype=dtype,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
+        trust_remote_code=trust_remote_code,
         **problem,
     )
-    # A head for other labels is replaced by a new one; any other mismatch is a broken model.
-    wrong = sorted(key for key, *_ in found["mismatched_keys"] if not key.startswith("classifier"))
-    if wrong:
-        raise DataError(f"model {path}: weights of another size than its config says: {wrong[0]}")
+    check_loaded(path, model, found)
     trained: nn.Module = model
     return trained
 
 
-def load_tokenizer(path: Path | str) -> Any:
-    """The model's tokenizer. Raises DataError when it cannot be loaded."""
+def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        DataError: it cannot be loaded, or the folder holds no vocabulary: an empty one is made up
+            by the library then, which knows no word.
+    """
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer, path)
+    made = _load(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+    names = sorted(set(made.vocab_files_names.values()))
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in names):
+        raise DataError(f"model {path}: no tokenizer: none of {', '.join(names)} there")
+    if len(made) <= len(set(made.all_special_ids)):
+        raise DataError(f"model {path}: tokenizer without a word: {', '.join(names)} expected")
+    return made
 
 
 @contextmanager
@@ -65,13 +88,18 @@ def quiet() -> Iterator[None]:
 
 
 def _load(auto: Any, path: Path | str, **named: Any) -> Any:
-    from safetensors import SafetensorError
-
+    """``auto.from_pretrained``: whatever it raises is about the files it was given."""
     try:
         return auto.from_pretrained(str(path), **named)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise DataError(f"model {path}: {first}") from error
+    except Exception as error:
+        raise DataError(f"model {path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library said; its kind too where that was no message to a user."""
+    lines = str(error).strip().splitlines() or [""]
+    plain = isinstance(error, (OSError, ValueError))
+    return lines[0] if plain else f"{CONFIG} or weights: {type(error).__name__}: {lines[0]}"
 
 
 def random_bert(*, labels: int = 2, **shape: Any) -> nn.Module:

@@ -39,10 +39,10 @@ class Budget:
         require(len(given) == 1, "budget", expected, given or "none")
         for name in SHARES:
             share = getattr(self, name)
-            ok = share is None or (isinstance(share, (int, float)) and 0 < share <= 1)
+            ok = share is None or (type(share) in (int, float) and 0 < share <= 1)
             require(ok, f"budget {name}", "a share above 0 and at most 1", share)
         for kind, count in (self.units or {}).items():
-            ok = isinstance(count, int) and count >= 0
+            ok = type(count) is int and count >= 0
             require(ok, f"budget units[{kind!r}]", "a count of at least 0", count)
         require_one_of(self.scope, "budget scope", SCOPES)
         whole = self.step_time is None or self.scope == "global"

@@ -6,7 +6,7 @@ cost of a width is looked up, not computed.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from sensikernels._checks import require
+from sensikernels._files import read_json, sealed, unsealed, write_json
 from sensikernels.errors import DataError, UsageError
 from sensikernels.masks.structure import Coupling, Structure
 
 INNER, LAST = "inner", "last"
 KINDS = ("heads", "neurons")
+FORMAT = 2
 _BINS = 8192  # a coupling's cost is rounded up to 1/8192 of the room: under 0.3 % for 24 couplings
 
 Floats = npt.NDArray[np.float64]
@@ -65,30 +67,62 @@ class StepCosts:
             return saved[np.minimum(np.searchsorted(widths, kept), len(widths) - 1)]
         return np.interp(kept, widths, saved)
 
+    def __post_init__(self) -> None:
+        for name, least in (("threads", 0), ("tokens", 1), ("layers", 1)):
+            _require_count(getattr(self, name), name, least)
+        known = {kind: count for kind, count in self.units.items() if kind in KINDS}
+        require(bool(known), "units", "heads or neurons", dict(self.units))
+        for kind, count in self.units.items():
+            _require_count(count, f"units of {kind}", 1)
+        require(_is_ms(self.dense_ms) and self.dense_ms > 0, "dense_ms", "above 0", self.dense_ms)
+        require(type(self.staircase) is bool, "staircase", "true or false", self.staircase)
+        require(set(self.saved) == {INNER, LAST}, "saved", f"{INNER} and {LAST}", [*self.saved])
+        for where, kinds in self.saved.items():
+            require(set(kinds) == set(known), f"saved {where}", sorted(known), sorted(kinds))
+            for kind, points in kinds.items():
+                _require_points(f"saved {where} {kind}", points, known[kind])
+
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary that ``load`` reads back."""
         return dict(vars(self))
 
     def save(self, path: Path) -> None:
-        """Write the table as JSON, by renaming."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-        temporary.replace(path)
+        """Write the table as JSON, by renaming. Raises SensiError where the disk refuses."""
+        write_json(path, sealed({"format": FORMAT, **self.to_json()}))
 
     @classmethod
     def load(cls, path: Path) -> StepCosts:
         """Read what ``save`` wrote. Raises DataError for anything else."""
         try:
-            data = json.loads(path.read_text())
+            data = unsealed(read_json(path), FORMAT, "measure anew: sensikernels tune --costs")
+            del data["format"]
             data["saved"] = {
-                where: {kind: {int(w): float(ms) for w, ms in points.items()}
+                where: {kind: {int(w): ms for w, ms in points.items()}
                         for kind, points in kinds.items()}
                 for where, kinds in data["saved"].items()
             }  # fmt: skip
             return cls(**data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
+            raise DataError(f"costs {path}: cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"costs {path}: expected a table of step costs, got {error}") from error
+
+
+def _require_points(argument: str, points: Mapping[int, float], units: int) -> None:
+    for width, ms in points.items():
+        _require_count(width, f"{argument} width", 0)
+        require(width <= units, f"{argument} width", f"at most {units}", width)
+        require(_is_ms(ms), f"{argument} {width}", "finite milliseconds", ms)
+    require(units in points, argument, f"a time of all {units}", sorted(points)[-3:])
+
+
+def _require_count(value: Any, argument: str, least: int) -> None:
+    ok = type(value) is int and least <= value <= 1 << 53
+    require(ok, argument, f"a whole number of at least {least}", f"{value!r:.40}")
+
+
+def _is_ms(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e12
 
 
 def _falling(values: Floats) -> Floats:

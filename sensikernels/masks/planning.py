@@ -25,6 +25,7 @@ Dimensions (Q/K or V/O) are counted per head."""
 MINIMUMS: Mapping[str, int] = {"heads": 1, "dimensions": 8, "neurons": 16}
 """Units that every layer keeps whatever its scores."""
 
+_MOST = 1 << 24
 _FAMILY = {"qk": "dimensions", "vo": "dimensions"}
 
 
@@ -69,6 +70,9 @@ def plan(
     require(length > 0, "sequence_length", "a positive number of tokens", length)
     multiples = {**MULTIPLES, **(multiples or {})}
     minimums = {**MINIMUMS, **(minimums or {})}
+    for name, count in {**multiples, **minimums}.items():
+        ok = type(count) is int and 0 < count <= _MOST
+        require(ok, f"multiple or minimum of {name}", f"a count from 1 to {_MOST}", count)
     structure = scores.structure.at(tokens_per_sequence, attended)
     unknown = sorted({*multiples, *minimums} - set(MULTIPLES))
     require(not unknown, "multiples", f"kinds among {sorted(MULTIPLES)}", unknown)
@@ -267,6 +271,7 @@ def _assemble(
         params_dense=structure.params(),
         params_planned=structure.params(counts),
         origin={"criterion": scores.criterion, "statistic": scores.statistic, "rows": scores.rows},
+        shapes=structure.shapes(),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,22 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from sensikernels._checks import require
+from sensikernels._files import digest_of_file, read_json, sealed, unsealed, write_json, writing
 from sensikernels.errors import CheckpointError, UsageError
 from sensikernels.masks.budget import Budget
 from sensikernels.masks.flops import tokens_of, training_flops
 from sensikernels.masks.mask import Mask
-from sensikernels.masks.structure import Coupling, coupling_from_json, coupling_to_json
-
-FORMAT = 1
-WEIGHT_MASK, UPDATE_MASK = "weight_mask", "update_mask"
-_PLAIN = (
-    "method",
-    "sequence_length",
-    "flops_dense",
-    "flops_planned",
-    "params_dense",
-    "params_planned",
+from sensikernels.masks.plan_files import (
+    FORMAT,
+    REMEDY,
+    UPDATE_MASK,
+    WEIGHT_MASK,
+    amount,
+    read_coupling,
+    read_masks,
+    read_names,
+    read_shapes,
+    text,
+    whole_number,
 )
+from sensikernels.masks.structure import Coupling, Member, coupling_to_json
+
+_AMOUNTS = ("sequence_length", "flops_dense", "flops_planned")
+_COUNTS = ("params_dense", "params_planned")
+_PLAIN = ("method", *_AMOUNTS, *_COUNTS)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,7 +44,11 @@ class Plan:
 
     ``weight_masks`` multiply weights in the forward pass; ``update_masks`` choose the entries
     that get a gradient. ``trainable`` names the parameters that train (None: all of them).
-    FLOPs are training FLOPs per token at ``sequence_length``.
+    FLOPs are training FLOPs per token at ``sequence_length``. ``shapes``: the weights of the
+    encoder that the plan was made for, by module name; empty where any will do that has the masks'.
+
+    Raises:
+        UsageError: the masks of a coupling's members do not keep the same units.
     """
 
     method: str
@@ -51,6 +63,31 @@ class Plan:
     params_dense: int = 0
     params_planned: int = 0
     origin: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for coupling in self.couplings:
+            kept = self.kept_units(coupling)
+            for member in coupling.members:
+                _require_same_units(coupling, member, self.weight_masks.get(member.module), kept)
+
+    def require_made_for(self, model: nn.Module) -> None:
+        """Raise UsageError unless ``model`` has the encoder that the plan was made for, no more."""
+        if not self.shapes:
+            return
+        alike = {_any_layer(name) for name in self.shapes}
+        here = {
+            name: tuple(module.weight.shape)
+            for name, module in model.named_modules()
+            if _any_layer(name) in alike and isinstance(module.weight, Tensor)
+        }
+        for name in dict.fromkeys([*self.shapes, *here]):
+            want, got = self.shapes.get(name), here.get(name)
+            if want != got:
+                raise UsageError(
+                    f"plan: expected the model it was made for, with {name} {_said(want)}, "
+                    f"got one with {_said(got)}"
+                )
 
     def kept_units(self, coupling: Coupling) -> Tensor:
         """bool ``[units]``: what the plan keeps of a coupling."""
@@ -104,7 +141,7 @@ class Plan:
     def save(self, path: Path | str) -> None:
         """Write ``path`` (JSON) and, beside it, the grids as safetensors; each by renaming.
 
-        The JSON goes last: a plan whose JSON exists is whole.
+        The JSON goes last and holds the digest of the grids: a plan that loads is whole.
         """
         from safetensors.torch import save_file
 
@@ -113,31 +150,41 @@ class Plan:
             f"{kind}:{name}": mask.grid.to(torch.uint8).contiguous()
             for kind, name, mask in self._masks()
         }
-        tensors = path.with_suffix(".safetensors")
-        temporary = tensors.with_name(tensors.name + ".tmp")
-        save_file(grids, temporary)
-        temporary.replace(tensors)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-        temporary.replace(path)
+        beside = path.with_suffix(".safetensors")
+        require(beside != path, "path", "a name that does not end in .safetensors", path)
+        with writing(beside) as temporary:
+            save_file(grids, temporary)
+            digest = digest_of_file(temporary)
+        write_json(path, sealed({**self.to_json(), "grids": digest}))
 
     @classmethod
     def load(cls, path: Path | str) -> Plan:
         """Read what ``save`` wrote.
 
         Raises:
-            CheckpointError: a file is missing, unreadable or not a plan of this format.
+            CheckpointError: a file is missing, edited, damaged, or not a plan of this format.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = Path(path)
+        beside = path.with_suffix(".safetensors")
         try:
-            data = json.loads(path.read_text())
-            grids = load_file(path.with_suffix(".safetensors"))
-            return cls._from_json(data, grids)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise CheckpointError(f"plan {path}: {type(error).__name__}: {error}") from error
+            data = unsealed(read_json(path), FORMAT, REMEDY)
+            intact = data.pop("grids") == digest_of_file(beside)
+            require(intact, beside.name, "the grids of this plan", f"others; {REMEDY}")
+            made = cls._from_json(data, load_file(beside))
+            whole = json.loads(json.dumps(made.to_json())) == data
+            require(whole, "content", "what follows from its masks", "other figures or more")
+            return made
+        except OSError as error:
+            why = f"{Path(error.filename or path).name}: {error.strerror}"
+            raise CheckpointError(f"plan {path}: {why}") from error
+        except _MALFORMED as error:
+            why = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"plan {path}: {why}") from error
+        except (ValueError, SafetensorError) as error:
+            raise CheckpointError(f"plan {path}: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the grids, with the kept counts for people."""
@@ -156,6 +203,7 @@ class Plan:
                 for kind, name, m in self._masks()
             ],
             "origin": dict(self.origin),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
         }  # fmt: skip
 
     def _masks(self) -> list[tuple[str, str, Mask]]:
@@ -164,23 +212,53 @@ class Plan:
 
     @classmethod
     def _from_json(cls, data: Mapping[str, Any], grids: Mapping[str, Tensor]) -> Plan:
-        require(data["format"] == FORMAT, "plan format", FORMAT, data["format"])
-        masks: dict[str, dict[str, Mask]] = {WEIGHT_MASK: {}, UPDATE_MASK: {}}
-        for item in data["masks"]:
-            masks[item["kind"]][item["module"]] = Mask(
-                grid=grids[f"{item['kind']}:{item['module']}"].bool(),
-                block_shape=tuple(item["block_shape"]),
-                shape=tuple(item["shape"]),
-            )
-        trainable = data["trainable"]
+        text(data["method"], "method")
+        for name in _AMOUNTS:
+            amount(data[name], name)
+        for name in _COUNTS:
+            whole_number(data[name], name, 0)
+        require(isinstance(data["origin"], dict), "origin", "an object", data["origin"])
+        masks = read_masks(data["masks"], grids)
         return cls(
             **{name: data[name] for name in (*_PLAIN, "origin")},
             weight_masks=masks[WEIGHT_MASK],
             update_masks=masks[UPDATE_MASK],
-            trainable=None if trainable is None else tuple(trainable),
-            couplings=tuple(coupling_from_json(c) for c in data["couplings"]),
+            trainable=read_names(data["trainable"]),
+            couplings=tuple(read_coupling(c) for c in data["couplings"]),
             budget=None if data["budget"] is None else Budget(**data["budget"]),
+            shapes=read_shapes(data["shapes"]),
         )
+
+
+# What taking a stranger's JSON apart raises, where the text alone would not say what was wrong.
+_MALFORMED = (KeyError, TypeError, AttributeError, IndexError, OverflowError)
+
+
+def _require_same_units(
+    coupling: Coupling, member: Member, mask: Mask | None, kept: Tensor
+) -> None:
+    """Raise UsageError unless ``mask`` keeps these bands of units of a member's weight."""
+    where = f"plan: {coupling.name}: {member.module}"
+    sides = member.shape[member.axis], coupling.units * coupling.unit_size
+    require(sides[0] == sides[1], where, f"{sides[1]} rows or columns of units", sides[0])
+    if mask is None:
+        require(bool(kept.all()), where, "the units that the others keep", "all units")
+        return
+    height, width = member.shape
+    size = coupling.unit_size
+    block = (size, width) if member.axis == 0 else (height, size)
+    got = (mask.shape, mask.block_shape)
+    require(got == (member.shape, block), where, f"bands {block} of {member.shape}", got)
+    same = torch.equal(mask.grid.flatten(), kept)
+    require(same, where, "the units that the coupling's others keep", "other ones")
+
+
+def _any_layer(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _said(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else str(list(shape))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,6 +123,10 @@ class Structure:
             total += unit * c.units
         return total
 
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Every weight that can be trimmed, by module name."""
+        return {m.module: m.shape for c in self.couplings for m in c.members}
+
     def params(self, kept: Mapping[str, int] | None = None) -> int:
         """Parameters outside the embeddings with ``kept`` units by coupling name."""
         counts = {c.name: c.units for c in self.couplings} | dict(kept or {})

@@ -68,6 +68,7 @@ class BitFit(Method):
             flops_planned=parts.forward_and_input_flops(length),
             params_dense=parts.params(),
             params_planned=parts.params(),
+            shapes=parts.shapes(),
             origin={"subsets": list(self.subsets)},
         )
         apply(run.model, run.plan)

@@ -74,6 +74,7 @@ class Freeze(Method):
             flops_planned=parts.flops_above(length, depth),
             params_dense=parts.params(),
             params_planned=parts.params(),
+            shapes=parts.shapes(),
         )
         apply(model, run.plan)
         kept = ""

@@ -41,7 +41,7 @@ def test_damage_is_one_clear_error(made: Plan, tmp_path: Path, damage: str) -> N
     elif kind == "half":
         target.write_bytes(target.read_bytes()[: target.stat().st_size // 2])
     else:
-        path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
+        path.write_text(path.read_text().replace('"format": 2', '"format": 99'))
     with pytest.raises(CheckpointError, match=r"plan\.json"):
         Plan.load(path)
 
