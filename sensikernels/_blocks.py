@@ -35,6 +35,7 @@ def uses_native(dtype: torch.dtype) -> bool:
 def forward(x: Tensor, values: Tensor, layout: BlockLayout, bias: Tensor | None) -> Tensor:
     """``x [T, in_width]`` times the transposed weight, plus bias: ``[T, out_width]``."""
     if uses_native(x.dtype):
+        bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
         return launcher("block_forward")(
             x.contiguous(), values.contiguous(), layout.row_ptr, layout.col_idx, bias,
             layout.out_width,

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from sensikernels import _native
+from sensikernels._checks import require
 from sensikernels._compile import constant_when_traced
+from sensikernels._values import require_within
 
 _LIB = torch.library.Library("sensikernels", "FRAGMENT")
 _LIB.define("gather_columns(Tensor x, Tensor index) -> Tensor")
@@ -56,40 +58,59 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _gather_torch(x: Tensor, index: Tensor) -> Tensor:
+def _check(x: Tensor, index: Tensor) -> None:
+    """Raise UsageError unless ``x`` is a matrix and ``index`` int32 [n] beside it."""
+    if x.dim() != 2:
+        require(False, "x", "a matrix", list(x.shape))
+    if index.dtype != torch.int32 or index.dim() != 1 or index.device != x.device:
+        got = f"{index.dtype} {list(index.shape)} on {index.device}"
+        require(False, "index", f"int32 [n] on {x.device}", got)
+
+
+def _check_scatter(x: Tensor, index: Tensor, width: int, fill: Tensor | None) -> None:
+    _check(x, index)
+    require(width >= 0, "width", "a number of columns", width)
+    if x.shape[1] != index.shape[0]:
+        require(False, "x", f"[T, {index.shape[0]}]", list(x.shape))
+    if fill is None:
+        return
+    if fill.shape != (width,) or fill.dtype != x.dtype or fill.device != x.device:
+        got = f"{fill.dtype} {list(fill.shape)} on {fill.device}"
+        require(False, "fill", f"{x.dtype} [{width}] on {x.device}", got)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    _check(x, index)
+    require_within(index, "index", x.shape[1], ascending=True)
+    if x.is_cpu and x.dtype in _NATIVE_DTYPES and _native.available():
+        return launcher("gather_columns")(x.contiguous(), index.contiguous())
     return x.index_select(1, index)
 
 
-def _scatter_torch(x: Tensor, index: Tensor, width: int, fill: Tensor | None) -> Tensor:
+def _scatter(x: Tensor, index: Tensor, width: int, fill: Tensor | None) -> Tensor:
+    _check_scatter(x, index, width, fill)
+    require_within(index, "index", width, ascending=True)
+    if x.is_cpu and x.dtype in _NATIVE_DTYPES and _native.available():
+        fill = None if fill is None else fill.contiguous()
+        return launcher("scatter_columns")(x.contiguous(), index.contiguous(), width, fill)
     full = x.new_zeros((x.shape[0], width)) if fill is None else fill.repeat(x.shape[0], 1)
     return full.index_copy_(1, index.long(), x)
 
 
-def _gather_cpu(x: Tensor, index: Tensor) -> Tensor:
-    if x.dtype in _NATIVE_DTYPES and _native.available():
-        return launcher("gather_columns")(x.contiguous(), index)
-    return _gather_torch(x, index)
-
-
-def _scatter_cpu(x: Tensor, index: Tensor, width: int, fill: Tensor | None) -> Tensor:
-    if x.dtype in _NATIVE_DTYPES and _native.available():
-        return launcher("scatter_columns")(x.contiguous(), index, width, fill)
-    return _scatter_torch(x, index, width, fill)
-
-
-_LIB.impl("gather_columns", _gather_cpu, "CPU")
-_LIB.impl("scatter_columns", _scatter_cpu, "CPU")
-_LIB.impl("gather_columns", _gather_torch, "CUDA")
-_LIB.impl("scatter_columns", _scatter_torch, "CUDA")
+for _device in ("CPU", "CUDA"):
+    _LIB.impl("gather_columns", _gather, _device)
+    _LIB.impl("scatter_columns", _scatter, _device)
 
 
 @torch.library.register_fake("sensikernels::gather_columns")
 def _(x: Tensor, index: Tensor) -> Tensor:
+    _check(x, index)
     return x.new_empty((x.shape[0], index.shape[0]))
 
 
 @torch.library.register_fake("sensikernels::scatter_columns")
 def _(x: Tensor, index: Tensor, width: int, fill: Tensor | None) -> Tensor:
+    _check_scatter(x, index, width, fill)
     return x.new_empty((x.shape[0], width))
 
 
@@ -113,6 +134,7 @@ def scatter(x: Tensor, index: Tensor | None, width: int, fill: Tensor | None = N
         return x
     if serves(x):
         x = x if x.is_contiguous() else x.contiguous()
+        fill = fill if fill is None or fill.is_contiguous() else fill.contiguous()
         return launcher("scatter_columns")(x, index, width, fill)
     return torch.ops.sensikernels.scatter_columns(x, index, width, fill)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from typing import Final
 
-from sensikernels._checks import require_one_of
+from sensikernels._checks import require, require_one_of
 
 BACKENDS: Final = ("auto", "reference", "native", "triton")
 # Read once: every call of an operator asks for it.
 _BACKEND: Final = os.environ.get("SENSIKERNELS_BACKEND", "auto")
+_CHECK: Final = os.environ.get("SENSIKERNELS_CHECK", "0")
 
 
 def backend() -> str:
@@ -17,6 +18,13 @@ def backend() -> str:
     if _BACKEND not in BACKENDS:
         require_one_of(_BACKEND, "SENSIKERNELS_BACKEND", BACKENDS)
     return _BACKEND
+
+
+def checks_values() -> bool:
+    """``SENSIKERNELS_CHECK=1``: indices on a device are checked too, which waits for it."""
+    if _CHECK not in ("0", "1"):
+        require_one_of(_CHECK, "SENSIKERNELS_CHECK", ("0", "1"))
+    return _CHECK == "1"
 
 
 def log_level() -> str:
@@ -31,7 +39,18 @@ def interpreting() -> bool:
 
 def rank() -> int:
     """``RANK``, which torchrun sets: this process among those of a run; 0 is the first."""
-    return int(os.environ.get("RANK", "0"))
+    return _whole("RANK", 0)
+
+
+def world_size() -> int:
+    """``WORLD_SIZE``, which torchrun sets: how many processes were started; 1 without it."""
+    return _whole("WORLD_SIZE", 1)
+
+
+def _whole(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    require(text.isdecimal() and len(text) < 10, name, "a whole number", repr(text))
+    return int(text)
 
 
 def reserve_primitive_cache(entries: int) -> None:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sensikernels import layouts
 from sensikernels.layouts import (
     BlockLayout,
     Layout,
@@ -22,6 +21,7 @@ from sensikernels.layouts import (
     to_device,
     unpack,
 )
+from sensikernels.layouts.of_masks import block_layout
 from sensikernels.masks.mask import Mask
 from tests.tolerance import assert_close_to_reference
 
@@ -69,7 +69,7 @@ def blocks_of(
 ) -> BlockLayout:
     """A block layout even where the grid would also pack."""
     flags = {"compact_input": False, "compact_output": False}
-    layout = layouts._block_layout(kept, kept, block, shape, None, None, **flags)
+    layout = block_layout(kept, kept, block, shape, None, None, **flags)
     return to_device(layout, device)
 
 

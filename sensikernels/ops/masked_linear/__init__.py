@@ -1,6 +1,7 @@
 """Linear with a weight mask: forward and backward cost what is kept."""
 
-from sensikernels.ops.masked_linear.api import ACTIVATIONS, masked_linear
+from sensikernels.ops.masked_linear.api import masked_linear
+from sensikernels.ops.masked_linear.checks import ACTIVATIONS
 from sensikernels.ops.masked_linear.dispatch import explain, prefers_dense
 from sensikernels.ops.masked_linear.packing import repack
 

@@ -7,12 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sensikernels import _settings
-from sensikernels._checks import require, require_one_of
 from sensikernels.layouts import Layout, PackedLayout
 from sensikernels.ops.masked_linear import dispatch, reference
 from sensikernels.ops.masked_linear.autograd import KernelLinear, PackedLinear
-
-ACTIVATIONS = ("none", "gelu")
+from sensikernels.ops.masked_linear.checks import check
 
 
 def masked_linear(
@@ -44,7 +42,7 @@ def masked_linear(
     Raises:
         UsageError: shapes, dtypes or devices disagree, or a named backend cannot serve.
     """
-    _check(x, values, layout, bias, activation)
+    check(x, values, layout, bias, activation)
     if backend == "auto":
         backend = _settings.backend()
     if backend == "auto" and isinstance(layout, PackedLayout) and layout.direct:
@@ -78,20 +76,3 @@ def _run(
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     y = F.linear(x, weight, bias)
     return F.gelu(y) if activation == "gelu" else y
-
-
-def _check(x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None, activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        require_one_of(activation, "activation", ACTIVATIONS)
-    if x.ndim == 0 or x.shape[-1] != layout.in_width:
-        require(False, "x", f"[..., {layout.in_width}]", list(x.shape))
-    if values.shape != layout.values_shape:
-        require(False, "values", list(layout.values_shape), list(values.shape))
-    if bias is not None and bias.shape != (layout.out_width,):
-        require(False, "bias", [layout.out_width], list(bias.shape))
-    if x.device != values.device:
-        require(False, "values", f"a tensor on {x.device}", values.device)
-    if x.dtype != values.dtype and not torch.is_autocast_enabled(x.device.type):
-        require(False, "values", f"dtype {x.dtype} as x", values.dtype)
-    if not x.is_floating_point():
-        require(False, "x", "a floating dtype", x.dtype)

@@ -16,6 +16,8 @@ from torch.utils.flop_counter import register_flop_formula
 from sensikernels import _blocks
 from sensikernels._checks import require
 from sensikernels.layouts import BlockLayout, PackedLayout, from_arguments
+from sensikernels.ops.common.checks import check_activation, check_tensor, product_layout
+from sensikernels.ops.masked_linear import checks
 
 _LIB = torch.library.Library("sensikernels", "FRAGMENT")
 _LIB.define(
@@ -96,25 +98,36 @@ def _forward(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    y, pre = forward(x, values, bias, from_arguments(sizes, index), activation, backend)
+    layout = from_arguments(sizes, index)
+    checks.check_forward(x, values, bias, layout, activation, backend)
+    y, pre = forward(x, values, bias, layout, activation, backend)
     return y, x.new_empty(0) if pre is None else pre
 
 
 def _grad_input(
     dy: Tensor, values: Tensor, sizes: list[int], index: list[Tensor], backend: str
 ) -> Tensor:
-    return grad_input(dy, values, from_arguments(sizes, index), backend)
+    layout = product_layout(dy, sizes, index, backend)
+    check_tensor(values, "values", layout.values_shape, dy.dtype, dy.device)
+    return grad_input(dy, values, layout, backend)
 
 
 def _grad_values(
     dy: Tensor, x: Tensor, sizes: list[int], index: list[Tensor], backend: str
 ) -> Tensor:
-    return grad_values(dy, x, from_arguments(sizes, index), backend)
+    layout = product_layout(dy, sizes, index, backend)
+    check_tensor(x, "x", (dy.shape[0], layout.in_width), dy.dtype, dy.device)
+    return grad_values(dy, x, layout, backend)
+
+
+def _grad_activation(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    check_activation(dy, pre, backend)
+    return grad_activation(dy, pre, backend)
 
 
 for _device in ("CPU", "CUDA"):
     _LIB.impl("masked_linear", _forward, _device)
-    _LIB.impl("masked_linear_grad_activation", grad_activation, _device)
+    _LIB.impl("masked_linear_grad_activation", _grad_activation, _device)
     _LIB.impl("masked_linear_grad_input", _grad_input, _device)
     _LIB.impl("masked_linear_grad_values", _grad_values, _device)
 
@@ -129,23 +142,30 @@ def _(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    y = x.new_empty((x.shape[0], from_arguments(sizes, index).out_width))
+    layout = from_arguments(sizes, index)
+    checks.check_forward(x, values, bias, layout, activation, backend)
+    y = x.new_empty((x.shape[0], layout.out_width))
     return y, x.new_empty(y.shape if activation == "gelu" else 0)
 
 
 @torch.library.register_fake("sensikernels::masked_linear_grad_activation")
 def _(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    check_activation(dy, pre, backend)
     return dy.new_empty(dy.shape), dy.new_empty(dy.shape[1])
 
 
 @torch.library.register_fake("sensikernels::masked_linear_grad_input")
 def _(dy: Tensor, values: Tensor, sizes: list[int], index: list[Tensor], backend: str) -> Tensor:
-    return dy.new_empty((dy.shape[0], from_arguments(sizes, index).in_width))
+    layout = product_layout(dy, sizes, index, backend)
+    check_tensor(values, "values", layout.values_shape, dy.dtype, dy.device)
+    return dy.new_empty((dy.shape[0], layout.in_width))
 
 
 @torch.library.register_fake("sensikernels::masked_linear_grad_values")
 def _(dy: Tensor, x: Tensor, sizes: list[int], index: list[Tensor], backend: str) -> Tensor:
-    return dy.new_empty(from_arguments(sizes, index).values_shape)
+    layout = product_layout(dy, sizes, index, backend)
+    check_tensor(x, "x", (dy.shape[0], layout.in_width), dy.dtype, dy.device)
+    return dy.new_empty(layout.values_shape)
 
 
 _PRODUCTS = torch.ops.sensikernels

@@ -7,12 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sensikernels import _settings
-from sensikernels._checks import require, require_one_of
 from sensikernels.layouts import Layout
 from sensikernels.ops.selective_linear import dispatch, reference
 from sensikernels.ops.selective_linear.autograd import SelectiveLinear
-
-ACTIVATIONS = ("none", "gelu")
+from sensikernels.ops.selective_linear.checks import check
 
 
 def selective_linear(
@@ -76,31 +74,3 @@ def _run(
         return F.gelu(y) if activation == "gelu" else y
     arguments = (x, weight.detach(), values, bias, layout, activation, backend)
     return SelectiveLinear.apply(*arguments)  # type: ignore[no-untyped-call]
-
-
-def check(
-    x: Tensor,
-    weight: Tensor,
-    values: Tensor,
-    layout: Layout,
-    bias: Tensor | None,
-    activation: str,
-) -> None:
-    """Raise UsageError where shapes, dtypes or devices disagree."""
-    if activation not in ACTIVATIONS:
-        require_one_of(activation, "activation", ACTIVATIONS)
-    if weight.shape != layout.shape:
-        require(False, "weight", list(layout.shape), list(weight.shape))
-    if x.ndim == 0 or x.shape[-1] != layout.shape[1]:
-        require(False, "x", f"[..., {layout.shape[1]}]", list(x.shape))
-    if values.shape != layout.values_shape:
-        require(False, "values", list(layout.values_shape), list(values.shape))
-    if bias is not None and bias.shape != layout.shape[:1]:
-        require(False, "bias", [layout.shape[0]], list(bias.shape))
-    if x.device != values.device or x.device != weight.device:
-        require(False, "x", f"a tensor on {weight.device}", x.device)
-    same = x.dtype == values.dtype == weight.dtype
-    if not same and not torch.is_autocast_enabled(x.device.type):
-        require(False, "x", f"dtype {weight.dtype} as weight and values", (x.dtype, values.dtype))
-    if not x.is_floating_point():
-        require(False, "x", "a floating dtype", x.dtype)

@@ -19,7 +19,7 @@ from sensikernels._checks import require
 from sensikernels._columns import fused_activation, gather, matrix, unwatched
 from sensikernels.layouts import BlockLayout, ElementLayout, Layout, PackedLayout
 from sensikernels.ops.selective_linear import ops
-from sensikernels.ops.selective_linear.api import check
+from sensikernels.ops.selective_linear.checks import check
 
 MOST = 3  # what one launch of the Triton kernels takes
 

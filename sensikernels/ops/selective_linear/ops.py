@@ -14,7 +14,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sensikernels import _blocks
 from sensikernels._checks import require
-from sensikernels.layouts import BlockLayout, PackedLayout, from_arguments, to_arguments
+from sensikernels.layouts import BlockLayout, PackedLayout, to_arguments
+from sensikernels.ops.common.checks import check_activation
+from sensikernels.ops.selective_linear.checks import alone, apart
 
 _LIB = torch.library.Library("sensikernels", "FRAGMENT")
 _LIB.define(
@@ -67,20 +69,10 @@ def grouped_through_dispatcher(
     return got
 
 
-def _apart(sizes: list[int], index: list[Tensor], n: int) -> list[PackedLayout | BlockLayout]:
-    """The layouts that ``grouped_through_dispatcher`` wrote one after the other."""
-    each, rest, layouts = len(sizes) // n, iter(index), []
-    for i in range(n):
-        mine = sizes[i * each : (i + 1) * each]
-        count = sum(mine[5:7]) + (8 if each > 7 else 0)
-        layouts.append(from_arguments(mine, [next(rest) for _ in range(count)]))
-    return layouts
-
-
 def _grad_values_grouped(
     dys: list[Tensor], x: Tensor, sizes: list[int], index: list[Tensor], backend: str
 ) -> list[Tensor]:
-    got = grad_values_grouped(dys, x, _apart(sizes, index, len(dys)), backend)
+    got = grad_values_grouped(dys, x, apart(dys, x, sizes, index, backend), backend)
     # An operator's results may not share memory.
     return [one if one.untyped_storage().nbytes() == one.nbytes else one.clone() for one in got]
 
@@ -98,23 +90,29 @@ def grad_activation(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tens
 def _grad_values(
     dy: Tensor, x: Tensor, sizes: list[int], index: list[Tensor], backend: str
 ) -> Tensor:
-    return grad_values(dy, x, from_arguments(sizes, index), backend)
+    return grad_values(dy, x, alone(dy, x, sizes, index, backend), backend)
+
+
+def _grad_activation(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    check_activation(dy, pre, backend)
+    return grad_activation(dy, pre, backend)
 
 
 for _device in ("CPU", "CUDA"):
     _LIB.impl("selective_grad_values", _grad_values, _device)
     _LIB.impl("selective_grad_values_grouped", _grad_values_grouped, _device)
-    _LIB.impl("selective_grad_activation", grad_activation, _device)
+    _LIB.impl("selective_grad_activation", _grad_activation, _device)
 
 
 @torch.library.register_fake("sensikernels::selective_grad_activation")
 def _(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    check_activation(dy, pre, backend)
     return dy.new_empty(dy.shape), dy.new_empty(dy.shape[1])
 
 
 @torch.library.register_fake("sensikernels::selective_grad_values")
 def _(dy: Tensor, x: Tensor, sizes: list[int], index: list[Tensor], backend: str) -> Tensor:
-    return dy.new_empty(from_arguments(sizes, index).values_shape)
+    return dy.new_empty(alone(dy, x, sizes, index, backend).values_shape)
 
 
 @register_flop_formula(torch.ops.sensikernels.selective_grad_values)
@@ -126,7 +124,8 @@ def _(dy: Any, x: Any, sizes: list[int], *_: Any, **__: Any) -> int:
 def _(
     dys: list[Tensor], x: Tensor, sizes: list[int], index: list[Tensor], backend: str
 ) -> list[Tensor]:
-    return [x.new_empty(one.values_shape) for one in _apart(sizes, index, len(dys))]
+    layouts = apart(dys, x, sizes, index, backend)
+    return [x.new_empty(one.values_shape) for one in layouts]
 
 
 @register_flop_formula(torch.ops.sensikernels.selective_grad_values_grouped)

@@ -1,0 +1,82 @@
+"""A layout as an operator's schema can carry it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sensikernels._checks import require
+from sensikernels.layouts.kinds import BLOCK_TENSORS, BlockLayout, PackedLayout
+
+Layout = PackedLayout | BlockLayout
+# By the tensors' ids and versions; they are held too, so that no id is used again.
+_KNOWN: dict[tuple[int, ...], tuple[tuple[Tensor, ...], Layout]] = {}
+_MOST = 256
+
+
+def to_arguments(layout: PackedLayout | BlockLayout) -> tuple[list[int], list[Tensor]]:
+    """The layout as an operator's schema can carry it; ``from_arguments`` reads it back."""
+    ends = [layout.rows, layout.columns]
+    index = [t for t in ends if t is not None]
+    flags = [layout.compact_input, layout.compact_output, *(t is not None for t in ends)]
+    sizes = [layout.kept_entries, *layout.shape, *map(int, flags)]
+    if isinstance(layout, BlockLayout):
+        sizes += layout.block_shape
+        index += [getattr(layout, name) for name in BLOCK_TENSORS]
+    return sizes, index
+
+
+def from_arguments(sizes: Sequence[int], index: Sequence[Tensor]) -> Layout:
+    """The inverse of ``to_arguments``; the same layout for the same tensors, unless written to.
+
+    Raises:
+        UsageError: not what ``to_arguments`` writes, or index tensors that are no layout.
+    """
+    if not all(type(t) is Tensor and not t.is_inference() for t in index):
+        layout = _made(sizes, index)
+        layout.check()
+        return layout
+    # A compiled graph asks for each product of each step.
+    key = (*sizes, *map(id, index), *(t._version for t in index))
+    known = _KNOWN.get(key)
+    if known is None:
+        known = tuple(index), _made(sizes, index)
+        known[1].check()
+        if len(_KNOWN) >= _MOST:
+            _KNOWN.clear()
+        _KNOWN[key] = known
+    return known[1]
+
+
+def _made(sizes: Sequence[int], index: Sequence[Tensor]) -> Layout:
+    ok = len(sizes) in (7, 9) and all(flag in (0, 1) for flag in sizes[3:7])
+    require(ok, "sizes", "7 or 9 integers, the 4 after the third 0 or 1", list(sizes))
+    count = sum(sizes[5:7]) + (len(BLOCK_TENSORS) if len(sizes) == 9 else 0)
+    require(len(index) == count, "index", f"{count} tensors for these sizes", len(index))
+    kept_entries, out_features, in_features, *flags = sizes[:7]
+    rest = iter(index)
+    ends = [next(rest) if given else None for given in flags[2:]]
+    shape, (rows, columns) = (out_features, in_features), ends
+    compact_input, compact_output = bool(flags[0]), bool(flags[1])
+    if len(sizes) == 7:
+        packed = PackedLayout(
+            shape=shape,
+            rows=rows,
+            columns=columns,
+            compact_input=compact_input,
+            compact_output=compact_output,
+        )
+        ok = packed.kept_entries == kept_entries
+        require(ok, "sizes", f"{packed.kept_entries} kept entries", kept_entries)
+        return packed
+    return BlockLayout(
+        shape=shape,
+        block_shape=(sizes[7], sizes[8]),
+        kept_entries=kept_entries,
+        rows=rows,
+        columns=columns,
+        compact_input=compact_input,
+        compact_output=compact_output,
+        **dict(zip(BLOCK_TENSORS, rest, strict=True)),
+    )

@@ -1,0 +1,266 @@
+"""The three kinds of layout, which check what they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from sensikernels.layouts import checks
+
+BLOCK_TENSORS = (
+    "row_ptr", "col_idx", "row_idx", "row_ptr_t", "row_idx_t", "perm_t", "row_order", "row_order_t",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedLayout:
+    """Kept rows x kept columns of a weight ``[out_features, in_features]``: a smaller matrix.
+
+    ``rows`` and ``columns`` are ascending int32 indices; None keeps all. ``values`` is
+    ``[kept_out, kept_in]``. With ``compact_input`` the layer reads ``[..., kept_in]``, with
+    ``compact_output`` it writes ``[..., kept_out]``.
+
+    Shapes and dtypes are checked when it is made, values by ``check`` before it is first used.
+    Raises UsageError.
+    """
+
+    shape: tuple[int, int]
+    rows: Tensor | None
+    columns: Tensor | None
+    compact_input: bool = False
+    compact_output: bool = False
+
+    # Derived, and fields rather than properties: every call of a layer reads them.
+    values_shape: tuple[int, ...] = field(init=False, repr=False)
+    """``(kept_out, kept_in)``."""
+    in_width: int = field(init=False, repr=False)
+    """Features the layer reads."""
+    out_width: int = field(init=False, repr=False)
+    """Features the layer writes."""
+    gather_columns: Tensor | None = field(init=False, repr=False)
+    """Columns of the input to read; None: it is used as it comes."""
+    scatter_rows: Tensor | None = field(init=False, repr=False)
+    """Columns of the output to write; None: it is written as it comes."""
+    direct: bool = field(init=False, repr=False)
+    """Nothing to gather or scatter: the layer is a plain linear on ``values``."""
+    kept_entries: int = field(init=False, repr=False)
+    """Weight entries kept."""
+    density: float = field(init=False, repr=False)
+    """Kept share of the weight's entries, 0 to 1."""
+    chosen: dict[Any, Any] = field(init=False, repr=False)
+    """What ``backend="auto"`` chose, by dtype and size class of the input: asked for every call."""
+    sound: bool = field(init=False, repr=False, default=False)
+    """What the index tensors hold has been checked, or follows from how they were made."""
+    device: torch.device | None = field(init=False, repr=False)
+    """Where the index tensors lie; None if there are none."""
+
+    def __post_init__(self) -> None:
+        _make_contiguous(self, ("rows", "columns"))
+        checks.check_feature_shapes(self.shape, self.rows, self.columns)
+        height, width = _count(self.rows, self.shape[0]), _count(self.columns, self.shape[1])
+        gather = None if self.compact_input else self.columns
+        scatter = None if self.compact_output else self.rows
+        vars(self).update(
+            values_shape=(height, width),
+            in_width=width if self.compact_input else self.shape[1],
+            out_width=height if self.compact_output else self.shape[0],
+            gather_columns=gather,
+            scatter_rows=scatter,
+            direct=gather is None and scatter is None,
+            device=next((t.device for t in (self.rows, self.columns) if t is not None), None),
+            kept_entries=height * width,
+            density=height * width / (self.shape[0] * self.shape[1] or 1),
+            chosen={},
+        )
+
+    def check(self) -> None:
+        """Raise UsageError unless rows and columns are features, ascending; looked at once."""
+        if _unseen(self):
+            checks.check_features(self.shape, self.rows, self.columns)
+            mark_sound(self)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockLayout:
+    """Kept blocks of a weight, row by row (block CSR) and, by index only, column by column.
+
+    ``values`` is ``[n_blocks, bm, bn]``, contiguous, blocks ordered by (block row, block column);
+    what a block at the weight's edge has beyond the edge is zero. All tensors are int32:
+
+    - ``row_ptr [R + 1]``, ``col_idx [n_blocks]``: block columns of block row r are
+      ``col_idx[row_ptr[r]:row_ptr[r + 1]]``, ascending; ``row_idx [n_blocks]`` is each block's row.
+    - ``row_ptr_t [C + 1]``, ``row_idx_t [n_blocks]``, ``perm_t [n_blocks]``: block rows of block
+      column c and where their blocks lie in ``values``: the transpose without a second copy.
+    - ``row_order [R]``, ``row_order_t [C]``: block rows / block columns, most blocks first.
+
+    ``R x C`` is the grid the layer sees: with ``compact_output`` (``compact_input``) empty block
+    rows (columns) are gone from it, and ``rows`` (``columns``) holds the kept features.
+
+    Shapes and dtypes are checked when it is made, values by ``check`` before it is first used.
+    Raises UsageError.
+    """
+
+    shape: tuple[int, int]
+    block_shape: tuple[int, int]
+    row_ptr: Tensor
+    col_idx: Tensor
+    row_idx: Tensor
+    row_ptr_t: Tensor
+    row_idx_t: Tensor
+    perm_t: Tensor
+    row_order: Tensor
+    row_order_t: Tensor
+    kept_entries: int
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    compact_input: bool = False
+    compact_output: bool = False
+    direct: ClassVar[bool] = False
+
+    n_blocks: int = field(init=False, repr=False)
+    """Kept blocks."""
+    grid_shape: tuple[int, int] = field(init=False, repr=False)
+    """``(R, C)``: block rows and block columns the layer sees."""
+    values_shape: tuple[int, ...] = field(init=False, repr=False)
+    """``(n_blocks, bm, bn)``."""
+    in_width: int = field(init=False, repr=False)
+    """Features the layer reads."""
+    out_width: int = field(init=False, repr=False)
+    """Features the layer writes."""
+    density: float = field(init=False, repr=False)
+    """Kept share of the weight's entries, 0 to 1."""
+    chosen: dict[Any, Any] = field(init=False, repr=False)
+    """What ``backend="auto"`` chose, by dtype and size class of the input: asked for every call."""
+    sound: bool = field(init=False, repr=False, default=False)
+    """What the index tensors hold has been checked, or follows from how they were made."""
+    device: torch.device | None = field(init=False, repr=False)
+    """Where the index tensors lie; None if there are none."""
+
+    def __post_init__(self) -> None:
+        _make_contiguous(self, ("rows", "columns", *BLOCK_TENSORS))
+        for name in BLOCK_TENSORS:
+            checks.check_index(getattr(self, name), name)
+        checks.check_feature_shapes(self.shape, self.rows, self.columns, self.col_idx.device)
+        n_blocks = self.col_idx.shape[0]
+        vars(self).update(
+            n_blocks=n_blocks,
+            device=self.col_idx.device,
+            grid_shape=(self.row_ptr.shape[0] - 1, self.row_ptr_t.shape[0] - 1),
+            values_shape=(n_blocks, *self.block_shape),
+            in_width=_count(self.columns, self.shape[1]),
+            out_width=_count(self.rows, self.shape[0]),
+            density=self.kept_entries / (self.shape[0] * self.shape[1] or 1),
+            chosen={},
+        )
+        checks.check_block_shapes(self)
+
+    def check(self) -> None:
+        """Raise UsageError unless the index tensors hold such blocks; looked at once."""
+        if _unseen(self):
+            checks.check_features(self.shape, self.rows, self.columns)
+            checks.check_blocks(self)
+            mark_sound(self)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ElementLayout:
+    """Single kept entries: ``index`` is ascending int32 into the flattened weight.
+
+    ``values`` is ``[n]``. Runs dense on the unpacked weight: exact, but no faster than dense.
+
+    Shapes and dtypes are checked when it is made, values by ``check`` before it is first used.
+    Raises UsageError.
+    """
+
+    shape: tuple[int, int]
+    index: Tensor
+
+    rows: ClassVar[None] = None
+    columns: ClassVar[None] = None
+    compact_input: ClassVar[bool] = False
+    compact_output: ClassVar[bool] = False
+    direct: ClassVar[bool] = False
+    sound: bool = field(init=False, repr=False, default=False)
+    """As the other layouts'."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the index lies."""
+        return self.index.device
+
+    def __post_init__(self) -> None:
+        _make_contiguous(self, ("index",))
+        checks.check_shape(self.shape, "shape", 0)
+        checks.check_index(self.index, "index")
+
+    def check(self) -> None:
+        """Raise UsageError unless the index names entries, ascending; looked at once."""
+        if _unseen(self):
+            checks.check_elements(self.shape, self.index)
+            mark_sound(self)
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        """``(n,)``."""
+        return (self.index.shape[0],)
+
+    @property
+    def in_width(self) -> int:
+        """Features the layer reads."""
+        return self.shape[1]
+
+    @property
+    def out_width(self) -> int:
+        """Features the layer writes."""
+        return self.shape[0]
+
+    @property
+    def kept_entries(self) -> int:
+        """Weight entries kept."""
+        return self.index.shape[0]
+
+    @property
+    def density(self) -> float:
+        """Kept share of the weight's entries, 0 to 1."""
+        return self.index.shape[0] / (self.shape[0] * self.shape[1] or 1)
+
+
+Layout: TypeAlias = PackedLayout | BlockLayout | ElementLayout
+
+
+def to_device(layout: Layout, device: torch.device | str) -> Layout:
+    """The same layout with its index tensors on ``device``."""
+    values = {f.name: getattr(layout, f.name) for f in fields(layout) if f.init}
+    moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+    there = replace(layout, **moved)
+    return mark_sound(there) if layout.sound else there
+
+
+AnyLayout = TypeVar("AnyLayout", bound=PackedLayout | BlockLayout | ElementLayout)
+
+
+def mark_sound(layout: AnyLayout) -> AnyLayout:
+    """``layout``, whose index tensors need no look."""
+    vars(layout)["sound"] = True
+    return layout
+
+
+def _unseen(layout: Layout) -> bool:
+    """Whether a check is due; a traced graph cannot depend on what an index holds."""
+    return not layout.sound and not torch.compiler.is_compiling()
+
+
+def _make_contiguous(layout: Layout, names: Sequence[str]) -> None:
+    """What kernels read is contiguous, however it came."""
+    for name in names:
+        index = getattr(layout, name)
+        if isinstance(index, Tensor) and not index.is_contiguous():
+            vars(layout)[name] = index.contiguous()
+
+
+def _count(index: Tensor | None, features: int) -> int:
+    return features if index is None else index.shape[0]
