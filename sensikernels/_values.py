@@ -29,18 +29,25 @@ def readable(t: Tensor) -> bool:
 
 
 def require_within(
-    index: Tensor, name: str, count: int, *, low: int = 0, ascending: bool = False
+    index: Tensor,
+    name: str,
+    count: int,
+    *,
+    low: int = 0,
+    ascending: bool = False,
+    what: str = "indices",
 ) -> None:
     """Raise UsageError unless all entries lie in ``[low, count)``, if ``index`` is readable.
 
-    ``ascending``: each of ``index [n]`` must also be above the one before it.
+    ``ascending``: each of ``index [n]`` must also be above the one before it. ``what`` they are
+    called in the message.
     """
     if not readable(index):
         return
     at = _first_outside(index, low, count, ascending)
     if at >= 0:
-        expected = f"{'ascending ' * ascending}entries in [{low}, {count})"
-        require(False, name, expected, f"{int(index.flatten()[at])} at {at}")
+        expected = f"{'ascending ' * ascending}{what} in [{low}, {count})"
+        require(False, name, expected, f"{what} with {int(index.flatten()[at])} at {at}")
 
 
 @cache

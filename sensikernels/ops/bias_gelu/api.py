@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
 from sensikernels.ops.bias_gelu import reference
 from sensikernels.ops.bias_gelu.autograd import BiasGelu
-from sensikernels.ops.common.choice import choose, described
+from sensikernels.ops.bias_gelu.checks import check
+from sensikernels.ops.common.choice import choose
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -29,13 +29,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -
     Raises:
         UsageError: shapes, dtypes or devices do not fit, or a backend that cannot serve.
     """
-    if not x.is_floating_point() or x.dim() == 0:
-        require(False, "x", "floating [..., width]", described(x))
-    if bias is not None:
-        fits = bias.shape == x.shape[-1:] and bias.is_floating_point()
-        if not fits or bias.device != x.device:
-            want = f"floating {list(x.shape[-1:])} on {x.device}"
-            require(False, "bias", want, described(bias))
+    check(x, bias)
     chosen, _ = choose(x, backend)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):

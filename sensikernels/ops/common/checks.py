@@ -30,7 +30,8 @@ def check_tensor(
     """``t`` is ``dtype`` (None: any floating one) of ``shape`` on ``device``."""
     typed = t.is_floating_point() if dtype is None else t.dtype == dtype
     if not typed or t.shape != tuple(shape) or t.device != device:
-        want = f"{dtype or 'floating'} {list(shape)} on {device}"
+        kind = "floating" if dtype is None else str(dtype).removeprefix("torch.")
+        want = f"{kind} {list(shape)} on {device}"
         require(False, name, want, described(t))
 
 

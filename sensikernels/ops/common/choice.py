@@ -59,6 +59,14 @@ def _triton_refusal(device: str, dtype: torch.dtype) -> str | None:
     return None if dtype != torch.float64 else "it serves 16 and 32 bit floats"
 
 
+def resolve(x: Tensor, backend: str) -> str:
+    """The backend an operator runs for ``x``; on meta tensors nothing runs, a name is enough."""
+    if x.is_meta:
+        require_one_of(backend, "backend", _settings.BACKENDS)
+        return backend
+    return choose(x, backend)[0]
+
+
 def rows(x: Tensor) -> Tensor:
     """``x`` as a contiguous matrix ``[rows, width]``."""
     return x.contiguous().view(x.shape[:-1].numel(), x.shape[-1])

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
-from sensikernels._columns import unwatched
-from sensikernels.ops.common.choice import choose, described
-from sensikernels.ops.cross_entropy import reference
+from sensikernels.ops.common.choice import choose
+from sensikernels.ops.cross_entropy import checks, reference
 from sensikernels.ops.cross_entropy.autograd import CrossEntropy
 
 
@@ -36,19 +34,13 @@ def cross_entropy(
         UsageError: shapes, dtypes or devices do not fit; a backend that cannot serve; on a CPU, a
             label that is neither a class nor ``ignore_index``. On a GPU, where finding out would
             wait, such a label makes the loss and its row's gradient NaN, and reads no foreign
-            memory.
+            memory; with ``SENSIKERNELS_CHECK=1`` it is refused there too.
     """
-    if not logits.is_floating_point() or logits.dim() != 2 or logits.shape[1] == 0:
-        require(False, "logits", "floating [rows, classes >= 1]", described(logits))
-    fits = labels.shape == logits.shape[:1] and labels.dtype in (torch.int64, torch.int32)
-    if not fits or labels.device != logits.device:
-        want = f"int64 [{logits.shape[0]}] on {logits.device}"
-        require(False, "labels", want, described(labels))
+    checks.check(logits, labels)
     labels = labels.long()
     chosen, _ = choose(logits, backend)
+    checks.check_labels(labels, logits.shape[1], ignore_index, chosen)
     if chosen == "reference":
-        if logits.is_cpu and unwatched(logits):
-            reference.check(labels, logits.shape[1], ignore_index)
         with torch.autocast(logits.device.type, enabled=False):
             return reference.cross_entropy(logits, labels, ignore_index)[0]
     out: Tensor = CrossEntropy.apply(logits, labels, ignore_index, chosen)  # type: ignore[no-untyped-call]

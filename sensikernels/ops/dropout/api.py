@@ -7,9 +7,8 @@ from torch import Tensor
 
 from sensikernels import _settings
 from sensikernels._checks import require, require_one_of
-from sensikernels._compile import constant_when_traced
-from sensikernels.errors import UsageError
-from sensikernels.ops.dropout import native
+from sensikernels.ops.common.checks import check_tensor
+from sensikernels.ops.common.choice import choose
 from sensikernels.ops.dropout.autograd import Dropout
 from sensikernels.ops.dropout.reference import DRAWS
 
@@ -39,48 +38,22 @@ def dropout(
         UsageError: p outside [0, 1], an integer ``x``, a seed of another kind, a backend that
             cannot serve.
     """
-    require(0.0 <= p <= 1.0, "p", "a probability in [0, 1]", p)
-    require(x.is_floating_point(), "x", "a floating dtype", x.dtype)
+    if not 0.0 <= p <= 1.0:
+        require(False, "p", "a probability in [0, 1]", p)
+    if not x.is_floating_point():
+        require(False, "x", "a floating dtype", x.dtype)
+    if seed is not None:
+        check_tensor(seed, "seed", (), torch.int64, x.device)
+    if backend not in _settings.BACKENDS:
+        require_one_of(backend, "backend", _settings.BACKENDS)
     if not training or p == 0.0:
         return x
     if seed is None:
         seed = torch.randint(1 << 62, (), device=x.device)
-    ok = seed.dtype == torch.int64 and seed.dim() == 0 and seed.device == x.device
-    require(ok, "seed", f"int64 [] on {x.device}", f"{seed.dtype} {list(seed.shape)}")
     threshold = round((1.0 - p) * DRAWS)
     chosen, _ = choose(x, backend)
     out: Tensor = Dropout.apply(x, seed, threshold, chosen)  # type: ignore[no-untyped-call]
     return out
-
-
-def choose(x: Tensor, backend: str = "auto") -> tuple[str, str]:
-    """The backend that serves ``x`` and why. Raises UsageError for a named one that cannot."""
-    require_one_of(backend, "backend", _settings.BACKENDS)
-    return _choose(x.device.type, x.dtype, backend)
-
-
-@constant_when_traced
-def _choose(device: str, dtype: torch.dtype, backend: str) -> tuple[str, str]:
-    asked = _settings.backend() if backend == "auto" else backend
-    refusals = {
-        "reference": None,
-        "native": native.refusal(device, dtype),
-        "triton": _triton_refusal(device, dtype),
-    }
-    if asked != "auto":
-        if refusals[asked]:
-            raise UsageError(f"backend: {asked} cannot serve this call: {refusals[asked]}")
-        return asked, "asked for by name"
-    for name in ("native", "triton"):
-        if refusals[name] is None and not (name == "triton" and device == "cpu"):
-            return name, f"the fastest for {device}"
-    return "reference", "; ".join(f"{name}: {why}" for name, why in refusals.items() if why)
-
-
-def _triton_refusal(device: str, dtype: torch.dtype) -> str | None:
-    if device == "cpu" and not _settings.interpreting():
-        return "x is on the CPU"
-    return None if dtype != torch.float64 else "it serves 16 and 32 bit floats"
 
 
 def explain(x: Tensor, backend: str = "auto") -> str:

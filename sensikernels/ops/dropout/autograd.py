@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensikernels.ops.dropout import ops as _registered  # noqa: F401
+from sensikernels._columns import unwatched
+from sensikernels.ops.dropout import ops
 
 _OPS = torch.ops.sensikernels
 
@@ -19,7 +20,8 @@ class Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, seed: Tensor, threshold: int, backend: str) -> Tensor:
         ctx.save_for_backward(seed)
         ctx.threshold, ctx.backend = threshold, backend
-        out: Tensor = _OPS.dropout(x, seed, threshold, backend)
+        run = ops.launch if unwatched(x) else _OPS.dropout
+        out: Tensor = run(x, seed, threshold, backend)
         return out
 
     @staticmethod

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from sensikernels._checks import require, require_one_of
 from sensikernels._philox import DRAWS
-from sensikernels.ops.common.choice import choose, described
+from sensikernels.ops.common.checks import check_tensor
+from sensikernels.ops.common.choice import choose
 from sensikernels.ops.dropout_add_norm import reference
 from sensikernels.ops.dropout_add_norm.autograd import DropoutAddNorm
+from sensikernels.ops.dropout_add_norm.checks import check
 
 RECOVER = ("auto", "output", "sum")
 
@@ -51,15 +53,16 @@ def dropout_add_norm(
     Raises:
         UsageError: shapes, dtypes, devices or numbers do not fit, or a backend that cannot serve.
     """
-    _check(x, residual, weight, bias, dropout, eps)
+    check(x, residual, weight, bias, eps)
+    if not 0.0 <= dropout <= 1.0:
+        require(False, "dropout", "a probability in [0, 1]", dropout)
+    if seed is not None:
+        check_tensor(seed, "seed", (), torch.int64, x.device)
     threshold = round((1.0 - dropout) * DRAWS)
     if threshold == DRAWS:
         seed = None
     elif seed is None:
         seed = torch.randint(1 << 62, (), device=x.device)
-    else:
-        ok = seed.dtype == torch.int64 and seed.dim() == 0 and seed.device == x.device
-        require(ok, "seed", f"int64 [] on {x.device}", described(seed))
     if recover not in RECOVER:
         require_one_of(recover, "recover", RECOVER)
     chosen, _ = choose(x, backend)
@@ -69,24 +72,6 @@ def dropout_add_norm(
             return reference.dropout_add_norm(*arguments)
     out: Tensor = DropoutAddNorm.apply(*arguments, recover, chosen)  # type: ignore[no-untyped-call]
     return out
-
-
-def _check(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, dropout: float, eps: float
-) -> None:
-    # A message is built only where it is needed: it costs more than a small call.
-    if not x.is_floating_point() or x.dim() == 0:
-        require(False, "x", "floating [..., hidden]", described(x))
-    same = residual.shape == x.shape and residual.dtype == x.dtype
-    if not same or residual.device != x.device:
-        require(False, "residual", described(x), described(residual))
-    for name, value in (("weight", weight), ("bias", bias)):
-        fits = value.shape == x.shape[-1:] and value.is_floating_point()
-        if not fits or value.device != x.device:
-            want = f"floating {list(x.shape[-1:])} on {x.device}"
-            require(False, name, want, described(value))
-    require(0.0 <= dropout <= 1.0, "dropout", "a probability in [0, 1]", dropout)
-    require(eps >= 0.0, "eps", "a number >= 0", eps)
 
 
 def explain(x: Tensor, backend: str = "auto") -> str:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from sensikernels._columns import matrix
+from sensikernels.ops.common.choice import resolve
 from sensikernels.ops.dropout_add_norm import native, reference
+from sensikernels.ops.dropout_add_norm.checks import check_backward, check_forward
 
 _LIB = torch.library.Library("sensikernels", "FRAGMENT")
 _LIB.define(
@@ -65,7 +67,7 @@ def launch_backward(
     """``(dx, dresidual, daffine)``: no dx without a seed (it is dresidual), daffine if needed."""
     shift = None if bias is None else bias.contiguous()
     dx, dresidual, daffine = kernels(backend).backward(
-        _rows(dy), _rows(before), moments, weight.contiguous(), shift, seed, threshold,
+        _rows(dy), _rows(before), moments.contiguous(), weight.contiguous(), shift, seed, threshold,
         affine_needed,
     )  # fmt: skip
     if dy.ndim != 2:
@@ -78,12 +80,18 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y, total, moments = launch_forward(x, *rest)
+    *call, save, backend = rest
+    check_forward(x, *call)
+    call += save, resolve(x, backend)
+    y, total, moments = launch_forward(x, *call)
     return y, x.new_empty(0) if total is None else total, moments
 
 
 def _backward(dy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dresidual, daffine = launch_backward(dy, *rest)
+    *call, affine_needed, backend = rest
+    check_backward(dy, *call)
+    call += affine_needed, resolve(dy, backend)
+    dx, dresidual, daffine = launch_backward(dy, *call)
     none = rest[1].new_empty(0) if daffine is None else daffine
     return dy.new_empty(0) if dx is None else dx, dresidual, none
 
@@ -105,6 +113,8 @@ def _(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_forward(x, residual, weight, bias, seed, threshold, eps)
+    resolve(x, backend)
     matrix = (x.shape[:-1].numel(), x.shape[-1])
     wide = torch.promote_types(x.dtype, torch.float32)
     total = x.new_empty(matrix if save else 0)
@@ -123,5 +133,7 @@ def _(
     affine_needed: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_backward(dy, before, moments, weight, bias, seed, threshold)
+    resolve(dy, backend)
     daffine = moments.new_empty((2, dy.shape[-1]) if affine_needed else 0)
     return dy.new_empty(0 if seed is None else dy.shape), dy.new_empty(dy.shape), daffine

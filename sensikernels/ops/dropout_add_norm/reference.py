@@ -40,8 +40,9 @@ def forward(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     z = _sum(x.to(wide), residual.to(wide), seed, threshold)
-    mean = z.mean(1, keepdim=True)
-    rstd = (z.var(1, unbiased=False, keepdim=True) + eps).rsqrt()
+    # Together, by Welford: the mean of a row of equal elements is that element.
+    variance, mean = torch.var_mean(z, 1, correction=0, keepdim=True)
+    rstd = (variance + eps).rsqrt()
     y = (z - mean) * rstd * weight + bias
     return y.to(x.dtype), z.to(x.dtype) if save else None, torch.cat([mean, rstd], 1)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sensikernels.ops.common.choice import rows
+from sensikernels.ops.common.choice import resolve, rows
 from sensikernels.ops.embed_norm import native, reference
+from sensikernels.ops.embed_norm.checks import check_backward, check_forward, check_rows
 
 _LIB = torch.library.Library("sensikernels", "FRAGMENT")
 _LIB.define(
@@ -66,10 +68,10 @@ def backward(
     affine_needed: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    saved = moments.contiguous(), weight.contiguous()
     dsum, daffine = kernels(backend).backward(
-        rows(dy), _flat(ids), _dense(tables), moments, weight.contiguous(), seed, threshold,
-        affine_needed,
-    )  # fmt: skip
+        rows(dy), _flat(ids), _dense(tables), *saved, seed, threshold, affine_needed
+    )
     return dsum, daffine
 
 
@@ -78,10 +80,29 @@ def add_rows(rows: Tensor, index: Tensor, count: int, backend: str) -> Tensor:
     return out
 
 
+def _forward(ids: list[Tensor], tables: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    *call, backend = rest
+    check_forward(ids, tables, *call)
+    call.append(resolve(tables[0], backend))
+    return forward(ids, tables, *call)
+
+
+def _backward(dy: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *call, affine_needed, backend = rest
+    check_backward(dy, *call)
+    call += affine_needed, resolve(dy, backend)
+    return backward(dy, *call)
+
+
+def _add_rows(rows: Tensor, index: Tensor, count: int, backend: str) -> Tensor:
+    check_rows(rows, index, count)
+    return add_rows(rows, index, count, resolve(rows, backend))
+
+
 for _device in ("CPU", "CUDA"):
-    _LIB.impl("embed_norm", forward, _device)
-    _LIB.impl("embed_norm_backward", backward, _device)
-    _LIB.impl("add_rows", add_rows, _device)
+    _LIB.impl("embed_norm", _forward, _device)
+    _LIB.impl("embed_norm_backward", _backward, _device)
+    _LIB.impl("add_rows", _add_rows, _device)
 
 
 @torch.library.register_fake("sensikernels::embed_norm")
@@ -95,7 +116,9 @@ def _(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    check_forward(ids, tables, weight, bias, seed, threshold, eps)
     word = tables[0]
+    resolve(word, backend)
     wide = torch.promote_types(word.dtype, torch.float32)
     y = word.new_empty((*ids[0].shape, word.shape[1]))
     return y, word.new_empty((ids[0].numel(), 2), dtype=wide)
@@ -113,10 +136,14 @@ def _(
     affine_needed: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    check_backward(dy, ids, tables, moments, weight, seed, threshold)
+    resolve(dy, backend)
     daffine = moments.new_empty((2, dy.shape[-1]) if affine_needed else 0)
     return dy.new_empty((ids[0].numel(), dy.shape[-1])), daffine
 
 
 @torch.library.register_fake("sensikernels::add_rows")
 def _(rows: Tensor, index: Tensor, count: int, backend: str) -> Tensor:
+    check_rows(rows, index, count)
+    resolve(rows, backend)
     return rows.new_empty((count, rows.shape[1]))

@@ -46,8 +46,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``(y, moments)`` of flat ids: ``[tokens, hidden]`` and mean, 1 / standard deviation."""
     z = _sum(ids, tables)
-    mean = z.mean(1, keepdim=True)
-    rstd = (z.var(1, unbiased=False, keepdim=True) + eps).rsqrt()
+    # Together, by Welford: the mean of a row of equal elements is that element.
+    variance, mean = torch.var_mean(z, 1, correction=0, keepdim=True)
+    rstd = (variance + eps).rsqrt()
     y = (z - mean) * rstd * weight + bias
     y = y if seed is None else dropped(y, seed, threshold)
     return y.to(tables[0].dtype), torch.cat([mean, rstd], 1)
