@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from sensikernels.errors import UsageError
+from sensikernels.hf.aside import user_attributes
 from sensikernels.hf.dropout import ATTENTION_RECORD
 from sensikernels.hf.modeling import COMPACT_CLASSES, SkBertConfig
+from sensikernels.hf.module_state import carry, class_of
 from sensikernels.hf.swap import applied, restore
 from sensikernels.hf.targets import Layer, encoder_layers
 from sensikernels.nn import MaskedLinear, SelectiveLinear
@@ -23,6 +25,8 @@ def compact(model: nn.Module) -> nn.Module:
     ``config.json`` carries every layer's widths), other plans come back as the original class
     with trained entries merged. ``save_pretrained`` then ``from_pretrained`` is bit-equal.
     The given model is left as it is when trimmed, and restored when its shapes never changed.
+    Modes, ``requires_grad``, hooks, gradient checkpointing and the choice of attention carry over;
+    no random number is drawn.
 
     Raises:
         UsageError: no plan is applied, the plan was applied with ``form="masked"``, or the
@@ -36,20 +40,51 @@ def compact(model: nn.Module) -> nn.Module:
         return model
     if swap.form != "packed":
         raise UsageError(f"model: expected a plan applied as 'packed', got {swap.form!r}")
-    made_of: Any = type(model)
+    made_of = check_compactable(model)
+    state = {name: value.detach().clone() for name, value in _plain_state(model).items()}
+    config = _config(model)
+    with torch.device("meta"):
+        small: Any = made_of(config)
+    small.load_state_dict(state, assign=True)
+    for name, buffer in model.named_buffers():
+        stem, _, leaf = name.rpartition(".")
+        small.get_submodule(stem)._buffers[leaf] = buffer.clone()
+    small.tie_weights()
+    _carry_all(model, small)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(flags[name])
+    made: nn.Module = small
+    return made
+
+
+def check_compactable(model: nn.Module) -> Any:
+    """The class that ``compact`` makes of ``model`` once trimmed. Raises UsageError: none."""
+    made_of = class_of(model)
     known = {c: c for c in COMPACT_CLASSES.values()} | COMPACT_CLASSES
     if made_of not in known:
         names = ", ".join(sorted(c.__name__ for c in COMPACT_CLASSES))
         raise UsageError(f"model: expected one of {names}, got {made_of.__name__}")
-    config = _config(model)
-    small: nn.Module = known[made_of](config)
-    small.load_state_dict(_plain_state(model))
-    reference = next(model.parameters())
-    small = small.to(device=reference.device, dtype=reference.dtype).train(model.training)
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    for name, parameter in small.named_parameters():
-        parameter.requires_grad_(flags[name])
-    return small
+    encoder_layers(model)
+    return known[made_of]
+
+
+def _carry_all(model: nn.Module, small: nn.Module) -> None:
+    """Hooks, modes and attributes of every module."""
+    for name, module in model.named_modules():
+        twin = small.get_submodule(name)
+        attributes = {
+            key: value
+            for key, value in vars(module).items()
+            if key in _SWITCHES or (key not in vars(twin) and not key.startswith(_OURS))
+        }
+        if isinstance(module, MaskedLinear):
+            attributes = user_attributes(module)
+        carry(module, twin, attributes)
+
+
+_SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func")
+_OURS = ("_sensikernels", "packing", "prefix_cache", "labelled_multiple", "save_pretrained")
 
 
 def _config(model: nn.Module) -> SkBertConfig:

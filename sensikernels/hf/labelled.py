@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,52 +9,62 @@ from torch import Tensor, nn
 from transformers import BertForMaskedLM
 from transformers.modeling_outputs import MaskedLMOutput
 
+from sensikernels.hf.module_state import Changed, change_back, change_class
 from sensikernels.ops.cross_entropy import cross_entropy
 
 IGNORED = -100  # HuggingFace's label of tokens that do not count
 
 
+class LabelledHead(Changed):
+    """What ``use_labelled`` makes of a ``BertForMaskedLM`` in place."""
+
+    labelled_multiple: int
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **named: Any,
+    ) -> Any:
+        """HuggingFace's forward, but in training with ``labels``: head and loss on labelled tokens.
+
+        Loss and gradients are those of all tokens; ``logits`` are then ``[labelled, vocabulary]``,
+        in the order of the tokens, and the loss is float32.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        if labels is None or not self.training:
+            return self.original.forward(self, **inputs, labels=labels, **named)
+        as_tuple = named.pop("return_dict", None) is False
+        hidden = self.bert(**inputs, return_dict=True, **named).last_hidden_state.flatten(0, 1)
+        labels = labels.flatten()
+        places = (labels != IGNORED).nonzero().flatten()
+        count = len(places)
+        # Shapes repeat: the rest are first tokens that do not count.
+        extra = -count % self.labelled_multiple
+        logits = self.cls(hidden.index_select(0, F.pad(places, (0, extra))))
+        loss = cross_entropy(logits, F.pad(labels[places], (0, extra), value=IGNORED))
+        out = MaskedLMOutput(loss=loss, logits=logits[:count])
+        return out.to_tuple() if as_tuple else out
+
+
 def use_labelled(model: BertForMaskedLM, multiple: int) -> None:
     """Train ``model``'s head on labelled tokens; their number is rounded up to ``multiple``."""
-    object.__setattr__(model, "_sensikernels_multiple", multiple)
-    object.__setattr__(model, "forward", MethodType(forward, model))
+    change_class(model, LabelledHead)
+    object.__setattr__(model, "labelled_multiple", multiple)
 
 
 def restore_labelled(model: nn.Module) -> None:
     """Undo ``use_labelled``, where it is in use."""
-    for name in ("forward", "_sensikernels_multiple"):
-        model.__dict__.pop(name, None)
-
-
-def forward(
-    self: Any,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    token_type_ids: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
-    labels: Tensor | None = None,
-    **named: Any,
-) -> Any:
-    """HuggingFace's forward, but in training with ``labels``: head and loss on labelled tokens.
-
-    Loss and gradients are those of all tokens; ``logits`` are then ``[labelled, vocabulary]``, in
-    the order of the tokens, and the loss is float32.
-    """
-    inputs = {
-        "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-        "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-    }  # fmt: skip
-    if labels is None or not self.training:
-        return type(self).forward(self, **inputs, labels=labels, **named)
-    as_tuple = named.pop("return_dict", None) is False
-    hidden = self.bert(**inputs, return_dict=True, **named).last_hidden_state.flatten(0, 1)
-    labels = labels.flatten()
-    places = (labels != IGNORED).nonzero().flatten()
-    count = len(places)
-    # Shapes repeat: the rest are first tokens that do not count.
-    extra = -count % self._sensikernels_multiple
-    logits = self.cls(hidden.index_select(0, F.pad(places, (0, extra))))
-    loss = cross_entropy(logits, F.pad(labels[places], (0, extra), value=IGNORED))
-    out = MaskedLMOutput(loss=loss, logits=logits[:count])
-    return out.to_tuple() if as_tuple else out
+    if isinstance(model, LabelledHead):
+        change_back(model)
+        object.__delattr__(model, "labelled_multiple")

@@ -14,12 +14,20 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForNextSentencePrediction,
+    AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertConfig,
     BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -47,18 +55,6 @@ class TrimmedSelfAttention(BertSelfAttention):
 
     qk_head_size: int
     vo_head_size: int
-
-    @classmethod
-    def around(
-        cls, attention: nn.Module, qk_head_size: int, vo_head_size: int
-    ) -> TrimmedSelfAttention:
-        """An instance that shares ``attention``'s submodules."""
-        made = cls.__new__(cls)
-        nn.Module.__init__(made)
-        made.__dict__.update({k: v for k, v in vars(attention).items() if k != "_modules"})
-        made._modules = dict(attention._modules)
-        made.qk_head_size, made.vo_head_size = qk_head_size, vo_head_size
-        return made
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -104,69 +100,76 @@ def resize(model: nn.Module, config: SkBertConfig) -> None:
         attention.num_attention_heads, attention.all_head_size = width["heads"], query_key
         full = attention.attention_head_size
         if (width["qk_head_size"], width["vo_head_size"]) != (full, full):
-            layer.attention.self = TrimmedSelfAttention.around(
-                attention, width["qk_head_size"], width["vo_head_size"]
-            )
+            attention.__class__ = TrimmedSelfAttention
+            attention.qk_head_size = width["qk_head_size"]
+            attention.vo_head_size = width["vo_head_size"]
 
 
-class SkBertModel(BertModel):
+class _Resized:
+    """A BERT class whose layers get the widths of its config."""
+
+    config_class = SkBertConfig
+
+    def __init__(self, config: SkBertConfig, **named: Any) -> None:
+        super().__init__(config, **named)  # type: ignore[call-arg]
+        resize(self, config)  # type: ignore[arg-type]
+        self.post_init()  # type: ignore[attr-defined]
+
+
+class SkBertModel(_Resized, BertModel):
     """``BertModel`` with per-layer widths."""
 
-    config_class = SkBertConfig
 
-    def __init__(self, config: SkBertConfig, add_pooling_layer: bool = True) -> None:
-        super().__init__(config, add_pooling_layer=add_pooling_layer)
-        resize(self, config)
-        self.post_init()
-
-
-class SkBertForSequenceClassification(BertForSequenceClassification):
+class SkBertForSequenceClassification(_Resized, BertForSequenceClassification):
     """``BertForSequenceClassification`` with per-layer widths."""
 
-    config_class = SkBertConfig
 
-    def __init__(self, config: SkBertConfig) -> None:
-        super().__init__(config)
-        resize(self, config)
-        self.post_init()
+class SkBertForTokenClassification(_Resized, BertForTokenClassification):
+    """``BertForTokenClassification`` with per-layer widths."""
 
 
-class SkBertForQuestionAnswering(BertForQuestionAnswering):
+class SkBertForQuestionAnswering(_Resized, BertForQuestionAnswering):
     """``BertForQuestionAnswering`` with per-layer widths."""
 
-    config_class = SkBertConfig
 
-    def __init__(self, config: SkBertConfig) -> None:
-        super().__init__(config)
-        resize(self, config)
-        self.post_init()
+class SkBertForMultipleChoice(_Resized, BertForMultipleChoice):
+    """``BertForMultipleChoice`` with per-layer widths."""
 
 
-class SkBertForMaskedLM(BertForMaskedLM):
+class SkBertForNextSentencePrediction(_Resized, BertForNextSentencePrediction):
+    """``BertForNextSentencePrediction`` with per-layer widths."""
+
+
+class SkBertForMaskedLM(_Resized, BertForMaskedLM):
     """``BertForMaskedLM`` with per-layer widths."""
 
-    config_class = SkBertConfig
 
-    def __init__(self, config: SkBertConfig) -> None:
-        super().__init__(config)
-        resize(self, config)
-        self.post_init()
+class SkBertForPreTraining(_Resized, BertForPreTraining):
+    """``BertForPreTraining`` with per-layer widths."""
 
 
-COMPACT_CLASSES: dict[type, type] = {
-    BertModel: SkBertModel,
-    BertForSequenceClassification: SkBertForSequenceClassification,
-    BertForQuestionAnswering: SkBertForQuestionAnswering,
-    BertForMaskedLM: SkBertForMaskedLM,
-}
+_CLASSES: tuple[tuple[Any, Any, type], ...] = (
+    (AutoModel, BertModel, SkBertModel),
+    (
+        AutoModelForSequenceClassification,
+        BertForSequenceClassification,
+        SkBertForSequenceClassification,
+    ),
+    (AutoModelForTokenClassification, BertForTokenClassification, SkBertForTokenClassification),
+    (AutoModelForQuestionAnswering, BertForQuestionAnswering, SkBertForQuestionAnswering),
+    (AutoModelForMultipleChoice, BertForMultipleChoice, SkBertForMultipleChoice),
+    (
+        AutoModelForNextSentencePrediction,
+        BertForNextSentencePrediction,
+        SkBertForNextSentencePrediction,
+    ),
+    (AutoModelForMaskedLM, BertForMaskedLM, SkBertForMaskedLM),
+    (AutoModelForPreTraining, BertForPreTraining, SkBertForPreTraining),
+)
+COMPACT_CLASSES: dict[type, type] = {stock: compact for _, stock, compact in _CLASSES}
 
 AutoConfig.register("sk_bert", SkBertConfig, exist_ok=True)
 SkBertConfig.register_for_auto_class()
-for _auto, _compact in (
-    (AutoModel, SkBertModel),
-    (AutoModelForSequenceClassification, SkBertForSequenceClassification),
-    (AutoModelForQuestionAnswering, SkBertForQuestionAnswering),
-    (AutoModelForMaskedLM, SkBertForMaskedLM),
-):
+for _auto, _, _compact in _CLASSES:
     _auto.register(SkBertConfig, _compact, exist_ok=True)
-    _compact.register_for_auto_class(_auto.__name__)
+    _compact.register_for_auto_class(_auto.__name__)  # type: ignore[attr-defined]

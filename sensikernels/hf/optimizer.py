@@ -1,62 +1,199 @@
-"""Carry an optimizer's moments along when parameters shrink."""
+"""Carry an optimizer along when parameters are replaced, frozen or given back."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from sensikernels.layouts import PackedLayout
-from sensikernels.nn import MaskedLinear
+from sensikernels._checks import require
+from sensikernels.errors import UsageError
+from sensikernels.hf.moves import Entries, Move
 from sensikernels.ops.subset_adamw import SubsetAdamW
 
+_STALE = "_sensikernels_replaced"
 
-@torch.no_grad()
-def slice_optimizer(optimizer: Optimizer, old: nn.Linear, new: MaskedLinear) -> None:
-    """Replace ``old``'s parameters by ``new``'s in every group and slice their moments alike.
 
-    A state tensor of the parameter's own shape is cut with the indices that cut the weight;
-    anything else (a step count) is kept. Works on any ``torch.optim.Optimizer``.
+def staged(optimizer: Optimizer, moves: Sequence[Move]) -> dict[nn.Parameter, dict[str, Any]]:
+    """The state of every parameter that moves and has one, by the parameter it moves to.
+
+    Changes nothing. Raises UsageError for state that nobody knows how to cut.
     """
-    layout = new.layout
-    if not isinstance(layout, PackedLayout):
-        raise TypeError(f"layer: expected a packed layout, got {type(layout).__name__}")
-    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
-    replace: Any = _replace_in_subset if isinstance(inner, SubsetAdamW) else _replace
-    cuts = [(index, dim) for dim, index in enumerate((layout.rows, layout.columns))]
-    present = [(index, dim) for index, dim in cuts if index is not None]
-    if new.weight is not old.weight:
-        replace(inner, old.weight, new.weight, present)
-    if new.bias is not None and new.bias is not old.bias:
-        replace(inner, old.bias, new.bias, [(i, d) for i, d in present if d == 0])
+    inner = innermost(optimizer)
+    made: dict[nn.Parameter, dict[str, Any]] = {}
+    for move in moves:
+        state = inner.state.get(move.old)
+        if not state:
+            continue
+        if isinstance(inner, SubsetAdamW):
+            made[move.new] = inner.moved_state(move.old, move.data, move.entries)
+        else:
+            made[move.new] = {key: _moved(inner, move, key, value) for key, value in state.items()}
+    return made
 
 
-def _replace(
-    optimizer: Any, old: nn.Parameter, new: nn.Parameter, cuts: list[tuple[Tensor, int]]
-) -> None:
-    for group in optimizer.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]
-    state: dict[str, Any] | None = optimizer.state.pop(old, None)
-    if state is not None:
-        optimizer.state[new] = {
-            key: _cut(value, cuts) if _is_like(value, old) else value
-            for key, value in state.items()
-        }
+def commit(
+    optimizer: Optimizer,
+    moves: Sequence[Move],
+    states: Mapping[nn.Parameter, dict[str, Any]],
+    *,
+    frozen: Iterable[nn.Parameter] = (),
+    thawed: Mapping[nn.Parameter, int] | None = None,
+) -> Callable[[], None]:
+    """Put ``moves`` and their staged ``states`` in force; returns what takes that back.
+
+    ``frozen`` parameters leave the optimizer with their state, ``thawed`` ones join the group given
+    for each unless they are there.
+    """
+    inner = innermost(optimizer)
+    before = [list(group["params"]) for group in inner.param_groups]
+    state_before = {p: inner.state[p] for p in _all(inner) if p in inner.state}
+    places = {move.old: move.new for move in moves}
+    gone = set(frozen)
+    for group in inner.param_groups:
+        kept = (places.get(p, p) for p in group["params"])
+        group["params"][:] = [p for p in kept if p not in gone]
+    held = set(_all(inner))
+    for parameter, index in (thawed or {}).items():
+        if parameter not in held:
+            inner.param_groups[index]["params"].append(parameter)
+    for old in (*places, *gone):
+        inner.state.pop(old, None)
+    inner.state.update(states)
+    _forget(inner)
+
+    def undo() -> None:
+        for parameter in _all(inner):
+            inner.state.pop(parameter, None)
+        for group, params in zip(inner.param_groups, before, strict=True):
+            group["params"][:] = params
+        inner.state.update(state_before)
+        _forget(inner)
+
+    return undo
 
 
-def _replace_in_subset(
-    optimizer: Any, old: nn.Parameter, new: nn.Parameter, cuts: list[tuple[Tensor, int]]
-) -> None:
-    optimizer.slice_state(old, new, [index for index, _ in cuts], [dim for _, dim in cuts])
+def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> int | None:
+    """The index of the group that holds ``parameter``; None if none does."""
+    groups = enumerate(innermost(optimizer).param_groups)
+    return next((i for i, g in groups if any(p is parameter for p in g["params"])), None)
 
 
-def _is_like(value: Any, parameter: Tensor) -> bool:
-    return torch.is_tensor(value) and value.shape == parameter.shape and value.ndim > 0
+def home_of(optimizer: Optimizer, model: nn.Module, name: str) -> int:
+    """The group for a parameter that joins: where most of its kind are, by the end of its name."""
+    groups = enumerate(innermost(optimizer).param_groups)
+    index = {id(p): i for i, group in groups for p in group["params"]}
+    kind = _kind(name)
+    alike = [p for n, p in model.named_parameters() if _kind(n) == kind]
+    votes = [index[id(p)] for p in alike if id(p) in index]
+    return max(set(votes), key=votes.count) if votes else 0
 
 
-def _cut(value: Tensor, cuts: list[tuple[Tensor, int]]) -> Tensor:
-    for index, dim in cuts:
-        value = value.index_select(dim, index.to(value.device))
-    return value.contiguous()
+def innermost(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrapper, or the one given."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    known = isinstance(inner, Optimizer)
+    require(known, "optimizer", "a torch.optim.Optimizer", type(inner).__name__)
+    return inner
+
+
+def mark_replaced(parameters: Iterable[Tensor], *, replaced: bool = True) -> None:
+    """Have the first step of an optimizer that still holds one of ``parameters`` warn."""
+    _watch()
+    _seen.clear()
+    for parameter in parameters:
+        if replaced:
+            setattr(parameter, _STALE, True)
+        elif hasattr(parameter, _STALE):
+            delattr(parameter, _STALE)
+
+
+_seen: WeakSet[Optimizer] = WeakSet()
+_watching: list[Any] = []
+
+
+def _watch() -> None:
+    if not _watching:
+        _watching.append(register_optimizer_step_pre_hook(_look))
+
+
+def _look(optimizer: Optimizer, *_: Any) -> None:
+    if optimizer in _seen:
+        return
+    _seen.add(optimizer)
+    stale = sum(hasattr(p, _STALE) for p in _all(optimizer))
+    if stale:
+        warnings.warn(
+            f"{type(optimizer).__name__} holds {stale} parameters that are in the model no longer "
+            "and will never move: pass it, as in sensikernels.apply(model, plan, optimizer=…), or "
+            "make it after apply and restore",
+            stacklevel=3,
+        )
+
+
+def _moved(optimizer: Optimizer, move: Move, key: str, value: Any) -> Any:
+    """One entry of a parameter's state, cut as the parameter was. Raises UsageError."""
+    if not _has_tensors(value):
+        return value
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and move.shape.numel() != 1:
+            return value
+        if value.shape == move.shape:
+            return move.entries(value).contiguous()
+        cut = _factor(move, key, value)
+        if cut is not None:
+            return cut(value)
+    what = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise UsageError(
+        f"optimizer: {move.name}: expected state of the parameter's shape {list(move.shape)} or "
+        f"factored by rows and columns, got {key} {what} of {type(optimizer).__name__}"
+    )
+
+
+def _factor(move: Move, key: str, value: Tensor) -> Entries | None:
+    """How a factor of a matrix' second moments is cut; None if ``value`` is none."""
+    if len(move.shape) != 2 or move.rows is None or move.columns is None:
+        return None
+    height, width = move.shape
+    shape = tuple(value.shape)
+    if shape == (height, 1) or (shape == (height,) and "row" in key):
+        return _by_lines(move.rows, (height, 1))
+    if shape == (1, width) or (shape == (width,) and "col" in key):
+        return _by_lines(move.columns, (1, width))
+    return None
+
+
+def _by_lines(cut: Entries, shape: tuple[int, int]) -> Entries:
+    def apply(value: Tensor) -> Tensor:
+        lines = cut(value.reshape(shape))
+        return lines.flatten() if value.ndim == 1 else lines
+
+    return apply
+
+
+def _has_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_tensors, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_tensors, value))
+    return isinstance(value, Tensor)
+
+
+def _all(optimizer: Optimizer) -> list[Any]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _forget(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, SubsetAdamW):
+        optimizer.params_changed()
+
+
+def _kind(name: str) -> str:
+    """``LayerNorm.weight``, ``weight`` or ``bias``: what decides whether a parameter decays."""
+    leaf = "weight" if name.endswith(".values") else name.rpartition(".")[2]
+    return f"norm.{leaf}" if "norm" in name.lower() else leaf

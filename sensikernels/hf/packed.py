@@ -6,6 +6,7 @@ sequence classifier runs on first tokens alone, which changes nothing that its h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,18 +21,27 @@ from transformers import (
     BertModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.bert.modeling_bert import (
+    BertAttention,
+    BertEmbeddings,
+    BertEncoder,
+    BertIntermediate,
+    BertLayer,
+    BertOutput,
+    BertSelfAttention,
+    BertSelfOutput,
+)
 
 from sensikernels._checks import require
+from sensikernels._hooks import hooked
 from sensikernels.errors import UsageError
 from sensikernels.hf.labelled import restore_labelled, use_labelled
 from sensikernels.hf.modeling import TrimmedSelfAttention
+from sensikernels.hf.module_state import Changed, change_back, change_class
 from sensikernels.hf.packed_cache import FrozenPrefixCache, frozen_depth
-from sensikernels.hf.packed_layer import embed, run_layer
+from sensikernels.hf.packed_layer import embed, run_layer, uncalled
 from sensikernels.hf.packed_tokens import MULTIPLE, Tokens, packed, unpadded
-from sensikernels.hf.packed_weights import adjoin
 
-ATTENTIONS = (BertSelfAttention, TrimmedSelfAttention)
 _REFUSED = (
     "inputs_embeds", "encoder_hidden_states", "encoder_attention_mask", "past_key_values",
     "use_cache", "output_attentions", "output_hidden_states", "cu_seq_lens_q",
@@ -40,9 +50,8 @@ _REFUSED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How a model was packed, and the class it had before."""
+    """How a model was packed."""
 
-    original: type[BertModel]
     cls_only: bool
     fused: bool
     multiple: int
@@ -50,15 +59,19 @@ class Packing:
     labelled_only: bool = False
 
 
-class PackedBert(BertModel):
-    """``BertModel`` with a forward on packed tokens; what ``use_packed`` makes of one in place.
+class PackedBert(Changed):
+    """A forward on packed tokens; what ``use_packed`` puts in front of a ``BertModel``'s class.
 
-    The instance, its submodules, Parameters and state dict stay what they were. Hooks on linears
-    are honoured, those on ``encoder`` and its layers are not called.
+    The instance, its submodules, Parameters and state dict stay what they were. Hooks on linears,
+    norms and tables are honoured. Modules around them are not called: hooks there are refused.
     """
 
     packing: Packing
     prefix_cache: FrozenPrefixCache | None = None
+    embeddings: Any
+    encoder: Any
+    pooler: Any
+    config: Any
 
     def forward(
         self,
@@ -107,22 +120,23 @@ class PackedBert(BertModel):
         return out if named.get("return_dict", True) is not False else out.to_tuple()
 
     def _encode(self, tokens: Tokens) -> Tensor:
-        depth, cache = len(self.encoder.layer), self.prefix_cache
+        depth, cache = len(uncalled(self.encoder).layer), self.prefix_cache
         if cache is None:
             return self._lower(tokens, depth)
-        hidden = cache(tokens, partial(self._lower, depth=cache.depth))
+        prefix = [self.embeddings, *self.encoder.layer[: cache.depth]]
+        hidden = cache(tokens, partial(self._lower, depth=cache.depth), prefix)
         return self._layers(hidden, tokens, cache.depth, depth)
 
     def _lower(self, tokens: Tokens, depth: int) -> Tensor:
         """Embeddings and the lowest ``depth`` layers."""
-        hidden = embed(self.embeddings, tokens, fused=self.packing.fused)
+        hidden = embed(uncalled(self.embeddings), tokens, fused=self.packing.fused)
         return self._layers(hidden, tokens, 0, depth)
 
     def _layers(self, hidden: Tensor, tokens: Tokens, start: int, stop: int) -> Tensor:
         fused, layers = self.packing.fused, self.encoder.layer
         for layer in layers[start:stop]:
             first_only = self.packing.cls_only and layer is layers[-1]
-            forward = getattr(layer, "packed_forward", partial(run_layer, layer))
+            forward = getattr(layer, "packed_forward", None) or partial(run_layer, uncalled(layer))
             run = partial(forward, tokens=tokens, fused=fused, first_only=first_only)
             if layer.gradient_checkpointing and layer.training:
                 hidden = layer._gradient_checkpointing_func(run, hidden)
@@ -141,25 +155,6 @@ class PackedBert(BertModel):
             value = named.get(name, getattr(self.config, name, None) if "output" in name else None)
             require(value is None or value is False, name, "none on packed tokens", "one")
 
-    def _apply(self, *arguments: Any, **named: Any) -> Any:
-        """``.to`` gives every Parameter storage of its own: put projections together again."""
-        super()._apply(*arguments, **named)
-        self.adjoin()
-        return self
-
-    def __setstate__(self, state: Any) -> None:
-        """A copy or an unpickled model has Parameters with storage of their own, too."""
-        super().__setstate__(state)
-        self.adjoin()
-
-    def adjoin(self) -> None:
-        """Query, key and value of every layer into one storage, where they are plain linears."""
-        if not self.packing.fused:
-            return
-        for layer in self.encoder.layer:
-            attention: Any = layer.attention.self
-            adjoin((attention.query, attention.key, attention.value))
-
 
 def use_packed(
     model: nn.Module,
@@ -174,10 +169,11 @@ def use_packed(
     The model takes its padded inputs as before, and packed ones (``PackedBert.forward``).
 
     ``cls_only``: a sequence classifier's last layer runs on first tokens alone (other heads read
-    every token and are not changed). ``fused``: one product for query, key and value, and
-    one pass each for embeddings, bias and GELU, dropout, residual and LayerNorm; their dropout is
-    counter dropout. Without it the modules are called one by one. Attention's dropout is always
-    from a counter. ``multiple``: padded inputs give token counts rounded up to multiples of it.
+    every token and are not changed). ``fused``: one product for query, key and value
+    on a GPU, and one pass each for embeddings, bias and GELU, dropout, residual and LayerNorm;
+    their dropout is counter dropout. Without it the modules are called one by one. Attention's
+    dropout is always from a counter. ``multiple``: padded inputs give token counts rounded up to
+    multiples of it.
     ``labelled_only``: in training a masked-language model's head and loss run on labelled tokens
     alone. Loss and gradients stay; ``logits`` become ``[labelled, vocabulary]``, so it is off
     unless asked for.
@@ -189,36 +185,24 @@ def use_packed(
         UsageError: packed already, no BERT encoder, a decoder, relative positions, an
             attention that is not known, or ``labelled_only`` without ``BertForMaskedLM``.
     """
-    bert = _bert(model)
-    require(not isinstance(bert, PackedBert), "model", "padded tokens", "packed ones already")
+    bert = _packable(model)
     require(multiple >= 1, "multiple", "at least 1", multiple)
-    config: Any = bert.config
-    decodes = config.is_decoder or config.add_cross_attention
-    require(not decodes, "model", "an encoder", "a decoder")
-    positions = getattr(config, "position_embedding_type", None) or "absolute"
-    require(positions == "absolute", "model", "absolute positions", positions)
-    for index, layer in enumerate(bert.encoder.layer):
-        kind = type(layer.attention.self)
-        require(kind in ATTENTIONS, f"model: layer {index}", "HuggingFace's self-attention",
-                kind.__name__)  # fmt: skip
     if labelled_only and not isinstance(model, BertForMaskedLM):
         require(False, "labelled_only", "a BertForMaskedLM", type(model).__name__)
     cls_only = cls_only and isinstance(model, BertForSequenceClassification)
     packing = Packing(
-        original=type(bert),
         cls_only=cls_only,
         fused=fused,
         multiple=multiple,
         repad=isinstance(model, BertForQuestionAnswering),
         labelled_only=labelled_only,
     )
-    bert.__class__ = PackedBert
+    change_class(bert, PackedBert)
     bert.packing = packing
-    bert.adjoin()
     if isinstance(model, BertForMaskedLM) and labelled_only:
         use_labelled(model, multiple)
     report = ["tokens packed"]
-    report += ["query, key and value as one product; fused passes"] if fused else []
+    report += ["fused passes"] if fused else []
     report += ["last layer on first tokens"] if cls_only else []
     report += ["language head on labelled tokens, in training"] if labelled_only else []
     return tuple(report)
@@ -230,7 +214,7 @@ def restore_packed(model: nn.Module) -> None:
     if not isinstance(bert, PackedBert):
         raise UsageError("model: expected packed tokens, got padded ones")
     restore_labelled(model)
-    bert.__class__ = bert.packing.original
+    change_back(bert)
     del bert.packing
     bert.__dict__.pop("prefix_cache", None)
 
@@ -251,7 +235,7 @@ def cache_frozen_prefix(model: nn.Module, *, limit_mib: float = 1024.0) -> Froze
     layers = list(bert.encoder.layer)
     depth = min(frozen_depth(bert.embeddings, layers), len(layers) - 1)
     require(depth > 0, "model", "frozen embeddings and a frozen lowest layer", "trained ones")
-    bert.prefix_cache = FrozenPrefixCache([bert.embeddings, *layers[:depth]], limit_mib=limit_mib)
+    bert.prefix_cache = FrozenPrefixCache(depth, limit_mib=limit_mib)
     return bert.prefix_cache
 
 
@@ -273,29 +257,55 @@ def computed(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"input_ids": tokens.input_ids[None], "cu_seqlens": tokens.cu_seqlens}
 
 
-def adjoin_projections(model: nn.Module) -> None:
-    """Bring the projections of a packed model together again after its linears were changed."""
-    bert = getattr(model, "bert", model)
-    if isinstance(bert, PackedBert):
-        bert.adjoin()
-
-
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
     """HuggingFace's own forward inside the block, whether packed or not."""
-    packing = packing_of(model)
-    if packing is None:
+    bert: Any = getattr(model, "bert", model)
+    if not isinstance(bert, PackedBert):
         yield
         return
-    bert = _bert(model)
-    bert.__class__ = packing.original
+    change_back(bert)
     try:
         yield
     finally:
-        bert.__class__ = PackedBert
+        change_class(bert, PackedBert)
 
 
 def _bert(model: nn.Module) -> Any:
     bert = getattr(model, "bert", model)
     require(isinstance(bert, BertModel), "model", "a BERT", type(model).__name__)
     return bert
+
+
+def _packable(model: nn.Module) -> Any:
+    """The BERT in ``model``. Raises UsageError unless its forward can be done on packed tokens."""
+    bert = _bert(model)
+    require(not isinstance(bert, PackedBert), "model", "padded tokens", "packed ones already")
+    config: Any = bert.config
+    decodes = config.is_decoder or config.add_cross_attention
+    require(not decodes, "model", "an encoder", "a decoder")
+    positions = getattr(config, "position_embedding_type", None) or "absolute"
+    require(positions == "absolute", "model", "absolute positions", positions)
+    own = type(bert).forward is BertModel.forward
+    require(own, "model", "BertModel's own forward", f"that of {type(bert).__name__}")
+    for name, module in bert.named_modules():
+        kinds = _AROUND.get(re.sub(r"\d+", "N", name))
+        if kinds is not None:
+            require(type(module) in kinds, f"model: {name}", "HuggingFace's " + kinds[0].__name__,
+                    type(module).__name__)  # fmt: skip
+            require(not hooked(module), f"model: {name}",
+                    "no hooks, as packed tokens do not call it", "hooks")  # fmt: skip
+    return bert
+
+
+# Modules that are not called, by name.
+_AROUND: dict[str, tuple[type, ...]] = {
+    "embeddings": (BertEmbeddings,),
+    "encoder": (BertEncoder,),
+    "encoder.layer.N": (BertLayer,),
+    "encoder.layer.N.attention": (BertAttention,),
+    "encoder.layer.N.attention.self": (BertSelfAttention, TrimmedSelfAttention),
+    "encoder.layer.N.attention.output": (BertSelfOutput,),
+    "encoder.layer.N.intermediate": (BertIntermediate,),
+    "encoder.layer.N.output": (BertOutput,),
+}

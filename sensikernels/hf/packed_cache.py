@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sensikernels._checks import require
+from sensikernels._hooks import hooked
 from sensikernels.hf.packed_tokens import Tokens
 
 MIB = 2**20
@@ -19,27 +21,33 @@ class FrozenPrefixCache:
     """What embeddings and the lowest ``depth`` layers make of each sentence, by its token ids.
 
     Right only while nothing there trains and no dropout is active there: both are checked at
-    every use, and a change of the frozen values empties the cache. Beyond ``limit_mib`` nothing
-    more is kept and sentences are computed again. Reading ids waits for the device once a step.
-    Made by ``cache_frozen_prefix``.
+    every use. Kept states belong to the values of the frozen weights, however they were written,
+    and to the dtypes and modes they were computed in: at any change the cache is emptied. Beyond
+    ``limit_mib`` nothing more is kept and sentences are computed again. A use reads the weights
+    once and waits for the device. Made by ``cache_frozen_prefix``.
     """
 
-    def __init__(self, prefix: Sequence[nn.Module], *, limit_mib: float) -> None:
-        self.depth = len(prefix) - 1
-        self._prefix, self._limit = prefix, limit_mib * MIB
+    def __init__(self, depth: int, *, limit_mib: float) -> None:
+        self.depth, self._limit = depth, limit_mib * MIB
         self._kept: dict[bytes, Tensor] = {}
         self.held = 0
-        self._version: tuple[int, ...] = ()
+        self._made_of: bytes | None = None
         self.hits = self.misses = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model computes its own prefix: it may train what this one holds frozen."""
         return
 
+    def __reduce__(self) -> Any:
+        """Pickled without what it keeps."""
+        return _empty, (self.depth, self._limit / MIB)
+
     @torch.no_grad()
-    def __call__(self, tokens: Tokens, compute: Callable[[Tokens], Tensor]) -> Tensor:
-        """Hidden states ``[tokens, hidden]`` after the prefix; ``compute`` makes absent ones."""
-        self._check()
+    def __call__(
+        self, tokens: Tokens, compute: Callable[[Tokens], Tensor], prefix: Sequence[nn.Module]
+    ) -> Tensor:
+        """Hidden states ``[tokens, hidden]`` after ``prefix``; ``compute`` makes absent ones."""
+        self._check(prefix)
         keys, bounds = _keys(tokens)
         absent = list({key: i for i, key in enumerate(keys) if key not in self._kept}.values())
         made: dict[bytes, Tensor] = {}
@@ -62,17 +70,50 @@ class FrozenPrefixCache:
                 self._kept[key] = piece.clone()
                 self.held += size
 
-    def _check(self) -> None:
-        trained = [p for module in self._prefix for p in module.parameters() if p.requires_grad]
+    def _check(self, prefix: Sequence[nn.Module]) -> None:
+        trained = [p for module in prefix for p in module.parameters() if p.requires_grad]
         require(not trained, "model", "a frozen prefix", f"{len(trained)} trained parameters in it")
-        active = [d for d in _dropouts(self._prefix) if d.training and d.p > 0]
+        active = [d for d in _dropouts(prefix) if d.training and d.p > 0]
         require(not active, "model", "no dropout in the frozen prefix", f"p={_rate(active)}")
-        version = tuple(
-            v for module in self._prefix for p in module.parameters() for v in (id(p), p._version)
-        )
-        if version != self._version:
+        called = [type(m).__name__ for module in prefix for m in module.modules() if hooked(m)]
+        require(not called, "model", "no hooks in the kept prefix", f"hooks on {called[:3]}")
+        made_of = _state_of(prefix)
+        if made_of != self._made_of:
             self._kept.clear()
-            self.held, self._version = 0, version
+            self.held, self._made_of = 0, made_of
+
+
+def _empty(depth: int, limit_mib: float) -> FrozenPrefixCache:
+    return FrozenPrefixCache(depth, limit_mib=limit_mib)
+
+
+def _state_of(prefix: Sequence[nn.Module]) -> bytes:
+    """The values of all weights, by a random projection of each row, and what else decides."""
+    tensors = [t.detach() for m in prefix for t in (*m.parameters(), *m.buffers())]
+    device = tensors[0].device.type
+    modes = [
+        *((t.dtype, tuple(t.shape), str(t.device)) for t in tensors),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        torch.get_float32_matmul_precision(),
+    ]
+    with torch.autocast(device, enabled=False):
+        rows = torch.cat([_projected(t) for t in tensors])
+    return repr(modes).encode() + rows.cpu().numpy().tobytes()
+
+
+def _projected(tensor: Tensor) -> Tensor:
+    """float64 ``[rows]``: products with one random vector. Any write shows that is not at right
+    angles to it in every row."""
+    matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim else tensor.reshape(1, 1)
+    wide = matrix if matrix.element_size() >= 4 else matrix.float()
+    return torch.mv(wide, _direction(wide.shape[1], wide.dtype, wide.device)).double()
+
+
+@cache
+def _direction(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(width)
+    return torch.randn(width, generator=generator).to(device, dtype)
 
 
 @contextmanager

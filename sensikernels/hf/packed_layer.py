@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
+from sensikernels._hooks import bare, hooked
+from sensikernels.errors import UsageError
 from sensikernels.hf.packed_tokens import Tokens
 from sensikernels.hf.packed_weights import plain, project
+from sensikernels.nn import CounterDropout
 from sensikernels.ops.bias_gelu import bias_gelu
 from sensikernels.ops.dropout_add_norm import dropout_add_norm
 from sensikernels.ops.embed_norm import embed_norm
@@ -22,8 +25,9 @@ def embed(embeddings: Any, tokens: Tokens, *, fused: bool) -> Tensor:
     words, norm = embeddings.word_embeddings, embeddings.LayerNorm
     tables = (words, embeddings.position_embeddings, embeddings.token_type_embeddings)
     ids = (tokens.input_ids, tokens.position_ids, tokens.token_type_ids)
-    if fused and _is_norm(norm) and all(_is_table(table) for table in tables):
-        weights = [table.weight for table in tables]
+    pieces = _is_norm(norm) and all(map(_is_table, tables)) and _is_dropout(embeddings.dropout)
+    if fused and pieces:
+        weights = [without_row(table.weight, table.padding_idx) for table in tables]
         return embed_norm(
             ids[0],
             ids[1],
@@ -49,12 +53,13 @@ def run_layer(
 
     ``first_only``: queries, output projection and FFN for each sequence's first token alone.
     """
-    attention = layer.attention.self
+    around = uncalled(layer.attention)
+    attention = uncalled(around.self)
     residual = hidden.index_select(0, tokens.first) if first_only else hidden
     context = _attend(attention, hidden, residual, tokens, fused=fused, first_only=first_only)
-    hidden = _close(layer.attention.output, context, residual, fused=fused)
-    return _close(layer.output, _activate(layer.intermediate, hidden, fused=fused), hidden,
-                  fused=fused)  # fmt: skip
+    hidden = _close(uncalled(around.output), context, residual, fused=fused)
+    inner = _activate(uncalled(layer.intermediate), hidden, fused=fused)
+    return _close(uncalled(layer.output), inner, hidden, fused=fused)
 
 
 def _attend(
@@ -82,7 +87,7 @@ def _attend(
         max_length=tokens.max_length,
         cu_seqlens_query=one_each,
         max_length_query=1 if first_only else None,
-        dropout=_rate(attention.dropout),
+        dropout=attention.dropout.p if attention.training else 0.0,  # as HuggingFace decides
         scale=attention.scaling,
     )
     return context.flatten(1)
@@ -99,7 +104,7 @@ def _activate(intermediate: Any, x: Tensor, *, fused: bool) -> Tensor:
 def _close(block: Any, x: Tensor, residual: Tensor, *, fused: bool) -> Tensor:
     """LayerNorm(dropout(dense(x)) + residual)."""
     x, norm = block.dense(x), block.LayerNorm
-    if fused and _is_norm(norm):
+    if fused and _is_norm(norm) and _is_dropout(block.dropout):
         # Under autocast the residual stays wide and the product is narrow: add as PyTorch would.
         x = x.to(torch.promote_types(x.dtype, residual.dtype))
         residual = residual.to(x.dtype)
@@ -114,16 +119,53 @@ def _rate(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
 
 
-def _is_norm(norm: nn.Module) -> bool:
-    return type(norm) is nn.LayerNorm and not (norm._forward_hooks or norm._forward_pre_hooks)
+def uncalled(module: Any) -> Any:
+    """``module``, of which only parts are called. Raises UsageError if hooks wait for a call."""
+    if not torch.compiler.is_compiling() and hooked(module):
+        raise UsageError(
+            f"{type(module).__name__}: expected no hooks on a module that packed tokens do not "
+            "call, got hooks"
+        )
+    return module
+
+
+def without_row(table: Tensor, row: int | None) -> Tensor:
+    """``table`` whose ``row`` gets no gradient, as ``padding_idx`` of ``nn.Embedding`` has it."""
+    if row is None or not (table.requires_grad and torch.is_grad_enabled()):
+        return table
+    silent: Tensor = _WithoutRow.apply(table, row)  # type: ignore[no-untyped-call]
+    return silent
+
+
+class _WithoutRow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, row: int) -> Tensor:
+        ctx.row = row
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if not grad.is_sparse:
+            grad.detach()[ctx.row].zero_()  # in place: it was made for this node alone
+            return grad, None
+        rows, values = grad._indices(), grad._values()
+        values = values.masked_fill((rows[0] == ctx.row)[:, None], 0)
+        return torch.sparse_coo_tensor(rows, values, grad.shape, check_invariants=False), None
+
+
+def _is_norm(norm: Any) -> bool:
+    return bare(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
 
 
 def _is_table(table: Any) -> bool:
-    bare = type(table) is nn.Embedding and not (table._forward_hooks or table._forward_pre_hooks)
-    return bare and table.max_norm is None and not table.scale_grad_by_freq
+    return bare(table, nn.Embedding) and table.max_norm is None and not table.scale_grad_by_freq
+
+
+def _is_dropout(dropout: Any) -> bool:
+    return bare(dropout, nn.Dropout, CounterDropout)
 
 
 def _is_exact_gelu(act: Any) -> bool:
-    if isinstance(act, nn.GELU):
+    if bare(act, nn.GELU):
         return act.approximate == "none"
-    return (act.act if isinstance(act, GELUActivation) else act) is F.gelu
+    return (act.act if bare(act, GELUActivation) else act) is F.gelu

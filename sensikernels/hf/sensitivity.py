@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from sensikernels._checks import require, require_one_of
 from sensikernels._progress import track
 from sensikernels.criteria import UnitTap, tap, unit_sums
+from sensikernels.errors import UsageError
 from sensikernels.hf.dropout import fast_attention
+from sensikernels.hf.module_state import modes_kept
 from sensikernels.hf.packed import unpacked
 from sensikernels.hf.packed_tokens import to_padded
 from sensikernels.hf.targets import encoder_layers, structure
@@ -21,6 +23,7 @@ from sensikernels.masks.structure import Coupling, Structure
 
 CRITERIA = ("mask-gradient", "learned", "first-order", "magnitude")
 Batches = Iterable[Mapping[str, Tensor]]
+ComputeLoss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 
 def sensitivity(
@@ -32,6 +35,7 @@ def sensitivity(
     statistic: str = "sum_batch_grad_squared",
     learning_rate: float = 2e-5,
     l1: float = 1e-4,
+    compute_loss: ComputeLoss | None = None,
 ) -> Scores:
     """Score every unit of ``model`` on ``batches`` (dictionaries that ``model(**batch)`` takes).
 
@@ -43,20 +47,24 @@ def sensitivity(
     - ``first-order``: Σ |w·g| over a unit's weights. - ``magnitude``: Σ |w|; needs no batch.
 
     ``granularity``: ``heads`` (heads and FFN neurons) or ``dimensions`` (Q/K and V/O dimensions
-    and neurons). Batches may be packed; a packed model is ranked on padded tokens, to the same
+    and neurons). ``compute_loss``: from model and batch a scalar loss; by default the loss that the
+    model's output holds, which takes labels in every batch.
+
+    Batches may be packed; a packed model is ranked on padded tokens, to the same
     scores. The model's weights, gradients, training mode and random state are as before.
     With ``torch.distributed`` running each process gives its share of the batches, perhaps none,
     and gets the scores of all of them: a batch lies whole on one process, so they are summed.
 
     Raises:
-        UsageError: unknown criterion, granularity or statistic; no batches; not a BERT; ``learned``
-            in several processes, as it trains on one batch after the other.
+        UsageError: unknown criterion, granularity or statistic; no batches, or empty ones; no loss,
+            or one that is not finite; not a BERT; ``learned`` in several processes, as it trains on
+            one batch after the other.
     """
     require_one_of(criterion, "criterion", CRITERIA)
     alone = criterion != "learned" or not _several()
     require(alone, "criterion", "not learned in several processes", criterion)
     parts = structure(model, granularity)
-    meter = _Meter(batches, f"sensitivity ({criterion})", _device(model))
+    meter = _Meter(batches, f"sensitivity ({criterion})", _device(model), compute_loss)
     with _left_as_it_was(model), unpacked(model), fast_attention(model):
         if criterion == "magnitude":
             values = unit_sums(parts.couplings, _weights(model, parts), None, "sum_abs_weight")
@@ -76,9 +84,12 @@ def sensitivity(
 
 
 class _Meter:
-    """Moves batches to the device and keeps their geometry."""
+    """Moves batches to the device, keeps their geometry and takes their loss."""
 
-    def __init__(self, batches: Batches, label: str, device: torch.device) -> None:
+    def __init__(
+        self, batches: Batches, label: str, device: torch.device, compute_loss: ComputeLoss | None
+    ) -> None:
+        self.loss = checked_loss(compute_loss or own_loss)
         self.batches, self.label, self.device = batches, label, device
         self.rows = 0
         self.tokens = self.attended = 0
@@ -86,11 +97,21 @@ class _Meter:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         total = len(self.batches) if isinstance(self.batches, Sized) else None
         for batch in map(to_padded, track(self.batches, self.label, total)):
-            rows, width = batch["input_ids"].shape
+            ids = batch.get("input_ids")
+            if not isinstance(ids, Tensor) or ids.ndim < 2 or ids.numel() == 0:
+                got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+                raise UsageError(
+                    f"batches: expected input_ids [rows, length], not empty, in each, got {got}"
+                )
+            width = ids.shape[-1]
+            rows = ids.numel() // width
             self.rows += rows
             self.tokens += rows * width
             self.attended += rows * width * width
-            yield {name: value.to(self.device) for name, value in batch.items()}
+            yield {
+                name: value.to(self.device) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+            }
 
     def sum_over_ranks(self) -> None:
         """The geometry of every process's batches."""
@@ -102,6 +123,31 @@ class _Meter:
     def length(self) -> float:
         """The padded length that makes attention FLOPs exact: Σ B·S² / Σ B·S."""
         return self.attended / max(self.tokens, 1)
+
+
+def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The loss in the model's output. Raises UsageError: there is none, as without labels."""
+    forward: Callable[..., Any] = model
+    out = forward(**batch)
+    loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise UsageError(
+            "batches: expected a loss in the model's output (labels in every batch, or "
+            f"compute_loss), got none for a batch of {sorted(batch)}"
+        )
+    return loss
+
+
+def checked_loss(compute: ComputeLoss) -> ComputeLoss:
+    """``compute``, which must give one finite number."""
+
+    def loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        value = compute(model, batch)
+        fine = value.numel() == 1 and bool(value.detach().isfinite().all())
+        require(fine, "batches", "one finite loss", value.detach().flatten()[:3].tolist())
+        return value
+
+    return loss
 
 
 def _mask_gradients(
@@ -116,7 +162,7 @@ def _mask_gradients(
 
     with _on_units(model, parts, change):
         for batch in meter:
-            model(**batch).loss.backward()
+            meter.loss(model, batch).backward()
     return {name: unit_tap.total.cpu() for name, unit_tap in taps.items()}
 
 
@@ -127,7 +173,7 @@ def _first_order(model: nn.Module, parts: Structure, meter: _Meter) -> dict[str,
     for weight in weights.values():
         weight.requires_grad_(True)
     for batch in meter:
-        grads = torch.autograd.grad(model(**batch).loss, list(weights.values()))
+        grads = torch.autograd.grad(meter.loss(model, batch), list(weights.values()))
         by_name = dict(zip(weights, grads, strict=True))
         for name, sums in unit_sums(parts.couplings, weights, by_name, "sum_abs_wg").items():
             totals[name] += sums
@@ -157,7 +203,7 @@ def _learned(
         with _on_units(model, parts, change):
             for batch in meter:
                 penalty = torch.stack([g.abs().sum() for g in gates.values()]).sum()
-                (model(**batch).loss + l1 * penalty).backward()
+                (meter.loss(model, batch) + l1 * penalty).backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
     finally:
@@ -194,14 +240,12 @@ def _on_units(
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Give back training mode, gradients, ``requires_grad`` and the random state at the end."""
-    training = model.training
     saved = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), modes_kept(model):
         try:
             yield
         finally:
-            model.train(training)
             for parameter, required, grad in saved:
                 parameter.requires_grad_(required)
                 parameter.grad = grad

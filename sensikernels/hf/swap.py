@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from sensikernels._checks import require, require_one_of
 from sensikernels.errors import UsageError
-from sensikernels.hf.optimizer import slice_optimizer
-from sensikernels.hf.packed import adjoin_projections
+from sensikernels.hf import optimizer as following
+from sensikernels.hf.aside import Exchange, check_linear, exchange, exchange_back, settle
+from sensikernels.hf.modeling import TrimmedSelfAttention
+from sensikernels.hf.moves import Move
 from sensikernels.hf.parts import check_parts, has_parts, restore_parts, use_parts
-from sensikernels.hf.targets import PARTS
+from sensikernels.hf.saving import stop_warning, warn_of_saving
+from sensikernels.hf.targets import attention_of, check_sizes, encoder_layers
 from sensikernels.masks.plans import Plan
-from sensikernels.masks.structure import Coupling
-from sensikernels.nn import MaskedLinear, SelectiveLinear
+from sensikernels.nn import SelectiveLinear
 
 FORMS = ("packed", "masked")
 _RECORD = "_sensikernels_swap"
@@ -25,13 +28,15 @@ _RECORD = "_sensikernels_swap"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Swap:
-    """What ``apply`` did to a model; ``restore`` undoes it."""
+    """What ``apply`` did to a model, by name; what a linear was is carried by its replacement."""
 
     plan: Plan
     form: str
-    originals: Mapping[str, nn.Module]
+    replaced: tuple[str, ...]
     required_grad: Mapping[str, bool]
-    report: tuple[str, ...]
+    head_sizes: Mapping[str, tuple[type, Mapping[str, int]]] = field(default_factory=dict)
+    groups: Mapping[str, int] = field(default_factory=dict)
+    report: tuple[str, ...] = ()
 
 
 def applied(model: nn.Module) -> Swap | None:
@@ -54,13 +59,18 @@ def apply(
     ``apply(model, parts=("dropout", "packed", "cls", "fused", "words"))`` is the fast dense step.
     ``form="packed"``: units go physically and compact shapes propagate between the linears of a
     coupling. ``form="masked"``: full shapes with the mask multiplied in, the definition.
-    ``optimizer``: its moments are sliced with the weights, so a running fine-tuning goes on.
-    Everything is checked before anything is changed.
+    ``optimizer``: any of ``torch.optim``, or accelerate's wrapper of one. It then holds what
+    trains, with the moments of what stays, so a running fine-tuning goes on; what is frozen leaves.
+    An optimizer made before that is not passed warns at its first step.
+
+    All or nothing: everything is checked before anything is changed; what fails later is undone.
+    Hooks, modes, gradients and attributes of the replaced linears stay with their place.
 
     Raises:
         UsageError: a plan is already applied; a module is missing, not a plain ``nn.Linear`` or
-            of another shape than planned; a coupling is left without a unit; a part is unknown, in
-            use already, or not possible for this model.
+            of another shape than planned; the plan is for another model; a coupling is left without
+            a unit, or in a decoder; a part is unknown, in use already, or not possible for this
+            model; the optimizer has state of a shape that nobody knows how to cut.
     """
     require_one_of(form, "form", FORMS)
     wanted = check_parts(model, parts)
@@ -68,124 +78,180 @@ def apply(
     if plan is None:
         return use_parts(model, wanted)
     require(applied(model) is None, "model", "no plan applied (restore first)", "one applied")
-    targets = _check(model, plan)
-    required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    _freeze(model, plan)
-    try:  # after freezing: a prefix cache asks what is frozen
-        report = list(use_parts(model, wanted))
-    except BaseException:
-        _thaw(model, required_grad)
-        raise
-    compact = {m.module: m.axis for c in plan.couplings for m in c.members} if (
-        form == "packed"
-    ) else {}  # fmt: skip
-    originals: dict[str, nn.Module] = {}
-    for name, linear in targets.items():
-        new = _replacement(name, linear, plan, form, compact.get(name))
-        _set_submodule(model, name, new)
-        originals[name] = linear
-        report.append(f"{name}: {new}")
-        if optimizer is not None and isinstance(new, MaskedLinear):
-            slice_optimizer(optimizer, linear, new)
-    if form == "packed":
-        originals |= _reshape_attention(model, plan)
-    adjoin_projections(model)
-    _freeze(model, plan)
+    changes = _planned(model, plan, form)
+    moves = [move for change in changes for move in change.moves]
+    states = {} if optimizer is None else following.staged(optimizer, moves)
+    required = _requirements(model)
+    with ExitStack() as undo:
+        _exchange_all(model, changes, undo)
+        sizes = _resize_heads(model, plan, undo) if form == "packed" else {}
+        undo.callback(_require_grad, model, _requirements(model))
+        _freeze(model, plan)
+        report = use_parts(model, wanted)  # after freezing: a prefix cache asks what is frozen
+        if wanted:
+            undo.callback(restore_parts, model)
+        groups = {}
+        if optimizer is not None:
+            groups = _follow(model, optimizer, moves, states, required, {}, undo)
+        undo.pop_all()
+    following.mark_replaced(move.old for move in moves)
     swap = Swap(
         plan=plan,
         form=form,
-        originals=originals,
-        required_grad=required_grad,
-        report=tuple(report),
+        replaced=tuple(change.name for change in changes),
+        required_grad=required,
+        head_sizes=sizes,
+        groups=groups,
+        report=(*report, *(f"{change.name}: {change.new}" for change in changes)),
     )
     object.__setattr__(model, _RECORD, swap)
+    if plan.weight_masks:
+        warn_of_saving(model)
     return swap.report
 
 
-def restore(model: nn.Module) -> None:
+def restore(model: nn.Module, *, optimizer: Optimizer | None = None) -> None:
     """Put the original modules back, with what training changed merged in, and switch parts off.
 
     Entries that the plan dropped are as they were; without training in between the model is
-    bit-equal to the one before ``apply``.
+    bit-equal to the one before ``apply``, and its Parameters are the same objects. ``optimizer``
+    gets them back with the moments they have; entries that were dropped begin with none.
+
+    Raises UsageError, before anything is changed, where there is nothing to undo or a layer is not
+    the one that ``apply`` put there.
     """
     swap = applied(model)
     if swap is None and not has_parts(model):
         raise UsageError("model: expected a plan or parts applied, got none")
     if swap is not None:
-        _restore_plan(model, swap)
+        _restore_plan(model, swap, optimizer)
     if has_parts(model):
         restore_parts(model)
 
 
-def _restore_plan(model: nn.Module, swap: Swap) -> None:
-    # Parents were swapped last and come back first.
-    for name, original in reversed(list(swap.originals.items())):
-        current = model.get_submodule(name)
-        if isinstance(current, (MaskedLinear, SelectiveLinear)):
-            _merge(swap, name, current, original)
-        _set_submodule(model, name, original)
-    adjoin_projections(model)
-    _thaw(model, swap.required_grad)
+def _restore_plan(model: nn.Module, swap: Swap, optimizer: Optimizer | None) -> None:
+    changes = [exchange_back(name, _submodule(model, name)) for name in swap.replaced]
+    moves = [move for change in changes for move in change.moves]
+    states = {} if optimizer is None else following.staged(optimizer, moves)
+    required = _requirements(model)
+    with ExitStack() as undo:
+        _exchange_all(model, changes, undo)
+        undo.callback(_require_grad, model, required)
+        _require_grad(model, swap.required_grad)
+        if optimizer is not None:
+            _follow(model, optimizer, moves, states, required, swap.groups, undo)
+        undo.pop_all()
+    for name, (kind, sizes) in swap.head_sizes.items():
+        _set_head_sizes(model.get_submodule(name), kind, sizes)
+    following.mark_replaced(move.old for move in moves)
+    following.mark_replaced((move.new for move in moves), replaced=False)
+    stop_warning(model)
     object.__delattr__(model, _RECORD)
 
 
-@torch.no_grad()
-def _merge(
-    swap: Swap, name: str, current: MaskedLinear | SelectiveLinear, original: nn.Module
-) -> None:
-    if isinstance(current, SelectiveLinear):
-        current.refresh()  # its weight is the original's own storage
-        return
-    merged, mask = current.to_linear(full=True), swap.plan.weight_masks[name]
-    kept = mask.dense().to(merged.weight.device)
-    rows = kept.any(1) if current.layout.compact_output else torch.ones_like(kept[:, 0])
-    for parameter, keep in (("weight", kept), ("bias", rows)):
-        target: Tensor | None = getattr(original, parameter)
-        if target is not None:
-            target.copy_(torch.where(keep, getattr(merged, parameter), target))
-
-
-def _check(model: nn.Module, plan: Plan) -> dict[str, nn.Linear]:
-    targets: dict[str, nn.Linear] = {}
-    for masks in (plan.weight_masks, plan.update_masks):
-        for name, mask in masks.items():
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:
-                raise UsageError(
-                    f"plan: expected a model with a module {name}, got {type(model).__name__} "
-                    "without it"
-                ) from None
-            plain = type(module) is nn.Linear
-            require(plain, f"module {name}", "an nn.Linear", type(module).__name__)
-            got = tuple(module.weight.shape)  # type: ignore[arg-type]
-            require(got == mask.shape, f"plan: {name}", f"a weight {list(mask.shape)}", list(got))
-            targets[name] = module  # type: ignore[assignment]
-    for coupling in plan.couplings:
-        kept = int(plan.kept_units(coupling).sum())
-        require(kept > 0, f"plan: {coupling.name}", "at least one kept unit", kept)
+def _planned(model: nn.Module, plan: Plan, form: str) -> list[Exchange]:
+    """Check the whole plan against the model, then build every layer; the model is untouched."""
+    both = sorted(plan.weight_masks.keys() & plan.update_masks.keys())
+    require(not both, "plan", "one of weight_mask and update_mask", f"both for {both[:3]}")
+    linears = {
+        name: check_linear(model, name, mask.shape)
+        for masks in (plan.weight_masks, plan.update_masks)
+        for name, mask in masks.items()
+    }
+    plan.require_made_for(model)
+    _refuse_shared(model, linears)
     known = {name for name, _ in model.named_parameters()}
     unknown = [name for name in plan.trainable or () if name not in known]
     require(not unknown, "plan trainable", "names of the model's parameters", unknown[:3])
-    return targets
+    if plan.couplings:
+        encoder_layers(model)
+    for coupling in plan.couplings:
+        kept = int(plan.kept_units(coupling).sum())
+        require(kept > 0, f"plan: {coupling.name}", "at least one kept unit", kept)
+        if form == "packed" and coupling.kind in ("qk", "vo"):
+            check_sizes(model, plan, coupling)
+    axes = {m.module: m.axis for c in plan.couplings for m in c.members} if form == "packed" else {}
+    return [exchange(name, linear, plan, form, axes.get(name)) for name, linear in linears.items()]
 
 
-def _replacement(
-    name: str, linear: nn.Linear, plan: Plan, form: str, axis: int | None
-) -> MaskedLinear | SelectiveLinear:
-    weight_mask, update_mask = plan.weight_masks.get(name), plan.update_masks.get(name)
-    if weight_mask is not None and update_mask is not None:
-        raise UsageError(f"plan: {name}: expected one of weight_mask and update_mask, got both")
-    if update_mask is not None:
-        return SelectiveLinear.from_linear(linear, update_mask)
-    assert weight_mask is not None
-    return MaskedLinear.from_linear(
-        linear,
-        weight_mask,
-        compact_input=axis == 1,
-        compact_output=axis == 0,
-        backend="reference" if form == "masked" else "auto",
-    )
+def _refuse_shared(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
+    """Raise UsageError where a planned weight is used under another name as well."""
+    homes: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        homes.setdefault(id(parameter), []).append(name)
+    for name, linear in linears.items():
+        for parameter in linear.parameters():
+            where = homes[id(parameter)]
+            require(len(where) == 1, f"module {name}", "Parameters of its own", f"shared: {where}")
+
+
+def _exchange_all(model: nn.Module, changes: Sequence[Exchange], undo: ExitStack) -> None:
+    for change in changes:
+        undo.callback(_set_submodule, model, change.name, change.old)
+        undo.callback(settle(change))
+        _set_submodule(model, change.name, change.new)
+
+
+def _follow(
+    model: nn.Module,
+    optimizer: Optimizer,
+    moves: Sequence[Move],
+    states: Mapping[nn.Parameter, dict[str, Any]],
+    required: Mapping[str, bool],
+    groups: Mapping[str, int],
+    undo: ExitStack,
+) -> dict[str, int]:
+    """Have ``optimizer`` hold what trains now; the groups that frozen parameters were in."""
+    renamed = {_twin(name): name for name in required}
+    frozen: dict[nn.Parameter, str] = {}
+    thawed: dict[nn.Parameter, int] = {}
+    came = {move.new: move.old for move in moves}
+    left: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        before = required.get(name, required.get(renamed.get(name, ""), parameter.requires_grad))
+        if before and not parameter.requires_grad:
+            frozen[parameter] = name
+            home = following.group_of(optimizer, came.get(parameter, parameter))
+            if home is not None:
+                left[name] = home
+        elif parameter.requires_grad and not before:
+            thawed[parameter] = groups.get(name, following.home_of(optimizer, model, name))
+    undo.callback(following.commit(optimizer, moves, states, frozen=frozen, thawed=thawed))
+    return left
+
+
+def _twin(name: str) -> str:
+    """The name that a selective layer has for a weight, and the other way round."""
+    stem, _, leaf = name.rpartition(".")
+    return f"{stem}.{ {'weight': 'values', 'values': 'weight'}.get(leaf, leaf)}"
+
+
+def _freeze(model: nn.Module, plan: Plan) -> None:
+    if plan.trainable is None:
+        return
+    trained = set(plan.trainable)
+    selective = {n for n, m in model.named_modules() if isinstance(m, SelectiveLinear)}
+    for name, parameter in model.named_parameters():
+        stem, _, leaf = name.rpartition(".")
+        named = f"{stem}.weight" if leaf == "values" and stem in selective else name
+        parameter.requires_grad_(named in trained)
+
+
+def _requirements(model: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def _require_grad(model: nn.Module, required: Mapping[str, bool]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(required.get(name, parameter.requires_grad))
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        expected = "the layer that apply put there"
+        raise UsageError(f"module {name}: expected {expected}, got none") from None
 
 
 def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -193,39 +259,27 @@ def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _reshape_attention(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """Give attention modules trimmed by dimension their own head sizes."""
+def _resize_heads(
+    model: nn.Module, plan: Plan, undo: ExitStack
+) -> dict[str, tuple[type, Mapping[str, int]]]:
+    """Give attention modules trimmed by dimension their own head sizes; what they had before."""
     sizes: dict[str, dict[str, int]] = {}
     for coupling in plan.couplings:
         if coupling.kind in ("qk", "vo"):
-            name = _attention_name(coupling)
-            sizes.setdefault(name, {})[coupling.kind] = (
-                int(plan.kept_units(coupling).sum()) // coupling.heads
-            )
-    originals: dict[str, nn.Module] = {}
+            kept = int(plan.kept_units(coupling).sum()) // coupling.heads
+            sizes.setdefault(attention_of(coupling), {})[f"{coupling.kind}_head_size"] = kept
+    before: dict[str, tuple[type, Mapping[str, int]]] = {}
     for name, size in sizes.items():
-        from sensikernels.hf.modeling import TrimmedSelfAttention
-
-        originals[name] = model.get_submodule(name)
-        new = TrimmedSelfAttention.around(originals[name], size["qk"], size["vo"])
-        _set_submodule(model, name, new)
-    return originals
-
-
-def _attention_name(coupling: Coupling) -> str:
-    rows = next(m.module for m in coupling.members if m.axis == 0)
-    part = "query" if coupling.kind == "qk" else "value"
-    return rows.removesuffix(PARTS[part]) + "attention.self"
+        attention = model.get_submodule(name)
+        had = {key: vars(attention)[key] for key in size if key in vars(attention)}
+        before[name] = type(attention), had
+        undo.callback(_set_head_sizes, attention, type(attention), had)
+        _set_head_sizes(attention, TrimmedSelfAttention, size)
+    return before
 
 
-def _freeze(model: nn.Module, plan: Plan) -> None:
-    if plan.trainable is None:
-        return
-    trained = set(plan.trainable)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
-
-
-def _thaw(model: nn.Module, required_grad: Mapping[str, bool]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(required_grad[name])
+def _set_head_sizes(attention: nn.Module, kind: type, sizes: Mapping[str, int]) -> None:
+    for key in ("qk_head_size", "vo_head_size"):
+        vars(attention).pop(key, None)
+    attention.__class__ = kind
+    vars(attention).update(sizes)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from sensikernels._checks import require, require_one_of
-from sensikernels.errors import UsageError
 from sensikernels.hf.packed import packing_of
+from sensikernels.masks.plans import Plan
 from sensikernels.masks.structure import Coupling, Member, Structure
 
 GRANULARITIES = ("heads", "dimensions")
@@ -43,25 +43,86 @@ PARTS = {
 }
 
 
+ATTENTIONS = {
+    "BertSelfAttention": "bert",
+    "RobertaSelfAttention": "roberta",
+    "XLMRobertaSelfAttention": "xlm_roberta",
+    "CamembertSelfAttention": "camembert",
+    "ElectraSelfAttention": "electra",
+    "TrimmedSelfAttention": "sk_bert",
+}
+"""Attention classes whose arithmetic is BERT's, by where transformers keeps them."""
+
+
 def encoder_layers(model: nn.Module) -> list[Layer]:
     """The layers of the model's BERT encoder, lowest first.
 
     Raises:
-        UsageError: the model has no encoder laid out like BERT's.
+        UsageError: as ``bert_layers``, or they are a decoder's.
     """
-    for name, module in model.named_modules():
-        layers = getattr(module, "layer", None)
-        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-            continue
-        if all(_has(layers[0], path) for path in PARTS.values()):
-            return [
-                Layer(index=i, prefix=f"{name}.layer.{i}", module=layer)
-                for i, layer in enumerate(layers)
-            ]
-    raise UsageError(
-        "model: expected an encoder laid out like BERT's (layer.N.attention.self.query, …), "
-        f"got {type(model).__name__}"
-    )
+    layers = bert_layers(model)
+    for layer in layers:
+        parts = (layer.module, layer.module.attention, layer.module.attention.self)
+        decodes = any(getattr(part, flag, False) for part in parts for flag in _DECODES)
+        require(not decodes, "model", "an encoder", f"a decoder ({type(model).__name__})")
+    return layers
+
+
+_DECODES = ("is_decoder", "is_causal", "add_cross_attention", "is_cross_attention")
+
+
+def bert_layers(model: nn.Module) -> list[Layer]:
+    """The layers of the model's BERT, encoder or decoder, lowest first.
+
+    Raises:
+        UsageError: the model has no layers laid out like BERT's, or those of several models, or
+            their attention is not known to be BERT's.
+    """
+    found = [
+        (name, module.layer)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "layer", None), nn.ModuleList)
+        and len(module.layer) > 0
+        and all(_has(module.layer[0], path) for path in PARTS.values())
+    ]
+    kind = type(model).__name__
+    expected = "an encoder laid out like BERT's (layer.N.attention.self.query, …)"
+    require(len(found) > 0, "model", expected, kind)
+    require(len(found) == 1, "model", "one encoder", f"{len(found)} in {kind}")
+    name, layers = found[0]
+    for layer in layers:
+        _require_known(layer.attention.self)
+    root = f"{name}.layer" if name else "layer"
+    return [Layer(index=i, prefix=f"{root}.{i}", module=layer) for i, layer in enumerate(layers)]
+
+
+def _require_known(attention: nn.Module) -> None:
+    kind = type(attention)
+    bases = (base for base in kind.__mro__ if _is_known(base))
+    known = any(kind.forward is base.forward for base in bases)  # type: ignore[attr-defined]
+    require(known, "model", f"attention of {', '.join(ATTENTIONS)}", kind.__name__)
+
+
+def _is_known(kind: type) -> bool:
+    home = ATTENTIONS.get(kind.__name__)
+    return home == "sk_bert" or kind.__module__ == f"transformers.models.{home}.modeling_{home}"
+
+
+def attention_of(coupling: Coupling) -> str:
+    """The module name of the attention that a coupling of dimensions is in."""
+    rows = next(m.module for m in coupling.members if m.axis == 0)
+    part = "query" if coupling.kind == "qk" else "value"
+    return rows.removesuffix(PARTS[part]) + "attention.self"
+
+
+def check_sizes(model: nn.Module, plan: Plan, coupling: Coupling) -> None:
+    """Raise UsageError unless every head keeps as many dimensions, in an attention that can."""
+    kept = plan.kept_units(coupling).view(coupling.heads, -1).sum(1)
+    same = int(kept.min()) == int(kept.max())
+    require(same, f"plan: {coupling.name}", "as many dimensions in every head", kept.tolist())
+    kind = type(model.get_submodule(attention_of(coupling)))
+    able = kind.__name__ in ("BertSelfAttention", "TrimmedSelfAttention")
+    require(able, f"plan: {coupling.name}", "BERT's own attention for dimensions", kind.__name__)
 
 
 def _has(module: nn.Module, path: str) -> bool:

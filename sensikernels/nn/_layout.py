@@ -35,10 +35,20 @@ class MaskedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._follow()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self._follow()  # assign=True may bring another device
+
+    def _follow(self) -> None:
+        """Bring the layout to where the parameters are."""
         device = next(self.parameters()).device
         if device != self._layout_device():
             self._place(device)
-        return self
 
     def _layout_device(self) -> torch.device | None:
         """Where the index tensors lie; None if the layout has none."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sensikernels._hooks import hooked
 from sensikernels.nn.selective import SelectiveLinear
 from sensikernels.ops.selective_linear import Selected, selective_linear_grouped, why_apart
 
@@ -23,7 +24,7 @@ def grouped_selective_linear(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Te
     linears = []
     for layer in layers:
         assert isinstance(layer, SelectiveLinear)
-        layer._carry()
+        layer.refresh()
         linears.append(Selected(layer.weight, layer.values, layer.layout, layer.bias))
     first = layers[0]
     assert isinstance(first, SelectiveLinear)
@@ -37,6 +38,8 @@ def explain_group(x: Tensor, layers: Sequence[nn.Module]) -> str | None:
         return "a group is two or three SelectiveLinear"
     if not torch.is_grad_enabled() or not all(layer.values.requires_grad for layer in selective):
         return "nothing of some layer's weight is trained"
+    if any(map(hooked, selective)):
+        return "hooks wait at some layer"
     backends = {layer.backend for layer in selective}
     if any(layer.activation != "none" for layer in selective) or len(backends) > 1:
         return "they differ in backend, or have an activation"

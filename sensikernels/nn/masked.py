@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sensikernels import _settings
 from sensikernels.dispatch import Choice
-from sensikernels.layouts import Layout, pack, to_device, unpack
+from sensikernels.layouts import pack, to_device, unpack
 from sensikernels.masks.mask import Mask
 from sensikernels.nn._layout import MaskedModule, check_mask
-from sensikernels.ops.masked_linear import explain, masked_linear, prefers_dense, repack
+from sensikernels.ops.masked_linear import explain, masked_linear, repack
 
 
 class MaskedLinear(MaskedModule):
@@ -28,9 +25,8 @@ class MaskedLinear(MaskedModule):
     - ``compact_output``: y is ``[..., kept_out]``, the features of kept rows, and bias with it.
       Otherwise y is full and dropped rows give ``act(bias)``.
 
-    Without gradients, where the device's table says that dense is faster, the weight is unpacked
-    once and kept until it changes, a gradient is asked for, or the module is moved or changes
-    mode. A write through ``.data`` between two such forwards goes unseen: use ``no_grad``.
+    Nothing is kept between calls: a weight written in any way, through ``.data`` too, is the weight
+    of the next forward. ``to_linear`` unpacks once where a dense layer serves better.
     """
 
     weight: nn.Parameter
@@ -51,7 +47,6 @@ class MaskedLinear(MaskedModule):
             mask, weight.device, compact_input=compact_input, compact_output=compact_output
         )
         self.activation, self.backend = activation, backend
-        self._unpacked = _Unpacked()
         self.register_parameter("weight", cast(nn.Parameter, weight))
         self.register_parameter("bias", cast("nn.Parameter | None", bias))
 
@@ -121,18 +116,7 @@ class MaskedLinear(MaskedModule):
                 self._masked(x)  # says what is wrong
                 raise
             return y if self.activation == "none" else F.gelu(y)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self._unpacked.weight = None
-            return self._masked(x)
-        if self.backend != "auto":
-            return self._masked(x)
-        dense = self._unpacked.serving(weight, x)
-        if dense is None:
-            if not self._infers_dense(x):
-                return self._masked(x)
-            dense = self._unpacked.of(weight, self.layout, x)
-        y = F.linear(x, dense, bias)
-        return y if self.activation == "none" else F.gelu(y)
+        return self._masked(x)
 
     def _masked(self, x: Tensor) -> Tensor:
         return masked_linear(
@@ -144,26 +128,8 @@ class MaskedLinear(MaskedModule):
             backend=self.backend,
         )
 
-    def _infers_dense(self, x: Tensor) -> bool:
-        return (
-            _settings.backend() == "auto"
-            and x.dtype == self.weight.dtype
-            and x.shape[-1:] == (self.layout.in_width,)
-            and not self.weight.is_inference()
-            and not (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type))
-            and prefers_dense(self.layout, x)
-        )
-
-    def train(self, mode: bool = True) -> MaskedLinear:
-        self._unpacked.weight = None
-        return super().train(mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._unpacked.weight = None
-        return super()._apply(fn, recurse)
-
     def explain(self, tokens: int = 1024) -> Choice:
-        """What runs for ``tokens`` tokens, and why; without gradients if they are off now."""
+        """What runs for ``tokens`` tokens, and why."""
         weight = self.weight
         return explain(
             self.layout,
@@ -171,7 +137,6 @@ class MaskedLinear(MaskedModule):
             dtype=weight.dtype,
             device=weight.device,
             backend=self.backend,
-            forward=not torch.is_grad_enabled(),
         )
 
     @property
@@ -196,50 +161,6 @@ class MaskedLinear(MaskedModule):
         sides = "".join(f", {side}=True" for side, compact in self._compact.items() if compact)
         activation = "" if self.activation == "none" else f", activation={self.activation}"
         return f"{self._describe()}, bias={self.bias is not None}{sides}{activation}"
-
-
-class _Unpacked:
-    """A dense copy of the weight, and of which state of which tensor it is one."""
-
-    __slots__ = ("device", "dtype", "pointer", "shape", "source", "version", "weight")
-
-    def __init__(self) -> None:
-        self.weight: Tensor | None = None
-        self.source: Callable[[], Tensor | None] = lambda: None
-        self.version = self.pointer = 0
-        self.shape: torch.Size | None = None
-        self.dtype: torch.dtype | None = None
-        self.device = "cpu"
-
-    def __reduce__(self) -> tuple[type[_Unpacked], tuple[()]]:
-        return _Unpacked, ()
-
-    def serving(self, values: Tensor, x: Tensor) -> Tensor | None:
-        """The copy, where it is of ``values`` as they are and served an ``x`` like this before."""
-        if (
-            self.weight is None
-            or x.shape != self.shape
-            or x.dtype is not self.dtype
-            or not self._fresh(values)
-            or torch.is_autocast_enabled(self.device)
-        ):
-            return None
-        return self.weight
-
-    def of(self, values: Tensor, layout: Layout, x: Tensor) -> Tensor:
-        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device.type
-        if self.weight is None or not self._fresh(values):
-            self.source = weakref.ref(values)
-            self.version, self.pointer = values._version, values.data_ptr()
-            self.weight = unpack(values.detach(), layout, compact=True)
-        return self.weight
-
-    def _fresh(self, values: Tensor) -> bool:
-        return (
-            self.source() is values
-            and values._version == self.version
-            and values.data_ptr() == self.pointer
-        )
 
 
 def _like(parameter: Tensor, data: Tensor) -> nn.Parameter:

@@ -21,11 +21,9 @@ class SelectiveLinear(MaskedModule):
     traffic and clipping are those of the kept entries. The state dict is the dense linear's
     (``weight`` merged, ``bias``), so checkpoints go both ways.
 
-    ``weight`` carries ``values`` in place, so the forward is one dense GEMM. It is refreshed
-    before a forward that follows a change: a new version of ``values``, or any forward that
-    could have been trained on (optimizers that write through ``.data`` leave no other trace).
-    The refresh copies the kept entries, once per step. Under ``torch.compile``, and while a CUDA
-    graph is captured, it is part of the graph.
+    ``weight`` carries ``values`` in place, so the forward is one dense GEMM. Every forward copies
+    the kept entries into it first: a write through ``.data`` leaves no trace by which to know that
+    it may be left out.
 
     With DDP pass ``broadcast_buffers=False``: the frozen weight need not travel every step.
     """
@@ -50,7 +48,7 @@ class SelectiveLinear(MaskedModule):
         self.register_buffer("weight", weight)
         self.values = values
         self.register_parameter("bias", bias)
-        self._carried = _Carried()
+        self._seen: tuple[int, int] | None = None
 
     @classmethod
     def from_linear(
@@ -88,7 +86,7 @@ class SelectiveLinear(MaskedModule):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._carry()
+        self.refresh()
         return selective_linear(
             x,
             self.weight,
@@ -99,26 +97,17 @@ class SelectiveLinear(MaskedModule):
             backend=self.backend,
         )
 
-    def _carry(self) -> None:
-        """``refresh``, and note whether a step may follow."""
-        self.refresh()
-        if not torch.compiler.is_compiling():
-            self._carried.in_doubt = torch.is_grad_enabled() and self.values.requires_grad
-
     @torch.no_grad()
     def refresh(self) -> None:
-        """Write ``values`` into ``weight`` unless they are there already."""
+        """Write ``values`` into ``weight``."""
         values = self.values
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or values.is_inference():
             assign_(self.weight, values, self.layout)
             return
-        carried, version = self._carried, (id(values), values._version)
-        changed = version != carried.version
-        if changed or carried.in_doubt or _capturing(values):
-            # A write that only repeats what is there must not invalidate graphs that saved weight.
-            assign_(self.weight if changed else self.weight.data, values, self.layout)
-            carried.version = version
-        carried.in_doubt = False
+        # A write that only repeats what is there must not invalidate graphs that saved weight.
+        version = (id(values), values._version)
+        assign_(self.weight if version != self._seen else self.weight.data, values, self.layout)
+        self._seen = version
 
     def explain(self, tokens: int = 1024) -> Choice:
         """What forms the gradient for ``tokens`` tokens, and why."""
@@ -151,20 +140,6 @@ class SelectiveLinear(MaskedModule):
     def extra_repr(self) -> str:
         activation = "" if self.activation == "none" else f", activation={self.activation}"
         return f"{self._describe()}, bias={self.bias is not None}{activation}"
-
-
-class _Carried:
-    """Which version of the values the weight holds, and whether a step may have followed."""
-
-    __slots__ = ("in_doubt", "version")
-
-    def __init__(self) -> None:
-        self.version: tuple[int, int] | None = None
-        self.in_doubt = False
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 __all__ = ["SelectiveLinear"]

@@ -113,13 +113,14 @@ def test_moments_are_sliced_with_the_weights(kind: str) -> None:
     name = "bert.encoder.layer.1.output.dense"
     old = model.get_parameter(f"{name}.weight")
     moments = {k: v.clone() for k, v in optimizer.state[old].items() if torch.is_tensor(v)}
+    shape = old.shape
     apply(model, made, optimizer=optimizer)
     new = model.get_parameter(f"{name}.weight")
     columns = made.weight_masks[name].grid.flatten()
     assert 0 < int(columns.sum()) < len(columns)
     for key in ("exp_avg", "exp_avg_sq"):
         got = optimizer.state[new][key].reshape(new.shape)
-        assert torch.equal(got, moments[key].reshape(old.shape)[:, columns])
+        assert torch.equal(got, moments[key].reshape(shape)[:, columns])
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters()}
     outputs(model, make_batch())[0].backward()

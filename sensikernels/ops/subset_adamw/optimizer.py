@@ -15,9 +15,10 @@ from sensikernels.ops.subset_adamw import state
 from sensikernels.ops.subset_adamw.api import MODES
 from sensikernels.ops.subset_adamw.engine import Engine, choose
 from sensikernels.ops.subset_adamw.item import Item
+from sensikernels.ops.subset_adamw.items import Sums, item_of, parts
 from sensikernels.ops.subset_adamw.kept import KeptLayout, make_layout
+from sensikernels.ops.subset_adamw.line import Line
 
-Sums = tuple[Tensor | None, Tensor | None]
 _NOTHING = {
     dtype: torch.empty(0, dtype=dtype)
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -163,16 +164,37 @@ class SubsetAdamW(Optimizer):
         for along, positions in zip(dims, indices, strict=True):
             shape[along] = positions.numel()
         require(list(new_param.shape) == shape, "new_param", f"shape {shape}", new_param.shape)
-        same = new_param.dtype == old_param.dtype and new_param.device == old_param.device
-        require(same, "new_param", f"{old_param.dtype} on {old_param.device}", new_param.dtype)
-        old = self._layout(old_param)
-        new = state.slice_layout(old, new_param.shape, indices, dims)
-        full = group["mode"] == "as_published"
+
+        def cut(full: Tensor) -> Tensor:
+            return state.select(full, indices, dims)
+
+        own = self.moved_state(old_param, new_param, cut)
+        if "row_clock" in own and 0 in dims:
+            rows = [indices[dims.index(0)]]
+            own["row_clock"] = state.select(self.state[old_param]["row_clock"], rows, [0])
         place = next(i for i, p in enumerate(group["params"]) if p is old_param)
         group["params"][place] = new_param
-        if old_param in self.state:
-            own = self.state.pop(old_param)
-            self.state[new_param] = state.slice_state(own, old, new, indices, dims, full=full)
+        if self.state.pop(old_param, None) is not None:
+            self.state[new_param] = own
+        self.params_changed()
+
+    def moved_state(
+        self, old_param: Tensor, new_param: Tensor, entries: Callable[[Tensor], Tensor]
+    ) -> dict[str, Any]:
+        """The state of ``new_param`` were it in the place of ``old_param``; changes nothing.
+
+        ``entries`` takes a tensor of ``old_param``'s shape to one of ``new_param``'s; what it
+        leaves out is lost, what it adds is kept, with no moments and the parameter's own value as
+        master weight. Raises ``UsageError``.
+        """
+        same = new_param.dtype == old_param.dtype and new_param.device == old_param.device
+        require(same, "new_param", f"{old_param.dtype} on {old_param.device}", new_param.dtype)
+        full = self._group(old_param)["mode"] == "as_published"
+        own, old = self.state.get(old_param, {}), self._layout(old_param)
+        return state.moved(own, old, new_param, entries, full=full)
+
+    def params_changed(self) -> None:
+        """Say that ``param_groups`` or ``state`` were written to from outside."""
         self._forget()
 
     @torch.no_grad()
@@ -192,6 +214,7 @@ class SubsetAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._straighten()
         items = self._items(fused_statistics or {})
         if items:
             norm = self._engine.update(
@@ -216,8 +239,7 @@ class SubsetAdamW(Optimizer):
         its momentum would have moved it by. Call before reading or saving the weights.
         """
         for group in self.param_groups:
-            for param in group["params"]:
-                state.catch_up(param, self.state.get(param, {}), group)
+            self._catch_up(group)
 
     finalize = flush
 
@@ -237,16 +259,29 @@ class SubsetAdamW(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer``, but every tensor keeps its dtype: float32 state of a
-        bfloat16 parameter comes back bit-equal."""
-        saved = state_dict["state"]
+        bfloat16 parameter comes back bit-equal.
+
+        State of ``torch.optim.AdamW`` and ``Adam`` is taken over. Raises ``UsageError`` for that of
+        another optimizer, before anything is changed.
+        """
+        groups, saved = state_dict["param_groups"], state_dict["state"]
+        sizes = [len(group["params"]) for group in groups]
+        mine = [len(group["params"]) for group in self.param_groups]
+        require(sizes == mine, "state_dict", f"groups of {mine} parameters", sizes)
+        options = [
+            {**now, **group, "params": now["params"]}
+            for now, group in zip(self.param_groups, groups, strict=True)
+        ]
+        made: dict[Tensor, dict[str, Any]] = {}
+        for group, given in zip(options, groups, strict=True):
+            _check_options(group)
+            for param, key in zip(group["params"], given["params"], strict=True):
+                if key in saved:
+                    made[param] = state.loaded(param, saved[key], group)
         super().load_state_dict({**state_dict, "state": {}})
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for param, key in zip(params, ids, strict=True):
-            if key in saved:
-                own = self.state[param] = _copied(saved[key], param.device)
-                if "kept" in own:
-                    own["kept"] = KeptLayout.checked(param.shape, own["kept"]).to_state()
+        for group, known in zip(self.param_groups, options, strict=True):
+            group.update({name: value for name, value in known.items() if name not in group})
+        self.state.update(made)
         self._forget()
 
     def explain(self) -> str:
@@ -297,12 +332,33 @@ class SubsetAdamW(Optimizer):
             self._hyper[place, 0].copy_(lr.squeeze())
         return self._hyper
 
+    def _straighten(self) -> None:
+        """Bring waiting rows up to date before what they wait through changes its course."""
+        for group in self.param_groups:
+            if any("clock" in self.state.get(p, ()) for p in group["params"]):
+                line = Line.of(group)
+                if not line.goes_on(group):
+                    self._catch_up(group)
+                    line = Line.begin(group)
+                    for param in group["params"]:
+                        state.restart(self.state.get(param, {}), line.rate)
+                group["line"] = line.next(group).to_list()
+
+    def _catch_up(self, group: dict[str, Any]) -> None:
+        line = Line.of(group)
+        for param in group["params"]:
+            state.catch_up(param, self.state.get(param, {}), line)
+
     def _items(self, sums: Mapping[Tensor, Sums]) -> list[Item]:
         """The step's items: last step's with new gradients if nothing else has changed."""
         if not (self._ready and self._same(sums) and all(map(self._refresh, self._ready))):
             self._sums = dict(sums)
             self._ready = [
-                (param, self.state[param], self._item(place, group, param))
+                (
+                    param,
+                    self.state[param],
+                    item_of(param, self.state[param], group, place, self._layout(param), sums),
+                )
                 for place, group in enumerate(self.param_groups)
                 for param in group["params"]
             ]
@@ -325,50 +381,8 @@ class SubsetAdamW(Optimizer):
             return False
         if grad.is_sparse != (item.clock is not None) or grad.dtype != item.grad.dtype:
             return False
-        item.entries, item.grad = _parts(grad)
+        item.entries, item.grad = parts(grad)
         return True
-
-    def _item(self, place: int, group: dict[str, Any], param: Tensor) -> Item | None:
-        own, layout, grad = self.state[param], self._layout(param), param.grad
-        if grad is None:
-            return None
-        full = group["mode"] == "as_published"
-        if "step" not in own:
-            low = param.dtype in (torch.bfloat16, torch.float16)
-            master = low and group["master_weights"] is not False
-            state.start(param, own, layout, master=master, full=full)
-        if grad.is_sparse:
-            require(layout.kind == "all", "kept", "None under a sparse gradient", layout.kind)
-            one = grad.sparse_dim() == 1
-            require(one, "param.grad", "one sparse dimension", grad.sparse_dim())
-            if "clock" not in own:
-                state.start_clock(param, own)
-        entries, grad = _parts(grad)
-        if entries is None and "clock" in own:
-            # A dense gradient names every row.
-            entries = torch.arange(param.shape[0], device=param.device)
-        return Item(
-            param=param if param.is_contiguous() else param.detach().contiguous(),
-            home=None if param.is_contiguous() else param,
-            grad=grad,
-            exp_avg=own["exp_avg"],
-            exp_avg_sq=own["exp_avg_sq"],
-            master=own.get("master"),
-            step=own["step"],
-            layout=layout,
-            group=place,
-            masked=full and layout.kind != "all",
-            cohort=own.get("cohort"),
-            cohort_start=own.get("cohort_start"),
-            entries=entries,
-            clock=state.clock_of(own),
-            sums=self._sums.get(param, (None, None)),
-        )
-
-
-def _parts(grad: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The rows of a gradient's values, as they came (None if it is dense), and the values."""
-    return (grad._indices()[0], grad._values()) if grad.is_sparse else (None, grad)
 
 
 def _check_options(group: dict[str, Any]) -> None:
@@ -383,13 +397,7 @@ def _check_options(group: dict[str, Any]) -> None:
     decay = group["weight_decay"]
     require(decay >= 0, "weight_decay", "a number >= 0", decay)
     require_one_of(group["mode"], "mode", MODES)
+    for name in ("amsgrad", "maximize"):
+        require(not group.get(name), name, "False, SubsetAdamW does not do it", group.get(name))
     known = group["master_weights"] in ("auto", True, False)
     require(known, "master_weights", '"auto", True or False', group["master_weights"])
-
-
-def _copied(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    if isinstance(value, dict):
-        return {name: _copied(item, device) for name, item in value.items()}
-    return value

@@ -148,14 +148,17 @@ def ticked(now: Tensor, hyper: Tensor) -> Tensor:
     return torch.cat((now[:3] + logs, (now[3] + hyper[LR])[None], hyper[LR][None]))
 
 
-def missed_moves(now: Tensor, rows: Tensor, hyper: Tensor, steps: Tensor) -> Tensor:
+def missed_moves(
+    now: Tensor, rows: Tensor, hyper: Tensor, steps: Tensor, terms: int = _TERMS
+) -> Tensor:
     """float64 [rows]: how far the steps that a row missed would have moved it, in -m / (√v + ε).
 
     The sum over them of lr √(1 - β₂ᵗ) / (1 - β₁ᵗ) (β₁/√β₂)ᵏ, each decayed by what came after, with
     betas taken as constant and the learning rate as a straight line. ``steps``: taken so far.
+    ``terms``: no row missed more than so many steps.
     """
     log1, log2 = (hyper[beta].clamp(min=_TINY).log() for beta in (BETA1, BETA2))
-    k = torch.arange(1, _TERMS + 1, dtype=torch.float64, device=now.device)
+    k = torch.arange(1, min(terms, _TERMS) + 1, dtype=torch.float64, device=now.device)
     power = (k * (log1 - 0.5 * log2)).exp()
     since = (now - rows)[:, :, None]
     decay, rates = since[:, 0], since[:, 3]
@@ -170,7 +173,7 @@ def missed_moves(now: Tensor, rows: Tensor, hyper: Tensor, steps: Tensor) -> Ten
 
 def _made_up(
     weight: Tensor, first: Tensor, second: Tensor, clock: Clock, rows: Tensor, hyper: Tensor,
-    steps: Tensor,
+    steps: Tensor, terms: int = _TERMS,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Weight and moments of ``rows`` (their clocks) as they are now."""
 
@@ -178,7 +181,7 @@ def _made_up(
         return values.to(first.dtype).view(-1, *[1] * (first.dim() - 1))
 
     factors = (clock.now - rows)[:, :3].exp()
-    moves = each(missed_moves(clock.now, rows, hyper, steps))
+    moves = each(missed_moves(clock.now, rows, hyper, steps, terms))
     decayed = weight * each(factors[:, 0]) - moves * (first / (second.sqrt() + hyper[EPS]))
     return decayed, first * each(factors[:, 1]), second * each(factors[:, 2])
 
@@ -213,15 +216,16 @@ def coalesce(entries: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def catch_up(
     param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | None, clock: Clock,
-    hyper: Tensor, steps: Tensor,
+    hyper: Tensor, steps: Tensor, *, terms: int = _TERMS,
 ) -> None:  # fmt: skip
-    """Bring every row of a table up to date with ``clock.now``, in place."""
+    """Bring every row of a table, none of which missed more than ``terms`` steps, up to date with
+    ``clock.now``, in place."""
     whole = param if master is None else master
     for at in range(0, len(param), _ROWS):  # the terms of all rows at once would be large
         rows = slice(at, at + _ROWS)
         weight, first, second = _made_up(
             whole[rows].to(exp_avg.dtype), exp_avg[rows], exp_avg_sq[rows], clock,
-            clock.rows[rows], hyper, steps,
+            clock.rows[rows], hyper, steps, terms,
         )  # fmt: skip
         whole[rows], exp_avg[rows], exp_avg_sq[rows] = weight.to(whole.dtype), first, second
     if master is not None:

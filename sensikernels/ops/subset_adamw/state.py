@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,12 @@ from sensikernels._checks import require
 from sensikernels.ops.subset_adamw import reference
 from sensikernels.ops.subset_adamw.item import Clock
 from sensikernels.ops.subset_adamw.kept import KeptLayout, make_layout, matrix_shape
+from sensikernels.ops.subset_adamw.line import Line
 
 PER_ENTRY = ("exp_avg", "exp_avg_sq", "master", "cohort")
 _COHORTS = 256
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+_KNOWN = {*_MOMENTS, *PER_ENTRY, "cohort_start", "kept", "clock", "row_clock"}
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
@@ -68,15 +71,21 @@ def start_clock(param: Tensor, state: dict[str, Any]) -> None:
     state["row_clock"] = param.new_zeros((param.shape[0], 5), dtype=torch.float64)
 
 
-def catch_up(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+def catch_up(param: Tensor, state: dict[str, Any], line: Line) -> None:
     """Bring the rows of a table up to date; nothing for any other parameter."""
     clock = clock_of(state)
     if clock is not None:
-        numbers = [0.0, *group["betas"], group["eps"], group["weight_decay"]]
+        numbers = [0.0, line.beta1, line.beta2, line.eps, line.weight_decay]
         reference.catch_up(
             param, state["exp_avg"], state["exp_avg_sq"], state.get("master"), clock,
-            clock.now.new_tensor(numbers), state["step"],
+            clock.now.new_tensor(numbers), state["step"], terms=line.steps,
         )  # fmt: skip
+
+
+def restart(state: dict[str, Any], rate: float) -> None:
+    """Have the rows of a table, all up to date, wait from here along a line that begins at rate."""
+    if "clock" in state:
+        state["row_clock"][:, 4] = rate
 
 
 def change_kept(param: Tensor, state: dict[str, Any], old: KeptLayout, new: KeptLayout) -> None:
@@ -126,49 +135,88 @@ def select(full: Tensor, index: Sequence[Tensor], dims: Sequence[int]) -> Tensor
     return full.contiguous()
 
 
-def slice_layout(
-    layout: KeptLayout, shape: torch.Size, index: Sequence[Tensor], dims: Sequence[int]
-) -> KeptLayout:
-    """The kept entries that remain after slicing, as rows or columns if they were, else by bit."""
-    if layout.kind == "all" or layout.index is None:
-        return make_layout(shape, None, None)
-    flags = select(layout.flags(), index, dims)
-    require(flags.shape == shape, "new_param", f"shape {list(flags.shape)}", list(shape))
-    if layout.kind in ("rows", "columns"):
-        along = 0 if layout.kind == "rows" else 1
-        lines = torch.zeros(matrix_shape(layout.shape)[along], dtype=torch.bool)
-        lines[layout.index[: layout.units].long().cpu()] = True
-        taken = [i for i, dim in zip(index, dims, strict=True) if dim == along]
-        lines = lines[taken[0].long().cpu()] if taken and len(shape) <= 2 else lines
-        if len(lines) == matrix_shape(shape)[along]:
-            kept = (layout.kind, lines.nonzero().flatten().int())
-            return make_layout(shape, kept, layout.index)
-    return make_layout(shape, ("elements", pack_bits(flags.flatten())), layout.index)
-
-
-def slice_state(
+def moved(
     state: dict[str, Any],
     old: KeptLayout,
-    new: KeptLayout,
-    index: Sequence[Tensor],
-    dims: Sequence[int],
+    new_param: Tensor,
+    entries: Callable[[Tensor], Tensor],
     *,
     full: bool,
 ) -> dict[str, Any]:
-    """``state`` of a sliced parameter; ``full``: its tensors cover frozen entries too."""
-    sliced = dict(state)
+    """``state`` of the parameter that ``entries`` makes; ``full``: it covers frozen entries too."""
+    made = dict(state)
+    kept = _described(entries(old.flags()), entries(torch.ones(old.shape, dtype=torch.bool)))
+    new = make_layout(new_param.shape, kept, new_param)
+    made.pop("kept", None)
+    if new.kind != "all":
+        made["kept"] = new.to_state()
     for name in PER_ENTRY:
         if name not in state:
             continue
-        if full or old.kind == "all":
-            sliced[name] = select(state[name], index, dims)
-            continue
-        wide = torch.zeros(old.shape, dtype=state[name].dtype, device=state[name].device)
-        old.scatter_(wide, old.live(state[name]))
-        sliced[name] = new.gather(select(wide, index, dims))
-    if "row_clock" in state and 0 in dims:
-        rows = index[list(dims).index(0)]
-        sliced["row_clock"] = select(state["row_clock"], [rows], [0])
-    if old.kind != "all":
-        sliced["kept"] = new.to_state()
-    return sliced
+        wide = state[name]
+        if not full and old.kind != "all":
+            wide = torch.zeros(old.shape, dtype=wide.dtype, device=wide.device)
+            old.scatter_(wide, old.live(state[name]))
+        cut = entries(wide).contiguous()
+        if name == "master":
+            there = entries(torch.ones_like(wide, dtype=torch.bool))
+            cut = torch.where(there, cut, new_param.detach().to(cut.dtype))
+        made[name] = cut if full else new.gather(cut)
+    return made
+
+
+def _described(flags: Tensor, known: Tensor) -> tuple[Any, ...] | None:
+    """Kept entries as ``make_layout`` takes them: all, rows, columns or bits.
+
+    What is not ``known`` of the old parameter is new, and kept.
+    """
+    flags = flags | ~known.to(flags.device)
+    if bool(flags.all()):
+        return None
+    matrix = flags.reshape(matrix_shape(flags.shape))
+    rows, columns = matrix.any(1), matrix.any(0)
+    if torch.equal(matrix, rows[:, None].expand_as(matrix)):
+        return "rows", rows.nonzero().flatten().int()
+    if flags.ndim > 1 and torch.equal(matrix, columns.expand_as(matrix)):
+        return "columns", columns.nonzero().flatten().int()
+    return "elements", pack_bits(flags.flatten())
+
+
+def loaded(param: Tensor, saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state from what a checkpoint holds, ours or that of torch's Adam.
+
+    Raises ``UsageError`` for state of another kind or another shape.
+    """
+    what = "the state of SubsetAdamW, AdamW or Adam"
+    require(set(saved) <= _KNOWN and not saved or _MOMENTS <= set(saved) <= _KNOWN, "state_dict",
+            what, sorted(map(str, saved)))  # fmt: skip
+    own: dict[str, Any] = _copied(saved, param.device)
+    if not own:
+        return own
+    full = group["mode"] == "as_published"
+    layout = make_layout(param.shape, None, param)
+    if "kept" in own:
+        layout = KeptLayout.checked(param.shape, own["kept"])
+        own["kept"] = layout.to_state()
+    shape = tuple(param.shape) if full else layout.state_shape
+    for name in PER_ENTRY:
+        if name in own:
+            got = tuple(own[name].shape)
+            require(got == shape, f"state_dict: {name}", list(shape), list(got))
+    own["step"] = torch.as_tensor(own["step"], dtype=torch.float32, device=param.device).reshape(())
+    for name in ("exp_avg", "exp_avg_sq"):
+        own[name] = own[name].to(compute_dtype(param)).contiguous()
+    low = param.dtype in (torch.bfloat16, torch.float16)
+    if low and group["master_weights"] is not False and "master" not in own:
+        own["master"] = param.detach().to(compute_dtype(param)).contiguous()
+    if layout.kind != "all" and not full and "cohort" not in own:
+        _start_cohorts(own)
+    return own
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, dict):
+        return {name: _copied(item, device) for name, item in value.items()}
+    return value

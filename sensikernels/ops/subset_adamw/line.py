@@ -1,0 +1,67 @@
+"""What a waiting row of a table assumes of the steps that it misses."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+_OFF = 0.005  # of the learning rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A learning rate on a straight line, everything else constant, since ``steps`` steps ago.
+
+    ``rate`` is that of the line's first step and ``slope`` what each step adds. Kept in the group
+    as a list of numbers, so that a checkpoint carries it.
+    """
+
+    rate: float
+    slope: float = 0.0
+    steps: int = 0
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+    @classmethod
+    def begin(cls, group: dict[str, Any]) -> Line:
+        """The line of which the group's next step is the first."""
+        beta1, beta2 = group["betas"]
+        return cls(rate=_rate(group), beta1=float(beta1), beta2=float(beta2),
+                   eps=float(group["eps"]), weight_decay=float(group["weight_decay"]))  # fmt: skip
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> Line:
+        """The line that the group is on."""
+        saved = group.get("line")
+        if saved is None:
+            return cls.begin(group)
+        rate, slope, steps, *rest = saved
+        names = ("beta1", "beta2", "eps", "weight_decay")
+        return cls(rate=rate, slope=slope, steps=int(steps), **dict(zip(names, rest, strict=True)))
+
+    def to_list(self) -> list[float]:
+        """What ``of`` reads back."""
+        return list(astuple(self))
+
+    def goes_on(self, group: dict[str, Any]) -> bool:
+        """Whether the group's next step is on this line. Of a tensor's rate nothing is known."""
+        now = Line.begin(group)
+        if replace(now, rate=self.rate, slope=self.slope, steps=self.steps) != self:
+            return False
+        expected = self.rate + self.slope * self.steps
+        off = abs(now.rate - expected)
+        return self.steps < 2 or off <= _OFF * max(abs(self.rate), abs(now.rate))
+
+    def next(self, group: dict[str, Any]) -> Line:
+        """The line after the group's next step; its second gives the slope."""
+        slope = _rate(group) - self.rate if self.steps == 1 else self.slope
+        return replace(self, slope=slope, steps=self.steps + 1)
+
+
+def _rate(group: dict[str, Any]) -> float:
+    rate = group["lr"]
+    return 0.0 if isinstance(rate, Tensor) else float(rate)
