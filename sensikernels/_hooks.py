@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 _CALLED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# transformers leaves hooks behind that act only while outputs are being recorded.
-_IDLE = "transformers.utils.output_capturing"
+# Hooks that change nothing: transformers' act while outputs are recorded, torch's note names.
+_IDLE = ("transformers.utils.output_capturing", "torch.utils.module_tracker")
 
 
 def hooked(module: nn.Module) -> bool:
@@ -18,15 +18,24 @@ def hooked(module: nn.Module) -> bool:
     if "forward" in state:
         return True
     for name in _CALLED:
-        if state[name] and any(_acts(hook) for hook in state[name].values()):
+        if state[name] and any(map(_acts, state[name].values())):
             return True
-    return any(getattr(torch_module, f"_global{name}") for name in _CALLED)
+    return False
 
 
 def bare(module: Any, *kinds: type) -> bool:
     """Whether ``module`` is exactly one of ``kinds`` and calling it does nothing besides."""
-    return type(module) in kinds and not hooked(module)
+    return type(module) in kinds and not hooked(module) and not hooked_everywhere()
+
+
+def hooked_everywhere() -> bool:
+    """Whether hooks wait for every module's call."""
+    for name in _CALLED:
+        hooks = getattr(torch_module, f"_global{name}")
+        if hooks and any(map(_acts, hooks.values())):
+            return True
+    return False
 
 
 def _acts(hook: Any) -> bool:
-    return getattr(hook, "__module__", None) != _IDLE
+    return getattr(hook, "__module__", None) not in _IDLE

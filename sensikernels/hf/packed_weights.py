@@ -9,19 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sensikernels._hooks import hooked
+from sensikernels._hooks import bare
 from sensikernels.layouts import PackedLayout
 from sensikernels.nn import MaskedLinear, grouped_selective_linear
 
 
 def plain(module: nn.Module) -> bool:
     """Whether calling ``module`` is ``F.linear`` on its own weight and bias and nothing else."""
-    if hooked(module):
-        return False
-    if type(module) is nn.Linear:
+    if bare(module, nn.Linear):
         return True
     return (
-        type(module) is MaskedLinear
+        bare(module, MaskedLinear)
         and isinstance(module.layout, PackedLayout)
         and module.layout.direct
         and module.activation == "none"

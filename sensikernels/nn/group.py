@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sensikernels._hooks import hooked
+from sensikernels._hooks import hooked, hooked_everywhere
 from sensikernels.nn.selective import SelectiveLinear
 from sensikernels.ops.selective_linear import Selected, selective_linear_grouped, why_apart
 
@@ -38,7 +38,7 @@ def explain_group(x: Tensor, layers: Sequence[nn.Module]) -> str | None:
         return "a group is two or three SelectiveLinear"
     if not torch.is_grad_enabled() or not all(layer.values.requires_grad for layer in selective):
         return "nothing of some layer's weight is trained"
-    if any(map(hooked, selective)):
+    if hooked_everywhere() or any(map(hooked, selective)):
         return "hooks wait at some layer"
     backends = {layer.backend for layer in selective}
     if any(layer.activation != "none" for layer in selective) or len(backends) > 1:
