@@ -15,7 +15,7 @@ from typing import Any
 from sensikernels._checks import require
 from sensikernels.errors import SensiError
 
-JSON_BYTES = 1 << 26
+JSON_BYTES = 1 << 28
 JSON_DEPTH = 64
 """No file of this package's is near either; what is beyond is not one of them."""
 
@@ -63,7 +63,7 @@ def read_json(path: Path) -> Any:
     """What a JSON file says. Raises OSError where it cannot be read.
 
     Raises:
-        ValueError: it is larger than 64 MiB, no UTF-8, no JSON, nested too deep, names a key
+        ValueError: it is larger than 256 MiB, no UTF-8, no JSON, nested too deep, names a key
             twice, or holds a number that is not finite.
     """
     with path.open("rb") as file:

@@ -68,8 +68,9 @@ def show_report(report: dict[str, Any], output: Path) -> None:
     saved = report["saved_model"]
     console.print(
         f"{output / 'model'}: {saved['class']}, {saved['parameters']:,} parameters; read back, "
-        "its logits are bit-equal to the trained model's, compacted "
-        f"(largest difference to the model in training: {saved['max_difference_to_trained']:.1g})",
+        "its tensors are bit-equal to the trained model's, compacted (largest difference of logits "
+        f"{saved['max_difference_reloaded']:.1g}, to those in training "
+        f"{saved['max_difference_to_trained']:.1g})",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     names = [p.name for p in sorted(output.iterdir()) if p.is_file()]

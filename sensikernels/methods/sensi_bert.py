@@ -6,13 +6,16 @@ criterion, allocation and the moment of trimming are a reconstruction, each a fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
 from sensikernels._checks import require, require_one_of
-from sensikernels.hf import apply, sensitivity
+from sensikernels.criteria import STATISTICS
+from sensikernels.hf import CRITERIA, apply, sensitivity
+from sensikernels.hf.targets import GRANULARITIES
 from sensikernels.masks import Budget, Plan, Scores, plan
 from sensikernels.methods.base import Method, Run
 from sensikernels.methods.latency import by_the_clock
@@ -43,12 +46,31 @@ class SensiBert(Method):
     ) -> None:
         require(0 <= warmup < 1, "warmup", "a share of the steps in [0, 1)", warmup)
         require_one_of(ranking, "ranking", RANKINGS)
+        require_one_of(criterion, "criterion", CRITERIA)
+        require_one_of(statistic, "statistic", STATISTICS)
+        require_one_of(granularity, "granularity", GRANULARITIES)
         self.warmup, self.criterion, self.statistic = warmup, criterion, statistic
         self.granularity, self.ranking, self.multiples = granularity, ranking, multiples
 
+    def begin(self, run: Run) -> None:
+        """Check what ranking needs, and say where it would come before any training."""
+        alone = self.criterion != "learned" or run.processes == 1
+        require(alone, "criterion", "not learned in several processes", self.criterion)
+        if 0 < self.warmup and self.warmup_steps(run) == 0 < run.max_steps:
+            enough = math.ceil(1000 / run.max_steps) / 1000
+            remedy = f" (warmup={enough:g} trains it for a step)" if enough < 1 else ""
+            run.events.append(
+                f"step 0: warmup {self.warmup:g} of {run.max_steps} steps is none: the new head is "
+                f"ranked untrained{remedy}"
+            )
+
+    def warmup_steps(self, run: Run) -> int:
+        """Steps before the trim."""
+        return int(self.warmup * run.max_steps)
+
     def begin_step(self, run: Run) -> None:
         """Rank and trim once the warm-up is over."""
-        if run.plan is None and run.step >= int(self.warmup * run.max_steps):
+        if run.plan is None and run.step >= self.warmup_steps(run):
             run.scores = scores = self._scores(run)
             self._trim(run, self._plan(run, scores))
 
@@ -65,6 +87,7 @@ class SensiBert(Method):
             criterion,
             granularity=self.granularity,
             statistic=self.statistic,
+            compute_loss=run.compute_loss,
         )
         if self.ranking == "random":
             return scores.random(run.seed)

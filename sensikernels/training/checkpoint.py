@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,19 +17,29 @@ from typing import Any
 
 from torch import Tensor
 
-from sensikernels.errors import CheckpointError
+from sensikernels._files import digest_of_file, parse_json, read_json, remove, writing
+from sensikernels.errors import CheckpointError, SensiError
 from sensikernels.masks import Plan
-from sensikernels.training.output import CHECKPOINTS, remove, writing
+from sensikernels.training.output import CHECKPOINTS
 
-FORMAT = 2
-STATE, TENSORS, PLAN = "state.json", "state.safetensors", "plan.json"
+FORMAT = 3
+STATE, TENSORS, PLAN, GRIDS = "state.json", "state.safetensors", "plan.json", "plan.safetensors"
 
 
 def save(
     output: Path, step: int, state: Any, *, settings: Mapping[str, Any], plan: Plan | None
 ) -> None:
-    """Write a checkpoint and drop older ones. Raises SensiError where the disk refuses."""
+    """Write a checkpoint and drop older ones.
+
+    Raises:
+        SensiError: the disk refuses, or the state is not finite, so that nobody could go on from
+            it: what was written earlier stays.
+    """
     target = output / CHECKPOINTS / f"step-{step:08d}"
+    if (where := not_finite(state)) is not None:
+        older = latest(output)
+        kept = "no checkpoint before it" if older is None else f"{older} is kept: --resume"
+        raise SensiError(f"step {step}: training diverged: {where} is not finite; {kept}")
     with writing(target) as folder:
         write(folder, step, state, settings=settings, plan=plan)
     for other in target.parent.iterdir():
@@ -49,8 +60,8 @@ def write(
     if plan is not None:
         plan.save(folder / PLAN)
     body = {"format": FORMAT, "step": step, "settings": dict(settings), "state": tree}
-    body["files"] = {p.name: _digest(p) for p in sorted(folder.iterdir())}
-    text = json.dumps(body)
+    body["files"] = {p.name: digest_of_file(p) for p in sorted(folder.iterdir())}
+    text = json.dumps(body, allow_nan=False)
     whole = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": text}
     (folder / STATE).write_text(json.dumps(whole) + "\n")
 
@@ -64,25 +75,37 @@ def load(folder: Path, *, settings: Mapping[str, Any]) -> tuple[Any, Plan | None
     """The state and plan that ``save`` wrote.
 
     Raises:
-        CheckpointError: a file is missing, truncated or edited, or the settings are others.
+        CheckpointError: a file is missing, truncated, edited or not one of a checkpoint, or the
+            settings are others.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         body = _body(folder)
-        for name, digest in body["files"].items():
-            if _digest(folder / name) != digest:
-                raise CheckpointError(f"checkpoint {folder}: {name} is corrupt (digest differs)")
+        files = body["files"]
+        expected = [TENSORS] if PLAN not in files else [PLAN, GRIDS, TENSORS]
+        if list(files) != expected:
+            raise ValueError(f"files: expected {expected}, got {str(list(files))[:200]}")
+        for name, digest in files.items():
+            if digest_of_file(folder / name) != digest:
+                raise ValueError(f"{name} is corrupt (digest differs)")
         _same_settings(folder, body["settings"], settings)
         state = unflatten(body["state"], load_file(folder / TENSORS))
+        if (where := not_finite(state)) is not None:
+            raise ValueError(f"{TENSORS}: {where} is not finite")
     except OSError as error:
         raise CheckpointError(f"checkpoint {error.filename}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except _MALFORMED as error:
+        reason = f"{STATE}: {type(error).__name__}: {error}"
         raise CheckpointError(f"checkpoint {folder}: {reason}") from error
-    has_plan = PLAN in body["files"]
-    return state, Plan.load(folder / PLAN) if has_plan else None
+    except (ValueError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {error}") from error
+    return state, Plan.load(folder / PLAN) if PLAN in files else None
+
+
+# What taking a stranger's JSON apart raises, where the text alone would not say what was wrong.
+_MALFORMED = (KeyError, TypeError, AttributeError, IndexError, RecursionError)
 
 
 @contextmanager
@@ -90,21 +113,36 @@ def matching(folder: Path) -> Iterator[None]:
     """Turn what loading into another model or method raises into CheckpointError."""
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, AssertionError, OverflowError, *_MALFORMED) as error:
         first = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint {folder}: does not fit this run: {first}") from error
 
 
+def not_finite(tree: Any, at: str = "") -> str | None:
+    """Where in a tree of tensors and plain values the first number is that is not finite."""
+    if isinstance(tree, Tensor):
+        finite = not tree.is_floating_point() or bool(tree.isfinite().all())
+        return None if finite else at
+    if isinstance(tree, float):
+        return None if math.isfinite(tree) else at
+    if isinstance(tree, Mapping):
+        parts = ((str(name), value) for name, value in tree.items())
+    elif isinstance(tree, (list, tuple)):
+        parts = ((str(place), value) for place, value in enumerate(tree))
+    else:
+        return None
+    found = (not_finite(value, f"{at}.{name}".lstrip(".")) for name, value in parts)
+    return next((where for where in found if where is not None), None)
+
+
 def _body(folder: Path) -> Any:
-    whole = json.loads((folder / STATE).read_text())
+    whole = read_json(folder / STATE)
     text = whole["body"]
     if hashlib.sha256(text.encode()).hexdigest() != whole["sha256"]:
-        raise CheckpointError(f"checkpoint {folder}: {STATE} is corrupt (digest differs)")
-    body = json.loads(text)
+        raise ValueError(f"{STATE} is corrupt (digest differs)")
+    body = parse_json(text)
     if body["format"] != FORMAT:
-        raise CheckpointError(
-            f"checkpoint {folder}: expected format {FORMAT}, got {body['format']}"
-        )
+        raise ValueError(f"{STATE}: expected format {FORMAT}, got {body['format']!r:.40}")
     return body
 
 
@@ -159,11 +197,3 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(plain.untyped_storage().data_ptr())
         apart[name] = plain
     return apart
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -22,6 +22,13 @@ EMBEDDINGS = ("sparse", "frozen", "dense")
 DROPOUTS = ("counter", "torch")
 DEVICES = ("auto", "cpu", "cuda")
 PARALLELS = ("ddp", "fsdp")
+# Least and most of each whole number; beyond is a slip of the keyboard, and would never end.
+_COUNTS = {
+    "epochs": (1, 10_000), "batch_size": (1, 1 << 20), "pad_to_multiple": (1, 1 << 16),
+    "ranking_rows": (1, 1 << 31), "max_train_samples": (1, 1 << 31), "seed": (0, (1 << 63) - 1),
+    "checkpoint_every": (0, 1 << 31), "max_length": (8, 1 << 20),
+}  # fmt: skip
+_LARGEST = 1e30
 # What may differ between a run and its continuation.
 _FREE = ("output", "resume", "checkpoint_every", "data_dir", "device", "parallel")
 
@@ -35,8 +42,9 @@ class Settings:
     occur move), the table is ``frozen``, or updated ``dense``. ``dropout``: masks from a
     ``counter`` (parallel, none stored) or ``torch``'s own; the baseline's are torch's. ``packed``:
     the method's model runs on packed tokens, the last layer on first tokens (``use_packed``).
-    ``checkpoint_every`` counts steps; 0 means never. ``ranking_rows`` of the training data rank
-    the units; with ``plan``, a saved plan, nothing is ranked and its budget is the run's.
+    ``checkpoint_every`` counts steps; with 0 there are those at the trim and after the last step
+    alone, which every run has. ``ranking_rows`` of the training data rank the units; with ``plan``,
+    a saved plan, nothing is ranked and its budget is the run's.
     ``costs``: a table of ``sensikernels tune`` for a ``step_time`` budget, else measured anew.
     ``batch_size`` is that of all processes together; ``parallel`` says how several train: copies
     of the model (``ddp``) or shards of it (``fsdp``).
@@ -84,18 +92,17 @@ class Settings:
         require_one_of(self.parallel, "parallel", PARALLELS)
         fits = self.method != "dps" or self.parallel == "ddp"
         require(fits, "parallel", "ddp for dps, which selects among whole gradients", self.parallel)
-        for name in ("epochs", "batch_size", "pad_to_multiple", "ranking_rows"):
+        for name, (least, most) in _COUNTS.items():
             value = getattr(self, name)
-            require(value >= 1, name, "at least 1", value)
-        rows = self.max_train_samples
-        require(rows is None or rows >= 1, "max_train_samples", "at least 1", rows)
-        require(self.seed >= 0, "seed", "at least 0", self.seed)
-        require(self.checkpoint_every >= 0, "checkpoint_every", "at least 0", self.checkpoint_every)
-        require(self.max_length >= 8, "max_length", "at least 8", self.max_length)
-        for name in ("lr", "dense_lr", "weight_decay"):
+            if value is None and name == "max_train_samples":
+                continue
+            require(type(value) is int, name, "a whole number", f"{value!r:.40}")
+            require(value >= least, name, f"at least {least}", value)
+            require(value <= most, name, f"at most {most}", f"{value:.3g}")
+        for name in ("lr", "dense_lr", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
-            ok = value is None or (math.isfinite(value) and value >= 0)
-            require(ok, name, "a finite number of at least 0", value)
+            ok = value is None or (math.isfinite(value) and 0 <= value <= _LARGEST)
+            require(ok, name, f"a finite number of at least 0, at most {_LARGEST:g}", value)
         require(self.max_grad_norm > 0, "max_grad_norm", "above 0", self.max_grad_norm)
         require(
             task.folder is not None or self.data_dir is None,
@@ -160,9 +167,12 @@ class Planned(SensiBert):
         super().__init__(**options)
         self._given = plan
 
+    def begin(self, run: Run) -> None:
+        """Nothing is ranked, so there is nothing to check."""
+
     def begin_step(self, run: Run) -> None:
         """Trim once the warm-up is over."""
-        if run.plan is None and run.step >= int(self.warmup * run.max_steps):
+        if run.plan is None and run.step >= self.warmup_steps(run):
             self._trim(run, self._given)
 
 
@@ -221,6 +231,7 @@ def parse_counts(text: str, argument: str = "units", *, separator: str = "=") ->
 
 
 def _number(argument: str, text: str, kind: type) -> Any:
+    require(len(text) <= 40, argument, "a number of few digits", f"{text:.40}…")
     try:
         return kind(text)
     except ValueError:

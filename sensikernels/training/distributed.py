@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from sensikernels import _settings
 from sensikernels._checks import require
 from sensikernels.errors import SensiError
 from sensikernels.glue import Batches
@@ -54,13 +55,26 @@ class World:
     def join(cls, settings: Settings) -> World:
         """Meet the other processes that ``torchrun`` or ``accelerate launch`` started, if any.
 
+        They meet on the device that the run will use.
+
         Raises:
-            UsageError: there are more processes than rows in a batch.
+            UsageError: there are more processes than rows in a batch; the device is not there.
+            SensiError: the processes do not meet, or not all of them.
         """
         from accelerate import PartialState
 
-        state = PartialState(cpu=settings.device == "cpu")
+        started = _settings.world_size()
+        kind = device_kind(settings)
+        try:
+            state = PartialState(cpu=kind == "cpu")
+        except (RuntimeError, ValueError, OSError) as error:
+            why = " ".join(str(error).split())[:160]
+            raise SensiError(f"processes: the {started} started do not meet: {why}") from error
         size = state.num_processes
+        if started not in (1, size):
+            raise SensiError(
+                f"processes: expected {started} (WORLD_SIZE) to meet on {kind}, got {size}"
+            )
         require(settings.batch_size >= size, "batch_size", f"a row for each of {size} processes",
                 settings.batch_size)  # fmt: skip
         return cls(rank=state.process_index, size=size, parallel=settings.parallel)
@@ -224,6 +238,16 @@ class World:
             weight.grad = torch.sparse_coo_tensor(
                 rows[real][None], values[real], weight.shape, check_invariants=False
             )
+
+
+def device_kind(settings: Settings) -> str:
+    """``cpu`` or ``cuda``: what ``auto`` stands for here. Raises UsageError if it is not there."""
+    found = torch.cuda.is_available()
+    if settings.device == "auto":
+        return "cuda" if found else "cpu"
+    there = settings.device == "cpu" or found
+    require(there, "device", "one this machine has", settings.device)
+    return settings.device
 
 
 ALONE = World()

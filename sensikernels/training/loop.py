@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,17 +15,18 @@ from torch import nn
 
 from sensikernels import _settings
 from sensikernels._checks import require
-from sensikernels.hf import apply, load_model, quiet, restore, structure
-from sensikernels.masks import Plan, Scores, StepCosts, plan
-from sensikernels.masks.latency import check_kinds
-from sensikernels.methods.latency import dtype_of, measure_costs
+from sensikernels.errors import SensiError
+from sensikernels.hf import load_model, quiet, structure
+from sensikernels.masks import Plan, Scores, StepCosts
+from sensikernels.methods.latency import measure_costs
 from sensikernels.training import checkpoint
 from sensikernels.training.config import DTYPES, Settings
 from sensikernels.training.data import Data, model_path
-from sensikernels.training.distributed import Part, World, one_for_all
+from sensikernels.training.distributed import Part, World, device_kind, one_for_all
 from sensikernels.training.finish import finish, read_report, step_time_ratio
 from sensikernels.training.flops import flops_per_token
 from sensikernels.training.output import output_folder
+from sensikernels.training.ready import check_budget, check_end, check_labels, check_model
 from sensikernels.training.runner import Runner, dense_runner, method_runner
 
 PRIMITIVES = 16384
@@ -56,6 +57,8 @@ class Session:
     dense: Runner | None
     max_steps: int
     dense_flops: float
+    dense_params: int
+    start: float = field(default_factory=time.perf_counter)
     epoch: int = 0
     batch: int = 0
     tokens: list[int] = field(default_factory=list)
@@ -72,13 +75,14 @@ class Session:
         return self.runner.run.step
 
     def train(self, watch: Watcher | None = None) -> None:
-        """Every remaining epoch, with checkpoints on the way."""
+        """Every remaining epoch, with checkpoints on the way and one of the trained model."""
         for epoch in range(self.epoch, self.settings.epochs):
             for part in self.data.parts(epoch, self.batch):
+                plan = self.runner.run.plan
                 self._step(part)
                 if watch is not None:
                     watch(self._progress())
-                if self._checkpoint_is_due():
+                if self._checkpoint_is_due(plan):
                     self.save()
             for runner in self.runners:
                 runner.evaluate(self.data)
@@ -93,9 +97,11 @@ class Session:
             runner.step(batch, part.weight)
         self.batch += 1
 
-    def _checkpoint_is_due(self) -> bool:
-        every = self.settings.checkpoint_every
-        return bool(every) and self.step % every == 0
+    def _checkpoint_is_due(self, before: Plan | None) -> bool:
+        """At the trim and after the last step whatever was asked, so that none is done twice."""
+        every, now = self.settings.checkpoint_every, self.runner.run.plan
+        trimmed = now is not before and now is not None and bool(now.weight_masks)
+        return trimmed or self.step == self.max_steps or (every > 0 and self.step % every == 0)
 
     def _progress(self) -> Progress:
         return Progress(
@@ -113,7 +119,7 @@ class Session:
             "epoch": self.epoch,
             "batch": self.batch,
             "tokens": self.tokens,
-            "seconds": dict(self.seconds),
+            "seconds": {**self.seconds, "wall": self.wall()},
             "runners": [runner.state() for runner in self.runners],
             "scores": None if scores is None else _scores_state(scores),
         }
@@ -126,6 +132,10 @@ class Session:
             plan=self.runner.run.plan,
         )
         self.data.world.agree(write)
+
+    def wall(self) -> float:
+        """Seconds of this process and of those whose work it goes on with."""
+        return self.seconds["wall"] + time.perf_counter() - self.start
 
     def unshard(self) -> None:
         """Put a sharded model together on the first process, as a checkpoint would bring it."""
@@ -148,6 +158,7 @@ class Session:
         state, saved_plan = checkpoint.load(folder, settings=identity)
         parts = structure(self.runner.model)
         with checkpoint.matching(folder):
+            self._check_place(folder, state)
             if state["scores"] is not None:
                 self.runner.run.scores = Scores(structure=parts, **state["scores"])
             self.runner.run.plan = saved_plan
@@ -156,6 +167,24 @@ class Session:
             self.epoch, self.batch = state["epoch"], state["batch"]
             self.tokens, self.seconds = state["tokens"], state["seconds"]
         self.runner.run.events.append(f"step {self.step}: resumed")
+
+    def _check_place(self, folder: Path, state: Any) -> None:
+        """All parts of the state are of one step of this run, that of the folder's name."""
+        step = int(folder.name.removeprefix("step-"))
+        epoch, batch = state["epoch"], state["batch"]
+        per_epoch = self.data.steps_per_epoch
+        place = type(epoch) is type(batch) is int and 0 <= batch <= per_epoch
+        at = epoch * per_epoch + batch if place and 0 <= epoch <= self.settings.epochs else None
+        require(at == step <= self.max_steps, "step", step, at)
+        require(len(state["tokens"]) == step, "tokens", step, len(state["tokens"]))
+        require(
+            all(type(n) is int and n > 0 for n in state["tokens"]), "tokens", "counts", "others"
+        )
+        seconds = state["seconds"]
+        ok = seconds.keys() == self.seconds.keys() and all(v >= 0 for v in seconds.values())
+        require(ok, "seconds", [*self.seconds], seconds)
+        for runner, own in zip(self.runners, state["runners"], strict=True):
+            runner.check_state(own, step)
 
 
 def finetune(settings: Settings, watch: Watcher | None = None) -> dict[str, Any]:
@@ -179,24 +208,46 @@ def finetune(settings: Settings, watch: Watcher | None = None) -> dict[str, Any]
         if done is not None:
             return done
         session = prepare(settings)
+        session.start = start
+        agree(lambda: check_end(session))
         found = agree(lambda: checkpoint.latest(settings.output)) if settings.resume else None
         if found is not None:
             session.load(found)
         else:
             session.runner.begin()
         session.seconds["setup"] += time.perf_counter() - start
-        session.train(watch if world.first else None)
-        session.unshard()
-        step_time = step_time_ratio(session)
-        return agree(lambda: finish(session, step_time, time.perf_counter() - start))
+        with _kept(session):
+            session.train(watch if world.first else None)
+            session.unshard()
+            step_time = step_time_ratio(session)
+            return agree(lambda: finish(session, step_time))
+
+
+@contextmanager
+def _kept(session: Session) -> Iterator[None]:
+    """Where something fails after the last step: say where the trained model lies."""
+    try:
+        yield
+    except Exception as error:
+        output = session.settings.output
+        where = checkpoint.latest(output) if session.step == session.max_steps else None
+        if where is None:
+            raise
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise SensiError(
+            f"{why}; training is done and kept in {where}: --resume goes on from there"
+        ) from error
 
 
 def prepare(settings: Settings) -> Session:
     """Read data and models, and build the runners at step 0."""
+    world = World.join(settings)
     device = use_device(settings)
-    data = Data.load(settings, device, World.join(settings))
+    data = Data.load(settings, device, world)
     model = fresh_model(settings, data)
     max_steps = data.steps_per_epoch * settings.epochs
+    check_model(settings, model, data)
+    dense_params = structure(model).params()
     runner = method_runner(settings, data, model, max_steps)
     check_budget(settings, model, data)
     dense_flops = data.world.agree(lambda: flops_per_token(model, data))
@@ -210,6 +261,7 @@ def prepare(settings: Settings) -> Session:
         dense=dense,
         max_steps=max_steps,
         dense_flops=dense_flops,
+        dense_params=dense_params,
     )
 
 
@@ -219,14 +271,13 @@ def use_device(settings: Settings) -> torch.device:
     fp32 on a CPU runs at ``set_float32_matmul_precision("medium")``: bfloat16 products with float32
     accumulation where the CPU has them, as the report says.
     """
-    from accelerate import Accelerator
+    from accelerate import PartialState
 
     _settings.reserve_primitive_cache(PRIMITIVES)
     _settings.quiet_profiler()
-    accelerator = Accelerator(cpu=settings.device == "cpu")
-    device = accelerator.device
-    wanted = device.type if settings.device == "auto" else settings.device
-    require(device.type == wanted, "device", wanted, f"only {device.type} here")
+    kind = device_kind(settings)
+    device: torch.device = PartialState(cpu=kind == "cpu").device
+    require(device.type == kind, "device", f"{kind}, as nothing else runs here", device.type)
     torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
     return device
 
@@ -238,47 +289,13 @@ def fresh_model(settings: Settings, data: Data) -> nn.Module:
         model: Any = load_model(
             model_path(settings.model), labels=data.task.num_labels, dtype=DTYPES[settings.dtype]
         )
+    check_labels(settings, model, data)
     names = dict(enumerate(data.task.label_names))
     if names:
         model.config.id2label = names
         model.config.label2id = {name: index for index, name in names.items()}
     trained: nn.Module = model.to(data.device)
     return trained
-
-
-def check_budget(settings: Settings, model: nn.Module, data: Data) -> None:
-    """Raise UsageError now where trimming would find out later that it cannot be done."""
-    if settings.plan is not None:
-        apply(model, Plan.load(settings.plan))
-        restore(model)
-    if settings.budget is None:
-        return
-    parts = structure(model, str(settings.options.get("granularity", "heads")))
-    flat = Scores(
-        structure=parts,
-        values={c.name: torch.ones(c.units) for c in parts.couplings},
-        criterion="none",
-        statistic="none",
-    )
-    timed = settings.budget.step_time is not None
-    if timed:
-        check_kinds(parts.couplings)
-    if timed and settings.costs is None:
-        return
-    costs = None if settings.costs is None else StepCosts.load(settings.costs)
-    if costs is not None:
-        costs.check(parts, data.device.type, dtype_of(model))
-    multiples = settings.options.get("multiples")
-    geometry = data.geometry
-    plan(
-        flat,
-        settings.budget,
-        sequence_length=geometry.mean_length,
-        tokens_per_sequence=geometry.tokens / geometry.rows,
-        attended=geometry.attended,
-        multiples=multiples,
-        costs=costs,
-    )
 
 
 def step_costs(settings: Settings, progress: Callable[[str], object]) -> StepCosts:

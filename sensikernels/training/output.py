@@ -1,113 +1,138 @@
-"""The output folder: nothing half-written, whatever stops the run."""
+"""The output folder: one run's own, and nothing half-written, whatever stops the run."""
 
 from __future__ import annotations
 
-import json
+import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-
+from sensikernels._checks import require
+from sensikernels._files import partial_name, remove, write_json, writing
 from sensikernels.errors import SensiError, UsageError
 
 CHECKPOINTS = "checkpoint"
 UNFINISHED = ".unfinished"
 REPORT = "report.json"
+LOCK = ".run"
+"""Held by the run under way; left behind, it says that a run was killed here."""
+_STARTED = (CHECKPOINTS, UNFINISHED, REPORT, LOCK)
+_RESULTS = ("model", "plan.json", "plan.safetensors", "sensitivity.png", REPORT)
+
+__all__ = ["output_folder", "remove", "tidy", "write_json", "writing"]
 
 
 @contextmanager
 def output_folder(path: Path, *, resume: bool) -> Iterator[Path]:
-    """Make ``path`` now, and take it away again if the run fails before writing into it.
+    """Make ``path`` this run's until the block ends; a folder that is empty then goes again.
+
+    A lock that the kernel drops when the process dies, however it dies, keeps other runs out.
 
     Raises:
-        UsageError: ``path`` is a file, or holds something and this is no continuation of a run.
+        UsageError: ``path`` is a file; another run writes to it; it holds something and this is no
+            continuation of a run.
         SensiError: the folder cannot be made.
     """
     _refuse_foreign(path, resume)
     made = [p for p in (path, *path.parents) if not p.exists()]
+    lock = _locked(path)
+    mine = os.fstat(lock).st_size == 0  # else a killed run's, which stays until it is continued
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SensiError(f"output {path}: cannot be made: {error.strerror}") from error
-    try:
+        if not resume:
+            _refuse_interrupted(path, mine)
+        os.pwrite(lock, f"{os.getpid():<20}".encode(), 0)
+        mine = True
+        tidy(path)
         yield path
     except BaseException:
-        for folder in made:
-            if any(folder.iterdir()):
-                break
-            folder.rmdir()
+        _let_go(path, lock, mine)
+        _remove_empty([path / CHECKPOINTS, *made])
         raise
+    _let_go(path, lock, mine)
+
+
+def tidy(path: Path) -> None:
+    """Remove what a killed run had not finished writing into ``path``."""
+    parts = [path / UNFINISHED, *(partial_name(path / name) for name in _RESULTS)]
+    parts += (path / CHECKPOINTS).glob(".step-*.tmp")
+    for part in parts:
+        remove(part)
+
+
+def _names(path: Path) -> set[str]:
+    return {p.name for p in path.iterdir()} if path.exists() else set()
 
 
 def _refuse_foreign(path: Path, resume: bool) -> None:
-    if not path.exists():
-        return
-    if not path.is_dir():
+    if path.exists() and not path.is_dir():
         raise UsageError(f"output: expected a folder, got the file {path}")
-    names = {p.name for p in path.iterdir()}
+    names = _names(path)
+    if LOCK in names:
+        return  # whose it is, the lock tells
     if not resume and names:
-        raise UsageError(
-            f"output: expected an empty or new folder, got {path} with {len(names)} entries "
-            "(--resume continues a run)"
-        )
-    if resume and names and not names & {CHECKPOINTS, UNFINISHED, REPORT}:
+        raise UsageError(f"output: expected an empty or new folder, got {path}, {_what(names)}")
+    if resume and names and not names & set(_STARTED):
         raise UsageError(f"output: expected a run to resume, got {path} without a checkpoint")
 
 
-@contextmanager
-def writing(target: Path) -> Iterator[Path]:
-    """A temporary neighbour of ``target``, renamed to it when the block ends without an error.
+def _refuse_interrupted(path: Path, new: bool) -> None:
+    """Under the lock: nothing is there, and the lock is ``new``, not one of a killed run."""
+    names = _names(path) - ({LOCK} if new else set())
+    if names:
+        raise UsageError(f"output: expected an empty or new folder, got {path}, {_what(names)}")
 
-    The block makes a file or a folder there; either replaces what is at ``target``. On any error
-    it is removed. Raises SensiError where the disk refuses.
-    """
-    temporary = target.with_name(f".{target.name}.tmp")
+
+def _let_go(path: Path, lock: int, mine: bool) -> None:
+    if mine:
+        remove(path / LOCK)
+    os.close(lock)
+
+
+def _what(names: set[str]) -> str:
+    if REPORT in names:
+        return "which holds a finished run (--resume shows its report)"
+    if names & set(_STARTED):
+        return "which holds an interrupted run (--resume continues it)"
+    return f"with {len(names)} entries (--resume continues a run)"
+
+
+def _locked(path: Path) -> int:
+    """A descriptor that holds the lock of ``path``, which is made if it is not there."""
+    while True:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            continue  # another run was refused, and took its empty folder away
+        except OSError as error:
+            raise SensiError(f"output {path}: cannot be made: {error.strerror}") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_there(path / LOCK, handle):
+                return handle
+        except BlockingIOError:
+            owner = os.pread(handle, 20, 0).decode(errors="replace").strip() or "another"
+            os.close(handle)
+            expected = "a folder that no other run writes to"
+            require(False, "output", expected, f"{path}: process {owner} does")
+        except OSError as error:
+            os.close(handle)
+            raise SensiError(f"output {path}: cannot be locked: {error.strerror}") from error
+        os.close(handle)  # a run that ended took this file away: try the new one
+
+
+def _is_there(path: Path, handle: int) -> bool:
     try:
-        remove(temporary)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _sync(temporary)
-        if temporary.is_dir():
-            remove(target)
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    except (OSError, SafetensorError) as error:
-        remove(temporary)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise SensiError(f"{target}: cannot be written: {reason}") from error
-    except BaseException:
-        remove(temporary)
-        raise
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
-def write_json(target: Path, content: Any) -> None:
-    """Write JSON by renaming."""
-    with writing(target) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    for file in path.rglob("*") if path.is_dir() else (path,):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in filter(Path.is_dir, folders):
+        try:
+            folder.rmdir()
+        except OSError:  # something is in it: it stays, and so do those around it
+            if folder.name != CHECKPOINTS:
+                return

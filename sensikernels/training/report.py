@@ -21,24 +21,27 @@ PACKAGES = ("sensikernels", "torch", "transformers", "accelerate", "triton", "nu
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """FLOPs per token and peak MiB of a step, measured after the last one.
+    """FLOPs per token and peak MiB of a step, measured after the last one; None: not measured.
 
     ``step_time``: the planned step over the dense one, timed where that was the budget.
     """
 
-    dense_flops: float
-    flops: float
-    peak: float
-    dense_peak: float | None
+    flops: float | None = None
+    peak: float | None = None
+    dense_peak: float | None = None
     step_time: float | None = None
 
 
-def build(session: Session, measured: Measurements, reload: dict[str, Any]) -> dict[str, Any]:
+def build(
+    session: Session, measured: Measurements, saved: dict[str, Any], *, failed: list[str]
+) -> dict[str, Any]:
     """``report.json``: shares and per-token FLOPs, milliseconds, MiB, seconds, metrics as shares.
 
     ``step_ms.planned`` is the median over the steps after the plan took effect, ``dense`` the
     baseline's median over the same steps, run in turn with them; ``step_speedup`` their ratio.
-    ``tokens_per_s`` is the median too, of real tokens, without padding.
+    ``tokens_per_s`` is the median too, of real tokens, without padding. ``params``: ``dense`` and
+    ``planned`` outside the embeddings, ``total`` and ``trainable`` of the whole model as it trained
+    last. ``saved``: what is known of the model folder; ``failed``: what went wrong at the end.
     """
     runner, dense = session.runner, session.dense
     settings, task = session.settings, session.data.task
@@ -52,11 +55,11 @@ def build(session: Session, measured: Measurements, reload: dict[str, Any]) -> d
         "method": runner.name,
         "budget": _budget(session, measured),
         "flops_per_token": {
-            "dense": measured.dense_flops,
-            "planned": _planned_flops(session, measured),
+            "dense": session.dense_flops,
+            "planned": _planned_flops(session),
             "measured": measured.flops,
         },
-        "params": _params(session, reload),
+        "params": _params(session, saved),
         "step_ms": {"dense": theirs, "planned": ours},
         "step_speedup": None if theirs is None else theirs / ours,
         "steps": {"total": session.step, "timed_from": runner.changed_at},
@@ -68,7 +71,8 @@ def build(session: Session, measured: Measurements, reload: dict[str, Any]) -> d
         "seconds": {
             "planned": _seconds(runner),
             "dense": None if dense is None else _seconds(dense),
-            **session.seconds,
+            "setup": session.seconds["setup"],
+            "wall": session.wall(),
         },
         "metric": {
             "name": metric,
@@ -79,7 +83,8 @@ def build(session: Session, measured: Measurements, reload: dict[str, Any]) -> d
             "planned": runner.epochs,
             "dense": None if dense is None else dense.epochs,
         },
-        "saved_model": reload,
+        "saved_model": {k: v for k, v in saved.items() if k != "trainable"},
+        "failed": failed,
         "data": _data(session),
         "seed": settings.seed,
         "settings": settings.to_json(),
@@ -99,13 +104,15 @@ def _budget(session: Session, measured: Measurements) -> dict[str, Any]:
         "requested": None if budget is None else budget.requested,
         "scope": None if budget is None else budget.scope,
         "flops_ratio_planned": 1.0 if plan is None else plan.flops_ratio,
-        "flops_ratio_measured": measured.flops / measured.dense_flops,
+        "flops_ratio_measured": None
+        if measured.flops is None
+        else measured.flops / session.dense_flops,
         "params_ratio": 1.0 if plan is None else plan.params_ratio,
         "step_time_ratio_measured": measured.step_time,
     }
 
 
-def _planned_flops(session: Session, measured: Measurements) -> float:
+def _planned_flops(session: Session) -> float:
     plan = session.runner.run.plan
     if plan is not None and plan.flops_planned:
         return plan.flops_planned
@@ -114,14 +121,14 @@ def _planned_flops(session: Session, measured: Measurements) -> float:
     return parts.flops(geometry.mean_length)
 
 
-def _params(session: Session, reload: dict[str, Any]) -> dict[str, Any]:
-    model = session.runner.model
+def _params(session: Session, saved: dict[str, Any]) -> dict[str, Any]:
     plan = session.runner.run.plan
+    dense = session.dense_params
     return {
-        "dense": plan.params_dense if plan is not None and plan.params_dense else None,
-        "planned": plan.params_planned if plan is not None and plan.params_planned else None,
-        "total": reload["parameters"],
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "dense": dense,
+        "planned": plan.params_planned if plan is not None and plan.params_planned else dense,
+        "total": saved.get("parameters"),
+        "trainable": saved["trainable"],
     }
 
 

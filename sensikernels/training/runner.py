@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sensikernels._checks import require
 from sensikernels._timing import synchronize
 from sensikernels.errors import SensiError
 from sensikernels.hf import use_counter_dropout, use_packed
@@ -179,11 +180,37 @@ class Runner:
             **{name: getattr(self, name) for name in _KEPT},
         }
 
+    def check_state(self, state: Mapping[str, Any], step: int) -> None:
+        """Raise UsageError unless ``state`` can be one of this runner after ``step`` steps."""
+        known = {"model", "optimizer", "method", "random", "step", "events", *_KEPT}
+        require(state.keys() == known, "state", sorted(known), sorted(state))
+        for name in ("losses", "step_ms"):
+            values = state[name]
+            ok = len(values) == step and all(type(value) is float for value in values)
+            require(ok, name, f"{step} numbers", f"{len(values)} values")
+        at = state["changed_at"]
+        require(type(at) is int and 0 <= at <= step == state["step"], "changed_at", step, at)
+        require(all(isinstance(e, str) for e in state["events"]), "events", "lines", "others")
+        numbers = [state["seconds"], *state["epochs"]]
+        ok = all(type(v) is float for values in numbers for v in values.values())
+        require(
+            ok and state["seconds"].keys() == self.seconds.keys(), "seconds", "numbers", numbers
+        )
+        for stream in state["random"]:
+            for kind, now in self._random.items():
+                same = kind not in stream or (
+                    stream[kind].dtype == now.dtype and stream[kind].shape == now.shape
+                )
+                require(same, f"random {kind}", list(now.shape), "another generator's state")
+
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``; ``run.plan`` is set already."""
         run = self.run
         run.step = state["step"]
         self.method.resume(run, state["method"])
+        for name, value in run.model.state_dict().items():
+            got = state["model"][name].dtype
+            require(got == value.dtype, f"model: {name}", value.dtype, got)
         run.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
         # A process that was not there before starts a stream of its own.

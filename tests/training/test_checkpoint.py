@@ -146,7 +146,7 @@ def full_disk(*_, **__):
 
 @pytest.mark.parametrize("what", [
     "safetensors.torch.save_file", "sensikernels.masks.Plan.save",
-    "sensikernels.training.output._sync", "pathlib.Path.mkdir",
+    "sensikernels._files._sync", "pathlib.Path.mkdir",
 ])  # fmt: skip
 def test_a_full_disk_leaves_the_older_checkpoint(stopped, monkeypatch, what):
     kept = checkpoint.latest(stopped.output)

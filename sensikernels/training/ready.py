@@ -1,0 +1,199 @@
+"""Before the first step: whatever the end of a run needs is there, so that no training is lost."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sensikernels._checks import require
+from sensikernels._files import remove
+from sensikernels.errors import DataError, SensiError, UsageError
+from sensikernels.glue import compute
+from sensikernels.glue.packing import round_up
+from sensikernels.hf import apply, compact, restore, structure
+from sensikernels.masks import Plan, Scores, StepCosts, plan, uniform
+from sensikernels.masks.latency import check_kinds
+from sensikernels.methods import METHODS
+from sensikernels.methods.latency import dtype_of
+from sensikernels.training.config import DTYPES, Settings
+from sensikernels.training.data import Data
+from sensikernels.training.output import UNFINISHED
+
+if TYPE_CHECKING:
+    from sensikernels.training.loop import Session
+    from sensikernels.training.runner import Runner
+
+
+def check_model(settings: Settings, model: nn.Module, data: Data) -> None:
+    """Check that a fresh ``model`` can run these data, be trimmed, and be saved.
+
+    Raises:
+        UsageError: rows are longer than its positions; it is no BERT or cannot be compacted; a plan
+            is another model's.
+        DataError: its vocabulary is not that of the data.
+    """
+    _check_tables(settings, model, data)
+    if settings.plan is not None:
+        try:
+            apply(model, Plan.load(settings.plan))
+        except UsageError as error:
+            raise UsageError(f"plan {settings.plan}: {error}") from error
+        restore(model)
+    if METHODS[settings.method].needs_budget:
+        _check_compact(settings, model)
+
+
+def check_end(session: Session) -> None:
+    """Check what is needed after the last step: metric, picture, files, room on the disk.
+
+    Raises:
+        UsageError: a library is not installed. SensiError: the disk refuses, or has no room.
+    """
+    settings, task = session.settings, session.data.task
+    labels = torch.zeros(2, dtype=torch.float32 if task.regression else torch.int64)
+    compute(task, torch.zeros(2, task.num_labels), labels)
+    ranks = session.runner.method.needs_budget and settings.plan is None
+    drawn = find_spec("matplotlib") is not None
+    require(drawn or not ranks, "sensitivity.png", "matplotlib installed",
+            "none: pip install 'sensikernels[demo]'")  # fmt: skip
+    _try_saving(session.runner.model, session.data.tokenizer, settings.output)
+    _check_room(session)
+
+
+def check_budget(settings: Settings, model: nn.Module, data: Data) -> None:
+    """Raise UsageError now where trimming would find out later that it cannot be done."""
+    if settings.budget is None:
+        return
+    parts = structure(model, str(settings.options.get("granularity", "heads")))
+    flat = Scores(
+        structure=parts,
+        values={c.name: torch.ones(c.units) for c in parts.couplings},
+        criterion="none",
+        statistic="none",
+    )
+    timed = settings.budget.step_time is not None
+    if timed:
+        check_kinds(parts.couplings)
+    if timed and settings.costs is None:
+        return
+    costs = None if settings.costs is None else StepCosts.load(settings.costs)
+    if costs is not None:
+        costs.check(parts, data.device.type, dtype_of(model))
+    geometry = data.geometry
+    plan(
+        flat,
+        settings.budget,
+        sequence_length=geometry.mean_length,
+        tokens_per_sequence=geometry.tokens / geometry.rows,
+        attended=geometry.attended,
+        multiples=settings.options.get("multiples"),
+        costs=costs,
+    )
+
+
+def _check_tables(settings: Settings, model: nn.Module, data: Data) -> None:
+    """Every token id, type and position of the data has a row in the model's tables."""
+    tables = {
+        name.rpartition(".")[2]: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    rows: list[Any] = [data.train.dataset, data.dev.dataset]
+    words = tables.get("word_embeddings")
+    largest = max(int(encoded.input_ids.max()) for encoded in rows)
+    if words is not None and largest >= words.num_embeddings:
+        raise DataError(
+            f"model {settings.model}: expected a tokenizer of at most {words.num_embeddings} "
+            f"tokens, as its config says, got token {largest}"
+        )
+    types = tables.get("token_type_embeddings")
+    kinds = [int(e.token_type_ids.max()) for e in rows if e.token_type_ids is not None]
+    if types is not None and kinds and max(kinds) >= types.num_embeddings:
+        raise DataError(
+            f"model {settings.model}: expected at most {types.num_embeddings} token types, as its "
+            f"config says, got type {max(kinds)} from its tokenizer"
+        )
+    positions = tables.get("position_embeddings")
+    if positions is None:
+        return
+    # RoBERTa counts positions from behind its padding token.
+    first = 0 if positions.padding_idx is None else positions.padding_idx + 1
+    room = positions.num_embeddings - first
+    longest = max(int(np.max(encoded.lengths)) for encoded in rows)
+    require(longest <= room, "max_length", f"at most {room}, the model's positions",
+            f"{settings.max_length}, and a row of {longest} tokens")  # fmt: skip
+    padded = int(round_up(longest, settings.pad_to_multiple))
+    require(padded <= room, "pad_to_multiple", f"one that pads {longest} tokens to at most {room}, "
+            "the model's positions", settings.pad_to_multiple)  # fmt: skip
+
+
+def check_labels(settings: Settings, model: nn.Module, data: Data) -> None:
+    """Raise DataError where the model's own head has the task's labels in another order."""
+    config: Any = model.config
+    ours = [name.lower() for name in data.task.label_names]
+    named = getattr(config, "id2label", None) or {}
+    theirs = [str(named.get(i, "")).lower() for i in range(len(ours))]
+    if sorted(ours) == sorted(theirs) and ours != theirs:
+        raise DataError(
+            f"model {settings.model}: labels: expected {', '.join(ours)} in the task's order, got "
+            f"{', '.join(theirs)}"
+        )
+
+
+def _check_compact(settings: Settings, model: nn.Module) -> None:
+    """Trim to nearly nothing, compact, and give the model back as it was."""
+    parts = structure(model, str(settings.options.get("granularity", "heads")))
+    smallest = {c.name: c.heads for c in parts.couplings}
+    with torch.random.fork_rng([]):
+        apply(model, uniform(parts, smallest))
+        try:
+            compact(model)
+        finally:
+            restore(model)
+
+
+def _try_saving(model: Any, tokenizer: Any, output: Path) -> None:
+    """Write what is small of the model's folder, and take it away again."""
+    folder = output / UNFINISHED
+    try:
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise SensiError(f"{output}: cannot be written: {error.strerror or error}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"model: config or tokenizer cannot be saved: {reason}") from error
+    finally:
+        remove(folder)
+
+
+def _check_room(session: Session) -> None:
+    """Two checkpoints, as the older goes when the newer is whole, and the model."""
+    settings = session.settings
+    weights = _bytes(session.runner.model)
+    state = sum(_state_bytes(settings, runner) for runner in session.runners)
+    needed = 2 * state + weights
+    held = sum(p.stat().st_size for p in settings.output.rglob("*") if p.is_file())
+    free = shutil.disk_usage(settings.output).free + held
+    if free < needed:
+        raise SensiError(
+            f"{settings.output}: cannot be written: No space: checkpoints and model take about "
+            f"{needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free"
+        )
+
+
+def _state_bytes(settings: Settings, runner: Runner) -> int:
+    """Weights, two float32 moments of what trains, and masters where weights are narrower."""
+    trained = sum(p.numel() for p in runner.model.parameters() if p.requires_grad)
+    masters = 4 if DTYPES[settings.dtype] is not torch.float32 else 0
+    return _bytes(runner.model) + trained * (8 + masters)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
