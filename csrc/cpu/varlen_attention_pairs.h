@@ -83,7 +83,11 @@ SK_PAIRS SK_INLINE void column_of_pair_tiles(Left left, int64_t rows, const floa
     constexpr int many = NV < 4 ? 8 : 6;
     for (; rows > 4; rows -= many, left.a += many * left.a_m, c += many * c_length)
         pair_tile<many, NV>(left, b, b_length, c, c_length, terms, add);
-    if (rows > 0) pair_tile<4, NV>(left, b, b_length, c, c_length, terms, add);
+    // No tile may end beyond the rows rounded up to 4: what follows is another matrix.
+    if (rows > 2)
+        pair_tile<4, NV>(left, b, b_length, c, c_length, terms, add);
+    else if (rows > 0)
+        pair_tile<2, NV>(left, b, b_length, c, c_length, terms, add);
 }
 
 // As `product`, in words.

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from sensikernels import _settings
-from sensikernels._checks import require, require_one_of
-from sensikernels._compile import constant_when_traced
+from sensikernels._checks import require
 from sensikernels.errors import UsageError
-from sensikernels.ops.varlen_attention import flash, native, reference
+from sensikernels.ops.varlen_attention import checks, reference
 from sensikernels.ops.varlen_attention.autograd import VarlenAttention
+from sensikernels.ops.varlen_attention.choice import choose
 
 Call = tuple[Tensor, Tensor, Tensor, "Tensor | None", Tensor, Tensor]
-BACKENDS = ("auto", "reference", "native", "flash", "buckets")
 
 
 def varlen_attention(
@@ -63,14 +59,13 @@ def varlen_attention(
     if cu_seqlens_query is None:
         if max_length_query is not None:
             require(False, "max_length_query", "None for self attention", max_length_query)
-        if query.shape[0] != key.shape[0]:
-            require(False, "query", f"{key.shape[0]} rows as key", query.shape[0])
         max_length_query = max_length
     if max_length_query is None:
         raise UsageError("max_length_query: expected the longest query count, got None")
-    _check_operands(query, key, value)
-    _check_offsets(cu_seqlens, cu_seqlens_query, query.device)
-    _check_numbers(max_length, max_length_query, dropout, seed, query.device)
+    lengths = (max_length_query, max_length)
+    checks.check(query, key, value, cu_seqlens_query, cu_seqlens, seed, lengths)
+    if not 0.0 <= dropout <= 1.0:
+        require(False, "dropout", "a probability in [0, 1]", dropout)
     device = query.device.type
     casts = device != "meta" and torch.is_autocast_enabled(device)
     if casts and query.dtype != torch.float64:
@@ -90,7 +85,6 @@ def varlen_attention(
         else:
             seed = cu_seqlens.new_zeros((), dtype=torch.int64)
     call = (query, key, value, cu_seqlens_query, cu_seqlens, seed)
-    lengths = (max_length_query, max_length)
     if casts:
         with torch.autocast(device, enabled=False):
             return _run(call, lengths, threshold, scale, chosen)
@@ -106,95 +100,6 @@ def _run(
         return reference.varlen_attention(query, key, value, *where, *lengths, threshold, scale)
     rest = (lengths, threshold, scale, backend)
     return VarlenAttention.apply(*call, *rest)  # type: ignore[no-untyped-call]
-
-
-def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
-    if query.dim() != 3:
-        require(False, "query", "[tokens_q, heads, qk_size]", list(query.shape))
-    if not query.is_floating_point():
-        require(False, "query", "a floating dtype", query.dtype)
-    _, heads, size = query.shape
-    if key.dim() != 3 or key.shape[1] != heads or key.shape[2] != size:
-        require(False, "key", f"[tokens, {heads}, {size}]", list(key.shape))
-    if value.dim() != 3 or value.shape[0] != key.shape[0] or value.shape[1] != heads:
-        require(False, "value", f"[{key.shape[0]}, {heads}, vo_size]", list(value.shape))
-    for name, x in (("key", key), ("value", value)):
-        if x.device != query.device:
-            require(False, name, f"a tensor on {query.device}", x.device)
-
-
-def _check_offsets(
-    cu_seqlens: Tensor, cu_seqlens_query: Tensor | None, device: torch.device
-) -> None:
-    for name, cu in (("cu_seqlens", cu_seqlens), ("cu_seqlens_query", cu_seqlens_query)):
-        if cu is None:
-            return
-        if cu.dtype != torch.int32 or cu.dim() != 1 or cu.shape[0] < 1 or cu.device != device:
-            got = f"{cu.dtype} {list(cu.shape)} on {cu.device}"
-            require(False, name, f"int32 [sequences + 1] on {device}", got)
-        if cu.shape != cu_seqlens.shape:
-            require(False, name, list(cu_seqlens.shape), list(cu.shape))
-
-
-def _check_numbers(
-    max_length: int, max_query: int, dropout: float, seed: Tensor | None, device: torch.device
-) -> None:
-    for name, length in (("max_length", max_length), ("max_length_query", max_query)):
-        if length < 0:
-            require(False, name, "a length", length)
-    if not 0.0 <= dropout <= 1.0:
-        require(False, "dropout", "a probability in [0, 1]", dropout)
-    if seed is not None and not (
-        seed.dtype == torch.int64 and seed.dim() == 0 and seed.device == device
-    ):
-        got = f"{seed.dtype} {list(seed.shape)} on {seed.device}"
-        require(False, "seed", f"int64 [] on {device}", got)
-
-
-def choose(
-    query: Tensor,
-    value: Tensor,
-    backend: str = "auto",
-    *,
-    seeded: bool = False,
-) -> tuple[str, str]:
-    """The backend that serves such tensors and why; ``seeded``: dropout with a given seed.
-
-    Raises UsageError for a named one that cannot.
-    """
-    require_one_of(backend, "backend", BACKENDS)
-    size = max(int(query.shape[2]), int(value.shape[2]))
-    return _choose(str(query.device), query.dtype, size, seeded, backend)
-
-
-@constant_when_traced
-def _choose(
-    device: str, dtype: torch.dtype, size: int, seeded: bool, backend: str
-) -> tuple[str, str]:
-    return _chosen(device, dtype, size, seeded, backend)
-
-
-@cache
-def _chosen(
-    device: str, dtype: torch.dtype, size: int, seeded: bool, backend: str
-) -> tuple[str, str]:
-    asked = _settings.backend() if backend == "auto" else backend
-    where = torch.device(device)
-    refusals = {
-        "reference": None,
-        "buckets": None,
-        "native": native.refusal(where.type, dtype),
-        "flash": flash.refusal(where, dtype, size, seeded=seeded),
-    }
-    # There is no Triton kernel here: the variable leaves the choice to auto.
-    if asked not in ("auto", "triton"):
-        if refusals[asked]:
-            raise UsageError(f"backend: {asked} cannot serve this call: {refusals[asked]}")
-        return asked, "asked for by name"
-    for name in ("native", "flash"):
-        if refusals[name] is None:
-            return name, f"the fastest for {where.type}"
-    return "buckets", "; ".join(f"{name}: {why}" for name, why in refusals.items() if why)
 
 
 def explain(

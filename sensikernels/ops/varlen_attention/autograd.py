@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sensikernels.ops.varlen_attention import ops as _registered  # noqa: F401
+from sensikernels._columns import unwatched
+from sensikernels.ops.varlen_attention import ops
 
 _OPS = torch.ops.sensikernels
 
@@ -32,7 +33,8 @@ class VarlenAttention(torch.autograd.Function):
     ) -> Tensor:
         operands = (query, key, value, cu_query, cu_key, seed)
         out: Tensor
-        out, lse, state = _OPS.varlen_attention(*operands, *lengths, threshold, scale, backend)
+        run = ops.launch_forward if unwatched(query) else _OPS.varlen_attention
+        out, lse, state = run(*operands, *lengths, threshold, scale, backend)
         read = out if backend == "flash" else out.new_empty(0)
         ctx.save_for_backward(read, lse, state, *operands)
         ctx.rest = (*lengths, threshold, scale, backend)
@@ -41,5 +43,6 @@ class VarlenAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = _OPS.varlen_attention_backward(grads[0], *ctx.saved_tensors, *ctx.rest)
+        run = ops.launch_backward if unwatched(grads[0]) else _OPS.varlen_attention_backward
+        dq, dk, dv = run(grads[0], *ctx.saved_tensors, *ctx.rest)
         return (dq, dk, dv, *(None,) * 7)

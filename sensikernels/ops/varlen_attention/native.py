@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sensikernels import _native
+from sensikernels._columns import launcher
 
 DTYPES = (torch.float32, torch.bfloat16)
 PAIRS = True
@@ -35,7 +36,7 @@ def forward(
     out = query.new_empty(*query.shape[:2], value.shape[2])
     lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
     arguments = (query, key, value, cu_query, cu_key, seed, threshold, scale, PAIRS)
-    _native.ops().varlen_attention(*arguments, out, lse)
+    launcher("varlen_attention")(*arguments, out, lse)
     return out, lse
 
 
@@ -53,5 +54,5 @@ def backward(
     """``(dq, dk, dv)``, contiguous."""
     dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
     arguments = (dout, query, key, value, cu_query, cu_key, seed, threshold, scale, PAIRS)
-    _native.ops().varlen_attention_backward(*arguments, dq, dk, dv)
+    launcher("varlen_attention_backward")(*arguments, dq, dk, dv)
     return dq, dk, dv

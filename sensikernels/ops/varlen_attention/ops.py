@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import sub
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sensikernels._checks import require
 from sensikernels.ops.varlen_attention import buckets, flash, native
+from sensikernels.ops.varlen_attention.checks import check_call, check_saved
+from sensikernels.ops.varlen_attention.choice import check_kernels
 
 _LIB = torch.library.Library("sensikernels", "FRAGMENT")
 _CALL = (
@@ -26,7 +27,7 @@ _LIB.define(
 )
 
 
-def _forward(
+def launch_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -39,13 +40,9 @@ def _forward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked arguments to the kernel that ``backend`` names."""
     q, k, v = (_unit_stride(x) for x in (query, key, value))
     where = _offsets(cu_query, cu_key)
-    if cu_key.device.type == "cpu":
-        check_offsets(cu_key, len(key), max_key, "cu_seqlens", "max_length")
-        if cu_query is not None:
-            names = ("cu_seqlens_query", "max_length_query")
-            check_offsets(cu_query, len(query), max_query, *names)
     if backend == "flash":
         return flash.forward(q, k, v, *where, max_query, max_key, threshold, scale)
     if backend == "native":
@@ -55,7 +52,7 @@ def _forward(
     return out, q.new_empty(0), q.new_empty(0)
 
 
-def _backward(
+def launch_backward(
     dout: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -72,15 +69,42 @@ def _backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``launch_forward``."""
     d, q, k, v = (_unit_stride(x) for x in (dout, query, key, value))
-    where = _offsets(cu_query, cu_key)
+    where, lengths = _offsets(cu_query, cu_key), (max_query, max_key)
     if backend == "flash":
-        lengths = (max_query, max_key)
         return flash.backward(d, q, k, v, out, lse, state, *where, *lengths, threshold, scale)
     if backend == "native":
         return native.backward(d, q, k, v, *where, seed, threshold, scale)
-    lengths = (max_query, max_key)
     return buckets.backward(d, q, k, v, *where, seed, *lengths, threshold, scale)
+
+
+def _check_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
+    *call, backend = rest
+    check_call(query, key, value, *call)
+    check_kernels(query, value, backend)
+
+
+def _check_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> None:
+    _check_forward(query, key, value, *rest)
+    check_saved(dout, out, lse, query, value)
+    if rest[-1] == "flash":
+        require(out.dim() == 3, "out", "the forward's result, which flash reads", list(out.shape))
+        require(lse.dim() == 2, "logsumexp", "the forward's, which flash reads", list(lse.shape))
+
+
+def _forward(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_forward(*call)
+    return launch_forward(*call)
+
+
+def _backward(
+    dout: Tensor, out: Tensor, lse: Tensor, state: Tensor, *call: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_backward(dout, out, lse, *call)
+    return launch_backward(dout, out, lse, state, *call)
 
 
 for _device in ("CPU", "CUDA"):
@@ -98,22 +122,9 @@ def _offsets(cu_query: Tensor | None, cu_key: Tensor) -> tuple[Tensor, Tensor]:
     return (cu_key if cu_query is None else cu_query.contiguous()), cu_key
 
 
-def check_offsets(cu: Tensor, tokens: int, longest: int, name: str, length_name: str) -> None:
-    """Raise UsageError unless ``cu`` ascends from 0 to at most ``tokens`` by ``longest`` steps."""
-    at = cu.tolist()
-    steps = list(map(sub, at[1:], at))
-    if at[0] != 0:
-        require(False, name, "0 first", at[0])
-    if steps and min(steps) < 0:
-        require(False, name, "ascending offsets", at)
-    if at[-1] > tokens:
-        require(False, name, f"at most {tokens} rows", at[-1])
-    if steps and max(steps) > longest:
-        require(False, length_name, f"at least the longest sequence, {max(steps)}", longest)
-
-
 @torch.library.register_fake("sensikernels::varlen_attention")
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_forward(query, key, value, *rest)
     tokens, heads, _ = query.shape
     backend = rest[-1]
     lse = query.new_empty(0)
@@ -136,6 +147,7 @@ def _(
     value: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_backward(dout, out, lse, query, key, value, *rest)
     dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
     return dq, dk, dv
 
