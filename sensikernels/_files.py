@@ -154,7 +154,12 @@ def _require_mine(argument: str, path: Path, mine: Callable[[Path], object]) -> 
     try:
         mine(path)
     except (SensiError, OSError, ValueError):
-        require(False, argument, "a new file, or an older one of its kind", f"{path}, another's")
+        require(False, argument, "a new file", f"{path}, which exists and is another's")
+
+
+def nobody(path: Path) -> None:
+    """For ``require_writable``: every existing file is a stranger's."""
+    raise ValueError(f"{path} exists")
 
 
 def remove(path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from sensikernels.cli.suites import Suite
 from sensikernels.errors import SensiError, UsageError
 
 app = typer.Typer(
@@ -25,18 +25,7 @@ app = typer.Typer(
 # typer carries a click of its own in newer releases: take the class from what it exports.
 _ClickError: Any = typer.BadParameter.__mro__[2]
 
-
-class Suite(str, Enum):
-    """Benchmark suites."""
-
-    linear = "linear"
-    reductions = "reductions"
-    optimizer = "optimizer"
-    step = "step"
-    latency = "latency"
-    finetune = "finetune"
-
-
+_MOST = 1_000_000
 _DATA, _BUDGET, _TRAINING, _RUN = "Task and model", "Method and budget", "Training", "Run"
 
 Task = Annotated[str, typer.Option(help="demo (embedded), or a GLUE task: sst2, mrpc, stsb, "
@@ -194,14 +183,17 @@ def make_plan(
 ) -> None:
     """Rank and allocate only: the ranking of tensors and what a budget keeps of them."""
     from sensikernels import _settings as environment
+    from sensikernels._files import nobody, require_writable
     from sensikernels.cli.show import show_plan
     from sensikernels.training import Settings, rank
     from sensikernels.training.distributed import leave
 
     given = {**locals(), "method": "sensi-bert", "output": Path()}
-    if output is not None and output.exists():
-        raise UsageError(f"output: expected a new file, got {output}, which exists")
-    scores, chosen, _ = rank(_settings(Settings, given))
+    settings = _settings(Settings, given)
+    if output is not None and environment.rank() == 0:
+        grids = output.with_suffix(".safetensors")
+        require_writable({"output": output, "output's grids": grids}, nobody)
+    scores, chosen, _ = rank(settings)
     leave()
     if environment.rank() > 0:
         return
@@ -229,7 +221,7 @@ def bench(
         typer.Option(help="GLUE's folders, for real batches (step, latency, finetune)."),
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds of each case (linear only).")
+        int | None, typer.Option(min=1, max=_MOST, help="Rounds of each case (linear only).")
     ] = None,
     case: Annotated[
         list[str] | None,
@@ -238,9 +230,11 @@ def bench(
     only: Annotated[
         str | None, typer.Option(help="Contestants, separated by commas (step, finetune).")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Repetitions (finetune only).")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Repetitions (finetune only).")
+    ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Training rows (finetune only).")
+        int | None, typer.Option(min=1, max=_MOST, help="Training rows (finetune only).")
     ] = None,
     seconds: Annotated[
         float | None, typer.Option(min=0, help="Start no case later (linear only).")
@@ -253,42 +247,13 @@ def bench(
     ] = None,
 ) -> None:
     """Time one part of the library against its baselines, interleaved."""
-    from importlib import import_module
-
-    from sensikernels.bench import rows
-    from sensikernels.cli.show import progress_lines, show_rows
+    from sensikernels.cli.suites import run_suite
 
     given = {
         "data-dir": data_dir, "case": case or None, "rounds": rounds, "only": only,
         "seeds": seeds, "samples": samples, "seconds": seconds, "picture": picture,
     }  # fmt: skip
-    takes = {
-        Suite.linear: ("rounds", "seconds", "picture"),
-        Suite.step: ("data-dir", "case", "only"),
-        Suite.latency: ("data-dir",),
-        Suite.finetune: ("data-dir", "only", "seeds", "samples", "picture"),
-    }.get(suite, ())
-    asked = {name: value for name, value in given.items() if value is not None}
-    for name in asked:
-        if name not in takes:
-            raise UsageError(f"{name}: expected none for suite {suite.value}, got {given[name]}")
-    extra = {name.replace("-", "_"): value for name, value in asked.items() if name != "picture"}
-    name = f"sensikernels.bench.{suite.value}"
-    try:
-        module = import_module(name)
-    except ModuleNotFoundError as error:
-        raise SensiError(f"bench {suite.value}: {error}: run it from a source checkout") from error
-    with progress_lines() as progress, rows.journal(json):
-        result = module.run(device=device, quick=quick, progress=progress, **extra)
-        show_rows(result)
-        if json is not None:
-            rows.write(json, result, device)
-    if picture is not None:
-        if suite is Suite.linear:
-            from sensikernels.bench.roofline import draw
-        else:
-            draw = module.draw
-        draw(rows.to_dicts(result), picture)
+    run_suite(suite, device, quick, json, given)
 
 
 @app.command(
@@ -322,7 +287,9 @@ def measure_dispatch(
     if costs is not None:
         _measure_costs(costs, dict(locals()))
         return
+    from sensikernels._files import require_writable
     from sensikernels.cli.show import progress_lines
+    from sensikernels.dispatch import read_table
     from sensikernels.nn.tune import tune
 
     if device not in ("auto", "cpu", "cuda"):
@@ -330,6 +297,8 @@ def measure_dispatch(
     found = torch.cuda.is_available()
     if device == "cuda" and not found:
         raise UsageError("device: expected one this machine has, got cuda")
+    if output is not None:
+        require_writable({"output": output}, read_table)
     with progress_lines() as progress:
         written = tune("cuda" if found and device != "cpu" else "cpu", output, progress=progress)
     typer.echo(f"wrote {written}")
@@ -337,9 +306,12 @@ def measure_dispatch(
 
 def _measure_costs(path: Path, given: dict[str, Any]) -> None:
     """``tune --costs``: a table for runs of these settings."""
+    from sensikernels._files import require_writable
     from sensikernels.cli.show import progress_lines
+    from sensikernels.masks import StepCosts
     from sensikernels.training import Settings, step_costs
 
+    require_writable({"costs": path}, StepCosts.load)
     names = ("task", "data_dir", "model", "batch_size", "max_length", "dtype", "device")
     asked = Settings(method="dense", output=Path(), **{name: given[name] for name in names})
     with progress_lines() as progress:
