@@ -10,7 +10,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cu
 
 .NOTPARALLEL:
 .PHONY: help demo test test-cpu test-interpret test-gpu native ext check format aot spills sanitize \
-  compare suite-dry clean
+  wheel test-wheel compare suite-dry clean
 help:
 	@sed -n 's/^## //p' Makefile
 
@@ -87,6 +87,23 @@ sanitize: .venv/ready-test
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 SENSIKERNELS_BACKEND=native \
 	  $(PARALLEL) -q -o 'pythonpath=build/sanitize .' -k native tests/test_native.py tests/ops
+
+## wheel     the release files in dist/, checked: a manylinux wheel (CUDA kernels where nvcc is), an sdist
+NVCC_HERE = $(shell command -v nvcc || command -v $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc)
+wheel: .venv/ready-release
+	rm -rf dist build/release build/lib build/lib.* build/bdist.*
+	NVCC=$(filter-out absent,$(NVCC)) SENSIKERNELS_BUILD=$(or $(SENSIKERNELS_BUILD),$(if $(NVCC_HERE),cuda,cpu)) \
+	  $(PY) -m build -q --no-isolation --wheel --outdir build/release .
+	$(PY) -m build -q --no-isolation --sdist --outdir dist .
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m auditwheel repair --only-plat --exclude 'libtorch*.so' \
+	  --exclude 'libc10*.so' --wheel-dir dist build/release/*.whl
+	$(PY) -m twine check --strict dist/*
+	$(PY) .ci/wheel.py dist
+
+## test-wheel install dist/'s wheel, then its sdist, into a fresh environment and run every op there
+test-wheel:
+	@test -e dist/*.whl || $(MAKE) wheel
+	PYTHON=$(PYTHON) bash .ci/test_wheel dist
 
 ## compare   the newest benchmark results against the committed ones
 compare: .venv/ready-test
