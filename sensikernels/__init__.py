@@ -11,9 +11,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sensikernels._auto import register_when_imported
+
 if TYPE_CHECKING:
     from sensikernels.hf.compact import compact as compact
     from sensikernels.hf.dropout import use_counter_dropout as use_counter_dropout
+    from sensikernels.hf.export import export as export
     from sensikernels.hf.packed import use_packed as use_packed
     from sensikernels.hf.sensitivity import sensitivity as sensitivity
     from sensikernels.hf.swap import apply as apply
@@ -56,6 +59,7 @@ _HOMES = {
     "dropout": "ops.dropout",
     "dropout_add_norm": "ops.dropout_add_norm",
     "embed_norm": "ops.embed_norm",
+    "export": "hf",
     "group_reduce": "ops.group_reduce",
     "masked_linear": "ops.masked_linear",
     "plan": "masks",
@@ -81,3 +85,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+register_when_imported()

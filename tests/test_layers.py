@@ -16,7 +16,7 @@ LEVELS = {
     **dict.fromkeys(["errors", "types", "layouts", "dispatch"], 0),
     **dict.fromkeys(["_checks", "_files", "_settings", "_native", "_progress"], 0),
     **dict.fromkeys(["_bits", "_blocks", "_columns", "_compile", "_philox", "_timing"], 0),
-    **dict.fromkeys(["_values"], 0),
+    **dict.fromkeys(["_auto", "_hooks", "_values"], 0),
     "ops": 1,
     "masks": 2,
     **dict.fromkeys(["criteria", "nn"], 3),

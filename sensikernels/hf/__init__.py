@@ -2,7 +2,9 @@
 
 from sensikernels.hf.compact import compact
 from sensikernels.hf.dropout import restore_dropout, use_counter_dropout
+from sensikernels.hf.export import export
 from sensikernels.hf.load import load_model, load_tokenizer, quiet
+from sensikernels.hf.module_state import class_of, modes_kept
 from sensikernels.hf.packed import (
     cache_frozen_prefix,
     computed,
@@ -14,21 +16,33 @@ from sensikernels.hf.packed import (
 from sensikernels.hf.packed_cache import uncached
 from sensikernels.hf.packed_tokens import to_padded
 from sensikernels.hf.parts import STEP_PARTS
-from sensikernels.hf.sensitivity import CRITERIA, sensitivity
+from sensikernels.hf.sensitivity import (
+    CRITERIA,
+    ComputeLoss,
+    checked_loss,
+    own_loss,
+    sensitivity,
+)
 from sensikernels.hf.swap import applied, apply, restore
 from sensikernels.hf.targets import encoder_layers, structure
 
 __all__ = [
     "CRITERIA",
     "STEP_PARTS",
+    "ComputeLoss",
     "applied",
     "apply",
     "cache_frozen_prefix",
+    "checked_loss",
+    "class_of",
     "compact",
     "computed",
     "encoder_layers",
+    "export",
     "load_model",
     "load_tokenizer",
+    "modes_kept",
+    "own_loss",
     "packing_of",
     "quiet",
     "restore",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sensikernels.errors import UsageError
 from sensikernels.hf.aside import user_attributes
-from sensikernels.hf.dropout import ATTENTION_RECORD
+from sensikernels.hf.dropout import attention_before
 from sensikernels.hf.modeling import COMPACT_CLASSES, SkBertConfig
 from sensikernels.hf.module_state import carry, class_of
 from sensikernels.hf.swap import applied, restore
@@ -40,22 +41,29 @@ def compact(model: nn.Module) -> nn.Module:
         return model
     if swap.form != "packed":
         raise UsageError(f"model: expected a plan applied as 'packed', got {swap.form!r}")
-    made_of = check_compactable(model)
-    state = {name: value.detach().clone() for name, value in _plain_state(model).items()}
-    config = _config(model)
+    return built(check_compactable(model), _config(model), _plain_state(model), model)
+
+
+def built(kind: Any, config: Any, state: Mapping[str, Tensor], model: nn.Module) -> nn.Module:
+    """A ``kind(config)`` with copies of ``state``, and all that users left on ``model``.
+
+    No random number is drawn, and every tensor keeps its dtype and device.
+    """
     with torch.device("meta"):
-        small: Any = made_of(config)
-    small.load_state_dict(state, assign=True)
+        made: Any = kind(config)
+    made.load_state_dict({k: v.detach().clone() for k, v in state.items()}, assign=True)
     for name, buffer in model.named_buffers():
         stem, _, leaf = name.rpartition(".")
-        small.get_submodule(stem)._buffers[leaf] = buffer.clone()
-    small.tie_weights()
-    _carry_all(model, small)
+        buffers = made.get_submodule(stem)._buffers
+        if leaf in buffers:
+            buffers[leaf] = buffer.clone()
+    made.tie_weights()
+    _carry_all(model, made)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    for name, parameter in small.named_parameters():
-        parameter.requires_grad_(flags[name])
-    made: nn.Module = small
-    return made
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(flags.get(name, flags.get(f"{name[:-6]}values", True)))
+    twin: nn.Module = made
+    return twin
 
 
 def check_compactable(model: nn.Module) -> Any:
@@ -78,7 +86,7 @@ def _carry_all(model: nn.Module, small: nn.Module) -> None:
             for key, value in vars(module).items()
             if key in _SWITCHES or (key not in vars(twin) and not key.startswith(_OURS))
         }
-        if isinstance(module, MaskedLinear):
+        if isinstance(module, (MaskedLinear, SelectiveLinear)):
             attributes = user_attributes(module)
         carry(module, twin, attributes)
 
@@ -92,9 +100,7 @@ def _config(model: nn.Module) -> SkBertConfig:
     widths = {str(layer.index): _widths(layer) for layer in encoder_layers(model)}
     plain = {k: v for k, v in given.to_dict().items() if k not in ("model_type", "widths")}
     config = SkBertConfig(widths=widths, **plain)
-    record = getattr(model, ATTENTION_RECORD, None)
-    implementation = given._attn_implementation if record is None else record[1]
-    config._attn_implementation = implementation
+    config._attn_implementation = attention_before(model)
     return config
 
 

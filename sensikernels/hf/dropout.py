@@ -145,6 +145,13 @@ def restore_dropout(model: nn.Module) -> None:
     object.__delattr__(model, ATTENTION_RECORD)
 
 
+def attention_before(model: nn.Module) -> str:
+    """The model's choice of attention, that of before counter dropout where it is in use."""
+    record = getattr(model, ATTENTION_RECORD, None)
+    implementation: str = _attention(model) if record is None else record[1]
+    return implementation
+
+
 def set_attention(model: nn.Module, name: str) -> str:
     """Have ``model`` use the attention of that name; the one before.
 

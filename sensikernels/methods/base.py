@@ -37,6 +37,7 @@ class Run:
     ``attended`` the share of their tokens that a packed model attends to (the rest rounds up).
     ``make_optimizer`` gives a copy of the model an optimizer like the run's, to time steps for a
     ``step_time`` budget; ``costs`` were measured earlier (None: measured when needed).
+    ``compute_loss``: of a model and a batch, what is ranked by (None: the model's own loss).
     Of several processes ``batches()`` gives each its share, ``agree(make)`` gives all what ``make``
     returns on the first, ``gather(value)`` everybody's by rank, and ``gradients(copy)`` steps a
     copy of the model as they step together.
@@ -52,6 +53,7 @@ class Run:
     budget: Budget | None = None
     make_optimizer: Callable[[nn.Module], Optimizer] | None = None
     costs: StepCosts | None = None
+    compute_loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None
     rank: int = 0
     processes: int = 1
     agree: Callable[[Callable[[], Any]], Any] = lambda make: make()

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Subset
 
 from sensikernels._checks import require
 from sensikernels.errors import UsageError
 from sensikernels.glue import geometry
-from sensikernels.hf import applied, apply, computed, structure
-from sensikernels.hf.callback import TrainerCallback
+from sensikernels.hf import ComputeLoss, applied, apply, computed, structure
+from sensikernels.hf.callback import TrainerCallback, default_loss
 from sensikernels.masks import Budget, Plan, StepCosts
 from sensikernels.masks.structure import Structure
 from sensikernels.methods import Method, Run, method
 from sensikernels.training import checkpoint
 from sensikernels.training.distributed import ALONE, World
 from sensikernels.training.output import writing
+from sensikernels.training.ranking import Ranking, try_loss
 
 FOLDER = "sensikernels"
 _WRAPPED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU")
@@ -42,10 +42,18 @@ class SensiCallback(TrainerCallback):
         small = sensikernels.compact(trainer.model)
 
     ``ranking_rows`` rows of the training set rank the units, collated as the Trainer does, in
-    batches of 32; their mean length is the budget's unless ``sequence_length`` is given. A model
+    batches of 32; their mean length is the budget's unless ``sequence_length`` is given. Of a
+    stream they are its first rows, so it must be one that can be read twice. A model
     may be packed (``use_packed``), with or without ``DataCollatorPacked``. The
     Trainer's own order of rows and dropout do not change. ``dps`` without ``as_published`` needs
     ``optimizers=(SubsetAdamW(…), None)``.
+
+    A callback is not shown how its Trainer takes the loss. The model's own is ranked by, smoothed
+    where ``label_smoothing_factor`` is set; for any other, as for labels of other names, give
+    ``compute_loss``, a function of model and batch. A batch is tried before the first step.
+
+    A second ``train()``, and a retry with smaller batches, go on with the plan in force. Best-model
+    loading counts from the trim on: what was evaluated before is another model.
 
     A ``step_time`` budget is met by the clock, on steps of the Trainer's kind of optimizer;
     ``costs`` were measured before (``sensikernels tune --costs``), else the run measures them.
@@ -66,7 +74,8 @@ class SensiCallback(TrainerCallback):
     ``trainer.floating_point_ops = callback.floating_point_ops`` counts what runs.
 
     Raises:
-        UsageError: the method needs a budget and has none; the Trainer shards its model.
+        UsageError: the method needs a budget and has none. When training begins: the Trainer
+            shards its model; the batches cannot be ranked by; another plan is in force.
     """
 
     def __init__(
@@ -77,6 +86,7 @@ class SensiCallback(TrainerCallback):
         ranking_rows: int = 2048,
         sequence_length: float | None = None,
         costs: StepCosts | None = None,
+        compute_loss: ComputeLoss | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -86,7 +96,7 @@ class SensiCallback(TrainerCallback):
         require(needs or budget is None, "budget", f"none for {self.method.name}", budget)
         require(ranking_rows >= 1, "ranking_rows", "at least 1", ranking_rows)
         self.budget, self.ranking_rows, self.seed = budget, ranking_rows, seed
-        self.sequence_length, self.costs = sequence_length, costs
+        self.sequence_length, self.costs, self.compute_loss = sequence_length, costs, compute_loss
         self.run: Run | None = None
         self.world = ALONE
         self._dense: Structure | None = None
@@ -128,22 +138,23 @@ class SensiCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin, or go on from where ``prepare`` left off."""
         world = self.world = _world(args)
-        model = kwargs["model"]
-        loader = kwargs["train_dataloader"]
+        model, loader = kwargs["model"], kwargs["train_dataloader"]
+        ranking = Ranking(loader, rows=self.ranking_rows, seed=self.seed, world=world)
         if self._dense is None:
             self._dense = structure(model)
-        seen = geometry(computed(model, batch) for batch in self._ranking(loader))
+        seen = geometry(computed(model, batch) for batch in ranking)
         given = self.sequence_length
         run = self.run = Run(
             model=model,
             optimizer=kwargs["optimizer"],
             max_steps=state.max_steps,
-            batches=lambda: islice(self._ranking(loader), world.rank, None, world.size),
+            batches=lambda: islice(ranking, world.rank, None, world.size),
             sequence_length=given or seen.mean_length,
             tokens_per_sequence=None if given else seen.tokens / seen.rows,
             attended=seen.attended,
             budget=self.budget,
             make_optimizer=_like(kwargs["optimizer"]),
+            compute_loss=self.compute_loss or default_loss(args),
             costs=self.costs,
             rank=world.rank,
             processes=world.size,
@@ -153,20 +164,38 @@ class SensiCallback(TrainerCallback):
             seed=self.seed,
             step=state.global_step,
         )
-        if self._resumed is None:
+        if self.method.needs_budget:
+            try_loss(run, ranking)
+        self._begin(run)
+        for event in run.events:
+            _log.info(event)
+
+    def _begin(self, run: Run) -> None:
+        """Start the method, or go on with the plan in force. Raises UsageError: it is another's."""
+        resumed, self._resumed = self._resumed, None
+        swap = applied(run.model)
+        if resumed is not None:
+            run.plan, tensors = resumed
+            if swap is None:
+                with self._followed(run):
+                    self.method.resume(run, tensors)
+        elif swap is None:
             with self._followed(run):
                 self.method.begin(run)
-            return
-        run.plan, tensors = self._resumed
-        if applied(model) is None:
-            with self._followed(run):
-                self.method.resume(run, tensors)
+        else:
+            same = (swap.plan.method, swap.plan.budget) == (self.method.name, self.budget)
+            expected = f"no plan, or one of {self.method.name} for {self.budget}"
+            got = f"one of {swap.plan.method} for {swap.plan.budget} (restore first)"
+            require(same, "model", expected, got)
+            run.plan = swap.plan
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Rank and trim when the method's moment has come."""
-        run = self._at(state)
+        run, plan = self._at(state), self.plan
         with torch.random.fork_rng(_devices(run.model)), self._followed(run):
             self.method.begin_step(run)
+        if run.plan is not plan and applied(run.model) is not None:
+            _forget_best(args, state)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are ready."""
@@ -202,18 +231,16 @@ class SensiCallback(TrainerCallback):
         budget = None if self.budget is None else self.budget.to_json()
         return {"method": self.method.name, "options": options, "budget": budget}
 
-    def _ranking(self, loader: Any) -> Iterator[dict[str, Any]]:
-        rows = len(loader.dataset)
-        generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.randperm(rows, generator=generator)[: self.ranking_rows]
-        subset = Subset(loader.dataset, sorted(chosen.tolist()))
-        batches = DataLoader(
-            subset, batch_size=32, collate_fn=loader.collate_fn, generator=torch.Generator()
-        )
-        return (
-            {name: v if isinstance(v, int) else torch.as_tensor(v) for name, v in batch.items()}
-            for batch in batches
-        )
+
+def _forget_best(args: Any, state: Any) -> None:
+    """The best model so far has other shapes and another loss: the best is sought anew."""
+    if state.best_model_checkpoint is not None or state.best_metric is not None:
+        if args.load_best_model_at_end:
+            _log.warning(
+                "step %d: trimmed; best-model loading counts from here on, as %s was untrimmed",
+                state.global_step, state.best_model_checkpoint,
+            )  # fmt: skip
+        state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
 
 def _world(args: Any) -> World:

@@ -70,7 +70,7 @@ class SubsetAdamW(Optimizer):
         self.backend = backend
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
-        self._forget()
+        self.params_changed()
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -86,7 +86,7 @@ class SubsetAdamW(Optimizer):
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         super().__setstate__(saved)
-        self._forget()
+        self.params_changed()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer``; checks the group's options."""
@@ -98,7 +98,7 @@ class SubsetAdamW(Optimizer):
             self.param_groups.pop()
             require(bad is None, "params", "floating point", None if bad is None else bad.dtype)
             require(False, "params", "one device", sorted(map(str, devices)))
-        self._forget()
+        self.params_changed()
 
     def set_kept(
         self, param: Tensor, kept: tuple[Any, ...] | None, *, capacity: int | None = None
@@ -138,7 +138,7 @@ class SubsetAdamW(Optimizer):
             own.pop("kept", None)
         elif "kept" not in own or not layout.write_to(own["kept"]):
             own["kept"] = layout.to_state()
-        self._forget()
+        self.params_changed()
 
     def slice_state(
         self,
@@ -172,8 +172,7 @@ class SubsetAdamW(Optimizer):
         if "row_clock" in own and 0 in dims:
             rows = [indices[dims.index(0)]]
             own["row_clock"] = state.select(self.state[old_param]["row_clock"], rows, [0])
-        place = next(i for i, p in enumerate(group["params"]) if p is old_param)
-        group["params"][place] = new_param
+        group["params"][:] = [new_param if p is old_param else p for p in group["params"]]
         if self.state.pop(old_param, None) is not None:
             self.state[new_param] = own
         self.params_changed()
@@ -192,10 +191,6 @@ class SubsetAdamW(Optimizer):
         full = self._group(old_param)["mode"] == "as_published"
         own, old = self.state.get(old_param, {}), self._layout(old_param)
         return state.moved(own, old, new_param, entries, full=full)
-
-    def params_changed(self) -> None:
-        """Say that ``param_groups`` or ``state`` were written to from outside."""
-        self._forget()
 
     @torch.no_grad()
     def step(
@@ -282,7 +277,7 @@ class SubsetAdamW(Optimizer):
         for group, known in zip(self.param_groups, options, strict=True):
             group.update({name: value for name, value in known.items() if name not in group})
         self.state.update(made)
-        self._forget()
+        self.params_changed()
 
     def explain(self) -> str:
         """Which implementation a step runs, and why."""
@@ -302,8 +297,11 @@ class SubsetAdamW(Optimizer):
             self._layouts[param] = state.layout_of(param, self.state.get(param, {}))
         return self._layouts[param]
 
-    def _forget(self) -> None:
-        """Drop what is derived from parameters, state and groups; the next step derives it."""
+    def params_changed(self) -> None:
+        """Drop what is derived from parameters, state and groups; the next step derives it.
+
+        To be called by who writes to ``param_groups`` or ``state`` from outside.
+        """
         self._engine = Engine(self.backend)
         self._layouts: dict[Tensor, KeptLayout] = {}
         self._hyper: Tensor | None = None

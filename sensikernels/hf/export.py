@@ -1,0 +1,125 @@
+"""A trimmed model as checkpoints that load without this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig
+
+from sensikernels._checks import require, require_one_of
+from sensikernels._files import writing
+from sensikernels.errors import SensiError, UsageError
+from sensikernels.hf.compact import built, compact
+from sensikernels.hf.dropout import attention_before
+from sensikernels.hf.modeling import COMPACT_CLASSES, SkBertConfig
+from sensikernels.hf.module_state import class_of
+from sensikernels.hf.swap import applied
+from sensikernels.hf.targets import encoder_layers
+from sensikernels.nn import MaskedLinear, SelectiveLinear
+
+FORMS = ("stock", "compact")
+
+
+@torch.no_grad()
+def export(model: nn.Module, path: Path | str | None = None, *, form: str = "stock") -> nn.Module:
+    """A model of plain transformers that computes what ``model`` does; ``model`` is left as it is.
+
+    ``form="stock"``: the class and the full size that it had before it was trimmed, with zeros for
+    dropped units. It loads anywhere, by ``from_pretrained`` alone, and is no faster than before.
+    ``form="compact"``: as ``sensikernels.compact`` makes it. ``model``: one with a plan applied, or
+    for "stock" one that was compact already; its units then come first in each layer.
+
+    ``path``: a folder to write the checkpoint into, which appears whole or not at all. It is read
+    back and compared with what is returned, to the bit.
+
+    Raises:
+        UsageError: there is no plan and the model is not compact; ``path`` is a file.
+        SensiError: what was written is not what was meant, or the disk refuses.
+    """
+    require_one_of(form, "form", FORMS)
+    target = None if path is None else Path(path)
+    if target is not None:
+        free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+        require(free, "path", "a new or empty folder", target)
+    made: Any = compact(model) if form == "compact" else _stock(model)
+    if target is not None:
+        with writing(target) as folder:
+            made.save_pretrained(folder)
+            _compare(made, type(made).from_pretrained(folder), target)
+    exported: nn.Module = made
+    return exported
+
+
+def _stock(model: nn.Module) -> nn.Module:
+    config: Any = getattr(model, "config", None)
+    has_plan = applied(model) is not None
+    if isinstance(config, SkBertConfig):
+        return _pad(compact(model) if has_plan else model)
+    if not has_plan:
+        raise UsageError("model: expected a plan applied or a compact model, got neither")
+    made = type(config)(**config.to_dict())
+    made._attn_implementation = attention_before(model)
+    return built(class_of(model), made, _whole_state(model), model)
+
+
+def _whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict at full size, zero where a plan drops."""
+    kinds = (MaskedLinear, SelectiveLinear)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    state = {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] not in layers}
+    for name, layer in layers.items():
+        full = {"full": True} if isinstance(layer, MaskedLinear) else {}
+        linear = layer.to_linear(**full)
+        state[f"{name}.weight"] = linear.weight
+        if linear.bias is not None:
+            state[f"{name}.bias"] = linear.bias
+    return state
+
+
+def _pad(small: nn.Module) -> nn.Module:
+    """A compact model at full size: what it has first, zeros behind."""
+    config: Any = small.config
+    ours = ("model_type", "widths", "auto_map")
+    stock = BertConfig(**{k: v for k, v in config.to_dict().items() if k not in ours})
+    stock._attn_implementation = attention_before(small)
+    kinds = {compact: stock for stock, compact in COMPACT_CLASSES.items()}
+    kind: Any = kinds[class_of(small)]
+    heads, size = stock.num_attention_heads, stock.hidden_size // stock.num_attention_heads
+    state = dict(small.state_dict())
+    for layer in encoder_layers(small):
+        width = config.widths[str(layer.index)]
+        split = {"query": width["qk_head_size"], "key": width["qk_head_size"],
+                 "value": width["vo_head_size"]}  # fmt: skip
+        for part, had in split.items():
+            for leaf in ("weight", "bias"):
+                name = f"{layer.name(part)}.{leaf}"
+                state[name] = _grown(state[name], (had, size), (width["heads"], heads))
+        name = f"{layer.name('attention_output')}.weight"
+        grown = _grown(state[name].T, (width["vo_head_size"], size), (width["heads"], heads))
+        state[name] = grown.T
+        neurons = (1, 1), (width["neurons"], stock.intermediate_size)
+        for leaf in ("weight", "bias"):
+            name = f"{layer.name('intermediate')}.{leaf}"
+            state[name] = _grown(state[name], *neurons)
+        name = f"{layer.name('output')}.weight"
+        state[name] = _grown(state[name].T, *neurons).T
+    return built(kind, stock, state, small)
+
+
+def _grown(tensor: Tensor, sizes: tuple[int, int], units: tuple[int, int]) -> Tensor:
+    """``[units[0] · sizes[0], …]`` as ``[units[1] · sizes[1], …]``, zero where nothing was."""
+    rest = tensor.shape[1:]
+    whole = tensor.new_zeros(units[1], sizes[1], *rest)
+    whole[: units[0], : sizes[0]] = tensor.view(units[0], sizes[0], *rest)
+    return whole.flatten(0, 1)
+
+
+def _compare(made: nn.Module, loaded: nn.Module, target: Path) -> None:
+    read = loaded.state_dict()
+    for name, value in made.state_dict().items():
+        same = name in read and torch.equal(read[name].to(value), value)
+        if not same:
+            raise SensiError(f"{target}: {name}: what was read back is not what was written")
