@@ -23,7 +23,8 @@ class Padded:
         """``[tokens, heads, size]`` to ``[n, heads, length, size]``, zero where no token is."""
         if packed.shape[0] == 0:
             n, length = self.rows.shape
-            return packed.new_zeros(n, packed.shape[1], length, packed.shape[2])
+            # An empty sum keeps the result differentiable.
+            return packed.new_zeros(n, packed.shape[1], length, packed.shape[2]) + packed.sum()
         padded = packed.index_select(0, self.rows.flatten())
         padded = torch.where(self.inside.flatten()[:, None, None], padded, 0.0)
         return padded.view(*self.rows.shape, *packed.shape[1:]).transpose(1, 2)
