@@ -241,6 +241,8 @@ def _on_units(
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Give back training mode, gradients, ``requires_grad`` and the random state at the end."""
     saved = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    for parameter, _, _ in saved:
+        parameter.grad = None  # what is there must not be added to
     devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices), modes_kept(model):
         try:

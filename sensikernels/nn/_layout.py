@@ -29,9 +29,13 @@ class MaskedModule(nn.Module):
         self._place(device)
 
     def _place(self, device: torch.device) -> None:
+        self.layout = self._layout_on(device)
+
+    def _layout_on(self, device: torch.device) -> Layout:
+        """The layout on another device, from the mask: there may be no data where it is now."""
         mask = self.mask
         layout = layout_of(mask.grid.cpu(), mask.block_shape, mask.shape, **self._compact)
-        self.layout = to_device(layout, device)
+        return to_device(layout, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

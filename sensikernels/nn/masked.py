@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sensikernels import _settings
 from sensikernels.dispatch import Choice
-from sensikernels.layouts import pack, to_device, unpack
+from sensikernels.layouts import pack, unpack
 from sensikernels.masks.mask import Mask
 from sensikernels.nn._layout import MaskedModule, check_mask
 from sensikernels.ops.masked_linear import explain, masked_linear, repack
@@ -150,11 +150,13 @@ class MaskedLinear(MaskedModule):
         state_dict = dict(state_dict)
         weight, bias = (state_dict.get(prefix + name) for name in ("weight", "bias"))
         if isinstance(weight, Tensor) and weight.shape == self.mask.shape:
-            state_dict[prefix + "weight"] = pack(weight, to_device(self.layout, weight.device))
+            state_dict[prefix + "weight"] = pack(weight, self._layout_on(weight.device))
         rows = self._bias_rows
         full = (self.out_features,)
         if rows is not None and isinstance(bias, Tensor) and bias.shape == full:
-            state_dict[prefix + "bias"] = bias.index_select(0, rows.to(bias.device))
+            kept = self._layout_on(bias.device).rows
+            assert kept is not None
+            state_dict[prefix + "bias"] = bias.index_select(0, kept)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sensikernels.dispatch import Choice
-from sensikernels.layouts import assign_, layout_of, pack, to_device
+from sensikernels.layouts import assign_, layout_of, pack
 from sensikernels.masks.mask import Mask
 from sensikernels.nn._layout import MaskedModule, check_mask
 from sensikernels.ops.selective_linear import explain, selective_linear
@@ -133,7 +133,7 @@ class SelectiveLinear(MaskedModule):
         state_dict = dict(state_dict)
         weight = state_dict.get(prefix + "weight")
         if isinstance(weight, Tensor) and weight.shape == self.weight.shape:
-            layout = to_device(self.layout, weight.device)
+            layout = self._layout_on(weight.device)
             state_dict[prefix + "values"] = pack(weight, layout).clone()
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 

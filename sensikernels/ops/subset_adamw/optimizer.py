@@ -298,10 +298,7 @@ class SubsetAdamW(Optimizer):
         return self._layouts[param]
 
     def params_changed(self) -> None:
-        """Drop what is derived from parameters, state and groups; the next step derives it.
-
-        To be called by who writes to ``param_groups`` or ``state`` from outside.
-        """
+        """Drop what is derived from parameters, state and groups, after a write from outside."""
         self._engine = Engine(self.backend)
         self._layouts: dict[Tensor, KeptLayout] = {}
         self._hyper: Tensor | None = None
