@@ -118,8 +118,7 @@ class Structure:
             if c.layer < depth:
                 unit /= TRAIN_FACTOR
             elif c.layer == depth and c.kind != "neurons":
-                reads = sum(2 * m.shape[1] * c.unit_size for m in c.members if m.axis == 0)
-                unit -= min(reads, c.linear(sequence_length))
+                unit -= _reading(c, sequence_length)
             total += unit * c.units
         return total
 
@@ -131,6 +130,21 @@ class Structure:
         """Parameters outside the embeddings with ``kept`` units by coupling name."""
         counts = {c.name: c.units for c in self.couplings} | dict(kept or {})
         return self.fixed_params + sum(c.params * counts[c.name] for c in self.couplings)
+
+
+# Of a kind whose queries ask on first tokens alone: members that still run on every token.
+_ON_EVERY_TOKEN = {"heads": 2, "qk": 1, "vo": 1}
+
+
+def _reading(coupling: Coupling, sequence_length: float) -> float:
+    """Forward FLOPs per token and unit of the members that read the layer's input."""
+    readers = [m for m in coupling.members if m.axis == 0]
+    each = 2 * readers[0].shape[1] * coupling.unit_size
+    if not coupling.key_flops:
+        return each * len(readers)
+    every = _ON_EVERY_TOKEN[coupling.kind]
+    once = coupling.linear(sequence_length) - each * every
+    return each * every + once * (len(readers) - every) / (len(coupling.members) - every)
 
 
 def coupling_to_json(coupling: Coupling) -> dict[str, Any]:

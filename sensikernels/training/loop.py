@@ -17,7 +17,7 @@ from sensikernels import _settings
 from sensikernels._checks import require
 from sensikernels.errors import SensiError
 from sensikernels.hf import load_model, quiet, structure
-from sensikernels.masks import Plan, Scores, StepCosts
+from sensikernels.masks import Plan, Scores, StepCosts, Structure
 from sensikernels.methods.latency import measure_costs
 from sensikernels.training import checkpoint
 from sensikernels.training.config import DTYPES, Settings
@@ -49,7 +49,11 @@ Watcher = Callable[[Progress], None]
 
 @dataclass(kw_only=True, eq=False)
 class Session:
-    """A run under way: one or two runners that see the same batches."""
+    """A run under way: one or two runners that see the same batches.
+
+    ``parts``: the untrimmed model's structure on the run's batches, ``dense_flops`` its measured
+    training FLOPs per token. ``start``: the clock when the process began with the run.
+    """
 
     settings: Settings
     data: Data
@@ -57,7 +61,7 @@ class Session:
     dense: Runner | None
     max_steps: int
     dense_flops: float
-    dense_params: int
+    parts: Structure
     start: float = field(default_factory=time.perf_counter)
     epoch: int = 0
     batch: int = 0
@@ -156,7 +160,7 @@ class Session:
         """Continue from a checkpoint. Raises CheckpointError where it is not one of this run."""
         identity = _identity(self.settings, self.data)
         state, saved_plan = checkpoint.load(folder, settings=identity)
-        parts = structure(self.runner.model)
+        parts = structure(self.runner.model, str(self.settings.options.get("granularity", "heads")))
         with checkpoint.matching(folder):
             self._check_place(folder, state)
             if state["scores"] is not None:
@@ -247,8 +251,9 @@ def prepare(settings: Settings) -> Session:
     model = fresh_model(settings, data)
     max_steps = data.steps_per_epoch * settings.epochs
     check_model(settings, model, data)
-    dense_params = structure(model).params()
     runner = method_runner(settings, data, model, max_steps)
+    geometry = data.geometry
+    parts = structure(model).at(geometry.tokens / geometry.rows, geometry.attended)
     check_budget(settings, model, data)
     dense_flops = data.world.agree(lambda: flops_per_token(model, data))
     dense = None
@@ -261,7 +266,7 @@ def prepare(settings: Settings) -> Session:
         dense=dense,
         max_steps=max_steps,
         dense_flops=dense_flops,
-        dense_params=dense_params,
+        parts=parts,
     )
 
 

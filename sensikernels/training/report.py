@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sensikernels.hf import structure
-
 if TYPE_CHECKING:
     from sensikernels.training.loop import Session
     from sensikernels.training.runner import Runner
@@ -116,14 +114,12 @@ def _planned_flops(session: Session) -> float:
     plan = session.runner.run.plan
     if plan is not None and plan.flops_planned:
         return plan.flops_planned
-    geometry = session.data.geometry
-    parts = structure(session.runner.model).at(geometry.tokens / geometry.rows, geometry.attended)
-    return parts.flops(geometry.mean_length)
+    return session.parts.flops(session.data.geometry.mean_length)
 
 
 def _params(session: Session, saved: dict[str, Any]) -> dict[str, Any]:
     plan = session.runner.run.plan
-    dense = session.dense_params
+    dense = session.parts.params()
     return {
         "dense": dense,
         "planned": plan.params_planned if plan is not None and plan.params_planned else dense,
