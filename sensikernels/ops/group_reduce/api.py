@@ -11,6 +11,7 @@ from torch import Tensor
 from sensikernels import _settings
 from sensikernels._checks import require, require_one_of
 from sensikernels.errors import UsageError
+from sensikernels.ops.common.choice import described
 from sensikernels.ops.group_reduce import ops, reference, repeat
 from sensikernels.ops.group_reduce.table import (
     DTYPE_CODE,
@@ -137,7 +138,10 @@ def check_state(
     require(state.statistics == statistics, name, f"statistics {statistics}", state.statistics)
     require(state.spans == table.layout.spans, name, "the groups of this call", "other groups")
     require(state.arena.is_contiguous(), name, "a contiguous arena", state.arena.stride())
-    return state.arena
+    arena, shape = state.arena, (len(statistics), table.layout.groups)
+    if arena.shape != shape or arena.device != table.device or not arena.is_floating_point():
+        require(False, name, f"floating {list(shape)} on {table.device}", described(arena))
+    return arena
 
 
 @torch.no_grad()

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from sensikernels import _settings
-from sensikernels.ops.group_reduce import native
+from sensikernels._checks import require
+from sensikernels._columns import unwatched
+from sensikernels.ops.group_reduce import checks, native
 from sensikernels.ops.group_reduce.table import DTYPE_CODE, STATISTICS, GroupTable
 
 _library = torch.library.Library("sensikernels", "FRAGMENT")
@@ -71,6 +73,40 @@ def bind(
     return device, copies
 
 
+def _check(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    flat: list[bool],
+    chunks: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    members: Tensor,
+    host_descriptors: Tensor,
+    descriptors: Tensor | None,
+    partials: Tensor,
+    statistics: int,
+    running: Tensor | None,
+    ema: Tensor | None,
+    decay: float,
+    backend: str,
+) -> None:
+    checks.check_tensors(weights, grads, chunks.device)
+    tables = (chunks, starts, order, members)
+    checks.check_tables(weights, flat, *tables, host_descriptors, descriptors)
+    states = (running, ema)
+    checks.check_sums(chunks, starts, partials, statistics, states, decay, backend)
+    checks.check_values(weights, flat, *tables, partials.shape[1])
+
+
+def _checked(*arguments: Any) -> Tensor:
+    _check(*arguments)
+    refusals = {"native": native_refusal, "triton": triton_refusal}
+    chunks, backend = arguments[3], arguments[-1]
+    refused = refusals[backend](chunks.device.type)
+    require(refused is None, "backend", "one that serves these tensors", refused)
+    return _group_reduce(*arguments)
+
+
 def _group_reduce(
     weights: list[Tensor],
     grads: list[Tensor],
@@ -102,24 +138,14 @@ def _group_reduce(
     return out
 
 
-def _fake(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    flat: list[bool],
-    chunks: Tensor,
-    starts: Tensor,
-    order: Tensor,
-    members: Tensor,
-    host_descriptors: Tensor,
-    descriptors: Tensor | None,
-    partials: Tensor,
-    *rest: object,
-) -> Tensor:
+def _fake(*arguments: Any) -> Tensor:
+    _check(*arguments)
+    chunks, starts, partials = arguments[3], arguments[4], arguments[9]
     return chunks.new_empty(partials.size(0), starts.numel() - 1, dtype=torch.float32)
 
 
-_library.impl("group_reduce", _group_reduce, "CPU")
-_library.impl("group_reduce", _group_reduce, "CUDA")
+_library.impl("group_reduce", _checked, "CPU")
+_library.impl("group_reduce", _checked, "CUDA")
 torch.library.register_fake("sensikernels::group_reduce", _fake, lib=_library)
 
 
@@ -133,13 +159,19 @@ def launch(
     ema: Tensor | None,
     decay: float,
 ) -> Tensor:
-    """Call the op with the table's buffers; ``[statistics, groups]`` float32."""
+    """Call the op with the table's buffers; ``[statistics, groups]`` float32.
+
+    Past its checks where nothing watches operators: a ``GroupTable`` is right by construction.
+    """
     bits = sum(1 << STATISTICS.index(name) for name in statistics)
-    return torch.ops.sensikernels.group_reduce(
+    plain = unwatched(weights[0] if weights else table.chunks)
+    run = _group_reduce if plain else torch.ops.sensikernels.group_reduce
+    out: Tensor = run(
         list(weights), list(grads or ()), list(table.layout.flat), table.chunks, table.starts,
         table.order, table.members, table.host_descriptors, table.descriptors,
         table.partials(len(statistics)), bits, running, ema, decay, backend,
     )  # fmt: skip
+    return out
 
 
 def launch_bound(

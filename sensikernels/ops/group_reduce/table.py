@@ -228,6 +228,8 @@ def plan_tensor(
     work, members = _Work(index), np.zeros(0, np.int64)
     if isinstance(group, tuple) and group[:1] == ("ids",):
         ids, count = group_ids(group, shape, where)
+        if cols == 0:
+            return work, (count,), members  # groups of nothing, whatever ids their rows have
         if ids.size == rows and cols > 1:
             kept = np.flatnonzero(ids >= 0)
             for start in np.split(kept, np.flatnonzero(np.diff(kept) != 1) + 1):

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from sensikernels import _settings
 from sensikernels._checks import require, require_one_of
+from sensikernels._columns import unwatched
 from sensikernels.errors import UsageError
 from sensikernels.ops.select_kept import native, ops, reference
+from sensikernels.ops.select_kept.checks import BUDGET, EQUAL, PER_SEGMENT
 from sensikernels.ops.select_kept.reference import reads_host
 from sensikernels.types import Kept
 
@@ -157,12 +159,13 @@ def select_kept(
     prefix = multiples != (1, 1)
     equal = budget is None and not prefix
     if chosen == "native":
-        mode = ops.PER_SEGMENT if scope == "per_segment" else ops.EQUAL if equal else ops.BUDGET
-        bits, indices, counts, least = torch.ops.sensikernels.select_units(
+        mode = PER_SEGMENT if scope == "per_segment" else EQUAL if equal else BUDGET
+        run = ops.launch_units if unwatched(scores) else torch.ops.sensikernels.select_units
+        bits, indices, counts, least = run(
             scores, costs, segments, kinds, limits, mode, list(minimums), list(multiples), prefix,
             count,
         )  # fmt: skip
-        if mode != ops.PER_SEGMENT and float(least) > float(limits):
+        if mode != PER_SEGMENT and float(least) > float(limits):
             raise reference.infeasible(float(least), float(limits))
         return Kept(bits=bits, indices=indices, counts=counts)
     ranking = reference.rank_units(reference.sort_keys(scores), segments, count)

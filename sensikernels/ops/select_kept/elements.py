@@ -14,6 +14,7 @@ from sensikernels._bits import pack_bits, unpack_bits
 from sensikernels._checks import require, require_one_of
 from sensikernels.errors import UsageError
 from sensikernels.ops.select_kept import ops
+from sensikernels.ops.select_kept.checks import ALIGN
 from sensikernels.ops.select_kept.reference import descending, sort_keys
 
 SCORES: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
@@ -25,8 +26,6 @@ SCORES: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
 """Their order is the code the kernels take."""
 
 NEEDS_GRAD: Final = ("abs_wg", "grad_squared")
-ALIGN: Final = 64
-"""Every tensor's bits start at a multiple of so many bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +164,7 @@ def select_elements(
         offsets.append(end)
         end += -(-size // (8 * ALIGN)) * ALIGN
     code = list(SCORES).index(score)
-    if name != "reference":
+    if name != "reference" and tensors:
         arena, threshold, counts = ops.launch(tensors, pairs, offsets, end, wanted, code, name)
     else:
         arena, threshold, counts = _reference(

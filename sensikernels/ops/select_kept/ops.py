@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sensikernels import _settings
+from sensikernels._checks import require
 from sensikernels.ops.select_kept import native, reference
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from sensikernels.ops.select_kept.checks import DTYPES, check_elements, check_order, check_units
 
 _library = torch.library.Library("sensikernels", "FRAGMENT")
 _library.define(
@@ -27,8 +27,6 @@ _library.define(
     "fill_in_order(Tensor cost, Tensor segment, Tensor free, Tensor left, bool prefix, "
     "int segments) -> Tensor"
 )
-PER_SEGMENT, EQUAL, BUDGET = range(3)
-"""Modes of ``select_units``."""
 
 
 def _select_elements(
@@ -40,16 +38,30 @@ def _select_elements(
     score: int,
     backend: str = "native",
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_elements(tensors, grads, offsets, size, k, score, backend)
+    dtypes = {t.dtype for t in (*tensors, *grads)}
+    refusal = native_refusal if backend == "native" else triton_refusal
+    refused = refusal(tensors[0].device.type, dtypes)
+    require(refused is None, "backend", "one that serves these tensors", refused)
     values = [t.contiguous() for t in tensors]
     # Without gradients the list repeats the tensors, and so do their copies.
     triples = zip(tensors, values, grads, strict=True)
     pairs = [v if g is t else g.contiguous() for t, v, g in triples]
-    arena, threshold, counts = _fake(tensors, grads, offsets, size, k, score, backend)
+    arena, threshold, counts = _arena(tensors, size, k)
     kernels: Any = native
     if backend == "triton":
         from sensikernels.ops.select_kept import triton as kernels
     kernels.select_elements(values, pairs, offsets, k, score, arena, threshold, counts)
     return arena, threshold, counts
+
+
+def _arena(tensors: list[Tensor], size: int, k: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    device = tensors[0].device
+    return (
+        torch.empty(size, dtype=torch.uint8, device=device),
+        torch.empty(len(k), dtype=torch.float32, device=device),
+        torch.empty(len(tensors), dtype=torch.int64, device=device),
+    )
 
 
 def _fake(
@@ -61,12 +73,8 @@ def _fake(
     score: int,
     backend: str = "native",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    device = tensors[0].device if tensors else torch.device("cpu")
-    return (
-        torch.empty(size, dtype=torch.uint8, device=device),
-        torch.empty(len(k), dtype=torch.float32, device=device),
-        torch.empty(len(tensors), dtype=torch.int64, device=device),
-    )
+    check_elements(tensors, grads, offsets, size, k, score, backend)
+    return _arena(tensors, size, k)
 
 
 _library.impl("select_elements", _select_elements, "CPU")
@@ -74,7 +82,7 @@ _library.impl("select_elements", _select_elements, "CUDA")
 torch.library.register_fake("sensikernels::select_elements", _fake, lib=_library)
 
 
-def _select_units(
+def launch_units(
     scores: Tensor,
     costs: Tensor | None,
     segments: Tensor | None,
@@ -86,13 +94,14 @@ def _select_units(
     prefix: bool,
     n_segments: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bits, indices, counts, least = _fake_units(scores, n_segments)
+    """Checked arguments to the compiled kernel: bits, indices, counts, cost of the minimum."""
+    bits, indices, counts, least = _unit_buffers(scores, n_segments)
     wide = [None if t is None else t.long().contiguous() for t in (segments, kinds)]
     least[0] = native.select_units(
         scores.double().contiguous(),
         None if costs is None else costs.double().contiguous(),
         *wide,
-        limits,
+        limits.contiguous(),
         mode,
         minimum,
         multiple,
@@ -104,7 +113,7 @@ def _select_units(
     return bits, indices, counts, least
 
 
-def _fake_units(scores: Tensor, n_segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _unit_buffers(scores: Tensor, n_segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         scores.new_empty(scores.shape, dtype=torch.bool),
         scores.new_empty(scores.shape, dtype=torch.int32),
@@ -113,17 +122,39 @@ def _fake_units(scores: Tensor, n_segments: int) -> tuple[Tensor, Tensor, Tensor
     )
 
 
+def _check_units(scores: Tensor, *rest: Any) -> None:
+    *call, _prefix, n_segments = rest
+    call.append(n_segments)
+    check_units(scores, *call)
+
+
+def _select_units(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_units(scores, *rest)
+    return launch_units(scores, *rest)
+
+
 _library.impl("select_units", _select_units, "CPU")
-torch.library.register_fake(
-    "sensikernels::select_units",
-    lambda scores, *rest: _fake_units(scores, rest[-1]),
-    lib=_library,
-)
+
+
+def _fake_units(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_units(scores, *rest)
+    return _unit_buffers(scores, rest[-1])
+
+
+torch.library.register_fake("sensikernels::select_units", _fake_units, lib=_library)
+
+
+def _fill(
+    cost: Tensor, segment: Tensor, free: Tensor, left: Tensor, prefix: bool, segments: int
+) -> Tensor:
+    check_order(cost, segment, free, left, segments)
+    return reference.fill_in_order(cost, segment, free, left, prefix, segments)
 
 
 def _fill_on_device(
     cost: Tensor, segment: Tensor, free: Tensor, left: Tensor, prefix: bool, segments: int
 ) -> Tensor:
+    check_order(cost, segment, free, left, segments)
     if native.refusal("cuda", "fill_in_order") is None:
         return native.fill_in_order(cost, segment, free, left, prefix, segments)
     from sensikernels.ops.select_kept import triton
@@ -131,13 +162,18 @@ def _fill_on_device(
     return triton.fill_in_order(cost, segment, free, left, prefix, segments)
 
 
-_library.impl("fill_in_order", reference.fill_in_order, "CPU")
+_library.impl("fill_in_order", _fill, "CPU")
 _library.impl("fill_in_order", _fill_on_device, "CUDA")
-torch.library.register_fake(
-    "sensikernels::fill_in_order",
-    lambda cost, *_: cost.new_empty(cost.shape, dtype=torch.bool),
-    lib=_library,
-)
+
+
+def _fake_fill(
+    cost: Tensor, segment: Tensor, free: Tensor, left: Tensor, prefix: bool, segments: int
+) -> Tensor:
+    check_order(cost, segment, free, left, segments)
+    return cost.new_empty(cost.shape, dtype=torch.bool)
+
+
+torch.library.register_fake("sensikernels::fill_in_order", _fake_fill, lib=_library)
 
 
 def native_refusal(device: str, dtypes: set[torch.dtype]) -> str | None:
