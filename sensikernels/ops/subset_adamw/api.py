@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sensikernels._checks import require, require_one_of
 from sensikernels.ops.subset_adamw import ops as _registered  # noqa: F401
+from sensikernels.ops.subset_adamw.checks import check_lists
 from sensikernels.ops.subset_adamw.engine import choose
 from sensikernels.ops.subset_adamw.kept import KINDS, make_layout
 
@@ -48,38 +50,19 @@ def subset_adamw(
     Returns the norm of the kept gradients before clipping, float32 []; 0 without
     ``max_grad_norm``. Raises ``UsageError`` before anything is changed.
     """
-    require(len(params) > 0, "params", "at least one tensor", 0)
     require_one_of(mode, "mode", MODES)
-    masked = mode == "as_published"
     kept = [None] * len(params) if kept is None else kept
-    named = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
-    for name, tensors in {**named, "kept": kept, "masters": masters or params}.items():
-        require(len(tensors) == len(params), name, f"{len(params)} entries", len(tensors))
+    lists = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "kept": kept}
+    check_lists(params, {"grads": grads, **lists, "masters": masters or params})
     device = params[0].device
-    layouts = []
-    for i, (param, how) in enumerate(zip(params, kept, strict=True)):
-        require(param.is_floating_point(), f"params[{i}]", "floating point", param.dtype)
-        require(param.device == device, f"params[{i}]", f"a tensor on {device}", param.device)
-        same = grads[i].shape == param.shape and not grads[i].is_sparse
-        require(same, f"grads[{i}]", f"dense {list(param.shape)}", list(grads[i].shape))
-        layout = make_layout(param.shape, how, param)
-        shape = list(param.shape if masked else layout.state_shape)
-        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-        states = {"exp_avgs": exp_avgs[i], "exp_avg_sqs": exp_avg_sqs[i]}
-        if masters is not None and masters[i].numel():
-            states["masters"] = masters[i]
-        for name, value in states.items():
-            fits = list(value.shape) == shape and value.dtype == wide and value.is_contiguous()
-            got = f"{value.dtype} {list(value.shape)}"
-            require(fits, f"{name}[{i}]", f"contiguous {wide} {shape}", got)
-        fits = steps[i].dtype == torch.float32 and steps[i].numel() == 1
-        require(fits, f"steps[{i}]", "a float32 scalar", steps[i].dtype)
-        layouts.append(layout)
-    choose(backend, device, {param.dtype for param in params})
+    # The operator checks the rest, whoever calls it.
+    layouts = [make_layout(p.shape, how, p) for p, how in zip(params, kept, strict=True)]
     numbers = [0.0 if isinstance(lr, Tensor) else lr, *betas, eps, weight_decay]
+    _check_rates(numbers)
     hyper = torch.tensor([numbers], dtype=torch.float64, device=device)
     if isinstance(lr, Tensor):
-        hyper[0, 0] = lr
+        require(lr.numel() == 1, "lr", "one number", list(lr.shape))
+        hyper[0, 0] = lr.squeeze()
     empty = torch.empty(0, dtype=torch.int32, device=device)
     norm: Tensor = torch.ops.sensikernels.subset_adamw(
         list(params),
@@ -95,10 +78,17 @@ def subset_adamw(
         max_grad_norm=max_grad_norm,
         grad_scale=grad_scale,
         found_inf=found_inf,
-        masked=masked,
+        masked=mode == "as_published",
         backend=backend,
     )
     return norm
+
+
+def _check_rates(numbers: Sequence[float]) -> None:
+    names = ("lr", "betas[0]", "betas[1]", "eps", "weight_decay")
+    for name, value in zip(names, numbers, strict=True):
+        below = 1.0 if name.startswith("betas") else math.inf
+        require(0.0 <= value < below, name, f"a number in [0, {below})", value)
 
 
 def explain(params: Sequence[Tensor], *, backend: str = "auto") -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sensikernels.ops.subset_adamw.checks import check_counted, check_numbers, check_step
 from sensikernels.ops.subset_adamw.engine import Engine
 from sensikernels.ops.subset_adamw.item import Item
 from sensikernels.ops.subset_adamw.kept import KINDS, KeptLayout, popcounts
@@ -22,18 +23,20 @@ _LIBRARY.define(
 
 
 def _layout(
-    shape: torch.Size, kind: int, index: Tensor, block: list[int], count: int
+    shape: torch.Size, kind: int, index: Tensor, block: list[int], count: int, place: int | None
 ) -> KeptLayout:
-    """A layout without the checks, some of which wait for the device."""
+    """A layout of what ``check_step`` found sound; ``place``: whose state has ``count`` entries."""
     name, offsets = KINDS[kind], None
     if name == "elements":
         counts = popcounts(index, shape.numel())
+        if place is not None:
+            check_counted(counts, place, count)
         offsets = counts.cumsum(0) - counts
     units = index.numel() if name in ("rows", "columns", "blocks") else count
     return KeptLayout(
         kind=name,
         shape=shape,
-        index=None if name == "all" else index,
+        index=None if name == "all" else index.contiguous(),
         block_shape=(block[0], block[1]),
         offsets=offsets,
         count=count,
@@ -60,6 +63,10 @@ def _step(
     masked: bool = False,
     backend: str = "auto",
 ) -> Tensor:
+    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "masters": masters}
+    choices = (steps, kept, kinds, blocks)
+    check_step(params, grads, states, *choices, masked=masked, backend=backend)
+    check_numbers(hyper, max_grad_norm, grad_scale, found_inf, params[0].device)
     items = []
     for i, param in enumerate(params):
         dense = param if param.is_contiguous() else param.contiguous()
@@ -73,23 +80,43 @@ def _step(
                 master=masters[i] if masters and masters[i].numel() else None,
                 step=steps[i],
                 layout=_layout(
-                    param.shape, kinds[i], kept[i], blocks[2 * i : 2 * i + 2], exp_avgs[i].numel()
-                ),
+                    param.shape, kinds[i], kept[i], blocks[2 * i : 2 * i + 2],
+                    exp_avgs[i].numel(), None if masked else i,
+                ),  # fmt: skip
                 masked=masked and kinds[i] != 0,
             )
         )
     return Engine(backend).update(
         items,
-        hyper,
+        hyper.contiguous(),
         max_grad_norm=max_grad_norm,
         grad_scale=grad_scale,
         found_inf=found_inf,
     )
 
 
-def _fake(*args: object, **_: object) -> Tensor:
-    hyper = args[9]
-    assert isinstance(hyper, Tensor)
+def _fake(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
+    steps: list[Tensor],
+    kept: list[Tensor],
+    kinds: list[int],
+    blocks: list[int],
+    hyper: Tensor,
+    *,
+    max_grad_norm: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    masked: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "masters": masters}
+    choices = (steps, kept, kinds, blocks)
+    check_step(params, grads, states, *choices, masked=masked, backend=backend)
+    check_numbers(hyper, max_grad_norm, grad_scale, found_inf, params[0].device)
     return hyper.new_empty((), dtype=torch.float32)
 
 
