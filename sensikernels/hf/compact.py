@@ -49,8 +49,10 @@ def built(kind: Any, config: Any, state: Mapping[str, Tensor], model: nn.Module)
 
     No random number is drawn, and every tensor keeps its dtype and device.
     """
+    # The one choice of a BERT's constructor that its config does not hold.
+    pooled = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
     with torch.device("meta"):
-        made: Any = kind(config)
+        made: Any = kind(config, **pooled)
     made.load_state_dict({k: v.detach().clone() for k, v in state.items()}, assign=True)
     for name, buffer in model.named_buffers():
         stem, _, leaf = name.rpartition(".")

@@ -62,7 +62,10 @@ def unpadded(
     Raises UsageError for a mask that is not ``[rows, length]``, or whose rows do not begin with a
     token where a first token is wanted (``pooled``).
     """
+    require(input_ids.ndim == 2, "input_ids", "[rows, length]", list(input_ids.shape))
     rows, length = input_ids.shape
+    some = "at least one token"
+    require(rows * length > 0, "input_ids", some, list(input_ids.shape))
     device = input_ids.device
     if attention_mask is None:
         places = torch.arange(rows * length, device=device)
@@ -75,6 +78,7 @@ def unpadded(
         begun = not pooled or bool(mask[:, 0].all())
         require(begun, "attention_mask", "a token at the start of every row", "padding there")
         places = mask.flatten().nonzero().flatten()
+        require(len(places) > 0, "input_ids", some, "padding alone")
         lengths = mask.sum(1)
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
         longest = int(lengths.max())

@@ -1,4 +1,4 @@
-"""What users leave on a model stays: through copies, casts and loads, apply, restore and compact."""
+"""What users leave on a model stays, through copies, casts, loads, apply, restore and compact."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import prune
 
 from sensikernels.errors import UsageError
@@ -71,7 +71,7 @@ def assigned_from_meta(model: nn.Module) -> nn.Module:
 def plans(model: nn.Module) -> dict[str, Plan]:
     shape = tuple(model.get_submodule(FIRST).weight.shape)
     rows = Mask.rows(torch.arange(shape[0]) % 2 == 0, shape)
-    grid = torch.arange(8 * 12).view(8, 12) % 3 > 0
+    grid = torch.arange(8 * 12).view(8, 12) % 5 > 0
     blocks = Mask.blocks(grid, (4, 4), shape)
     elements = Mask.elements(torch.arange(shape[0] * shape[1]).view(shape) % 3 > 0)
     return {
@@ -114,8 +114,10 @@ def test_what_was_trained_is_restored_whatever_came_between(kind: str, way: str)
         elif name.endswith("weight"):
             kept = mask.dense()
             assert torch.equal(value[~kept], before[name].to(value.dtype)[~kept]), name
-            assert torch.equal(value[kept].sort()[0], trained[name][trained[name] != 0].sort()[0]
-                               if kind == "blocks" else trained[name].flatten().sort()[0])  # fmt: skip
+            entries = trained[name].flatten()
+            if kind == "blocks":
+                entries = entries[entries != 0]  # what reaches over the weight's edge
+            assert torch.equal(value[kept].sort()[0], entries.sort()[0])
         moved += not torch.equal(value, before[name].to(value.dtype))
     assert moved > 0
 
@@ -133,8 +135,9 @@ def test_compact_holds_what_was_trained_whatever_came_between(
     model.eval()
     small = compact(model)
     assert next(small.parameters()).dtype == next(model.parameters()).dtype
-    tight = {"rtol": 1e-5, "atol": 1e-5} if next(model.parameters()).itemsize > 2 else {"rtol": 0.05, "atol": 0.05}  # fmt: skip
-    torch.testing.assert_close(small(**batch).logits, model(**batch).logits, **tight)
+    close = 1e-5 if next(model.parameters()).itemsize > 2 else 0.05
+    ours, wanted = small(**batch).logits, model(**batch).logits
+    torch.testing.assert_close(ours, wanted, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
