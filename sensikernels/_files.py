@@ -157,6 +157,11 @@ def _require_mine(argument: str, path: Path, mine: Callable[[Path], object]) -> 
         require(False, argument, "a new file", f"{path}, which exists and is another's")
 
 
+def one_line(error: object) -> str:
+    """What an error says, on one line that is not too long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def nobody(path: Path) -> None:
     """For ``require_writable``: every existing file is a stranger's."""
     raise ValueError(f"{path} exists")

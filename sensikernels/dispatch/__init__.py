@@ -20,7 +20,7 @@ import torch
 from sensikernels import _blocks
 from sensikernels._checks import require
 from sensikernels._compile import constant_when_traced
-from sensikernels._files import read_json, sealed, unsealed, write_json
+from sensikernels._files import one_line, read_json, sealed, unsealed, write_json
 from sensikernels.errors import DataError
 
 USER_TABLES = Path.home() / ".cache" / "sensikernels" / "dispatch"
@@ -83,11 +83,13 @@ def read_table(path: Path) -> tuple[BreakEven, ...]:
     """
     try:
         body = unsealed(read_json(path), FORMAT, "measure anew: sensikernels tune")
-        return tuple(BreakEven(**entry) for entry in body["break_even"])
+        entries = tuple(BreakEven(**entry) for entry in body["break_even"])
+        require(len(entries) > 0, "break_even", "entries", "none")
+        return entries
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError) as error:
-        why = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
+        why = f"{type(error).__name__}: {one_line(error)}"
         raise DataError(f"{path}: expected a dispatch table: {why}") from error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sensikernels._files import digest_of_file, read_json, sealed, unsealed, write_json
+from sensikernels._files import digest_of_file, one_line, read_json, sealed, unsealed, write_json
 from sensikernels.errors import DataError
 
 CONFIG, DIGESTS = "config.json", "digests.json"
@@ -93,7 +93,7 @@ def _object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise DataError(f"{path}: not JSON that can be read: {error}") from error
+        raise DataError(f"{path}: not JSON that can be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected an object, got {type(content).__name__}")
     return content
@@ -190,7 +190,7 @@ def _check_digests(folder: Path) -> None:
     try:
         files = unsealed(read_json(path), _DIGESTS_FORMAT, remedy).get("files")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(f"{path}: {one_line(error)}") from error
     _require(isinstance(files, dict), path, "files", "an object", files)
     assert isinstance(files, dict)
     for name, digest in files.items():

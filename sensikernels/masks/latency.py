@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sensikernels._checks import require
-from sensikernels._files import read_json, sealed, unsealed, write_json
+from sensikernels._files import one_line, read_json, sealed, unsealed, write_json
 from sensikernels.errors import DataError, UsageError
 from sensikernels.masks.structure import Coupling, Structure
 
@@ -105,7 +105,8 @@ class StepCosts:
         except OSError as error:
             raise DataError(f"costs {path}: cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"costs {path}: expected a table of step costs, got {error}") from error
+            why = one_line(error)
+            raise DataError(f"costs {path}: expected a table of step costs, got {why}") from error
 
 
 def _require_points(argument: str, points: Mapping[int, float], units: int) -> None:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from sensikernels._checks import require
-from sensikernels._files import digest_of_file, read_json, sealed, unsealed, write_json, writing
+from sensikernels._files import (
+    digest_of_file,
+    one_line,
+    read_json,
+    sealed,
+    unsealed,
+    write_json,
+    writing,
+)
 from sensikernels.errors import CheckpointError, UsageError
 from sensikernels.masks.budget import Budget
 from sensikernels.masks.flops import tokens_of, training_flops
@@ -70,6 +78,12 @@ class Plan:
             kept = self.kept_units(coupling)
             for member in coupling.members:
                 _require_same_units(coupling, member, self.weight_masks.get(member.module), kept)
+        masks = {**self.weight_masks, **self.update_masks}
+        planned = {name: mask.shape for name, mask in masks.items()}
+        planned |= {m.module: m.shape for c in self.couplings for m in c.members}
+        for name, shape in planned.items() if self.shapes else ():
+            got = self.shapes.get(name)
+            require(got == shape, f"plan: shapes: {name}", _said(shape), _said(got))
 
     def require_made_for(self, model: nn.Module) -> None:
         """Raise UsageError unless ``model`` has the encoder that the plan was made for, no more."""
@@ -181,10 +195,10 @@ class Plan:
             why = f"{Path(error.filename or path).name}: {error.strerror}"
             raise CheckpointError(f"plan {path}: {why}") from error
         except _MALFORMED as error:
-            why = f"{type(error).__name__}: {error}"
+            why = f"{type(error).__name__}: {one_line(error)}"
             raise CheckpointError(f"plan {path}: {why}") from error
         except (ValueError, SafetensorError) as error:
-            raise CheckpointError(f"plan {path}: {error}") from error
+            raise CheckpointError(f"plan {path}: {one_line(error)}") from error
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the grids, with the kept counts for people."""
@@ -219,6 +233,8 @@ class Plan:
             whole_number(data[name], name, 0)
         require(isinstance(data["origin"], dict), "origin", "an object", data["origin"])
         masks = read_masks(data["masks"], grids)
+        named = bool(data["shapes"]) or not data["couplings"]
+        require(named, "shapes", "those of the model that was ranked", "none")
         return cls(
             **{name: data[name] for name in (*_PLAIN, "origin")},
             weight_masks=masks[WEIGHT_MASK],

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sensikernels._files import digest_of_file, parse_json, read_json, remove, writing
+from sensikernels._files import digest_of_file, one_line, parse_json, read_json, remove, writing
 from sensikernels.errors import CheckpointError, SensiError
 from sensikernels.masks import Plan
 from sensikernels.training.output import CHECKPOINTS
@@ -83,7 +83,12 @@ def load(folder: Path, *, settings: Mapping[str, Any]) -> tuple[Any, Plan | None
 
     try:
         body = _body(folder)
-        files = body["files"]
+        if set(body) != {"format", "step", "settings", "state", "files"}:
+            raise ValueError(f"{STATE}: expected its five parts, got {str(list(body))[:200]}")
+        files, step = body["files"], body["step"]
+        named = folder.name.removeprefix("step-")
+        if type(step) is not int or step < 0 or (named.isdecimal() and step != int(named)):
+            raise ValueError(f"{STATE}: step: expected the folder's, got {step!r:.40}")
         expected = [TENSORS] if PLAN not in files else [PLAN, GRIDS, TENSORS]
         if list(files) != expected:
             raise ValueError(f"files: expected {expected}, got {str(list(files))[:200]}")
@@ -97,10 +102,10 @@ def load(folder: Path, *, settings: Mapping[str, Any]) -> tuple[Any, Plan | None
     except OSError as error:
         raise CheckpointError(f"checkpoint {error.filename}: {error.strerror}") from error
     except _MALFORMED as error:
-        reason = f"{STATE}: {type(error).__name__}: {error}"
+        reason = f"{STATE}: {type(error).__name__}: {one_line(error)}"
         raise CheckpointError(f"checkpoint {folder}: {reason}") from error
     except (ValueError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {error}") from error
+        raise CheckpointError(f"checkpoint {folder}: {one_line(error)}") from error
     return state, Plan.load(folder / PLAN) if PLAN in files else None
 
 
@@ -114,8 +119,8 @@ def matching(folder: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, AssertionError, OverflowError, *_MALFORMED) as error:
-        first = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"checkpoint {folder}: does not fit this run: {first}") from error
+        why = one_line(error)
+        raise CheckpointError(f"checkpoint {folder}: does not fit this run: {why}") from error
 
 
 def not_finite(tree: Any, at: str = "") -> str | None:
@@ -149,7 +154,7 @@ def _body(folder: Path) -> Any:
 def _same_settings(folder: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     plain = json.loads(json.dumps(dict(asked)))
     for name in dict.fromkeys([*saved, *plain]):
-        if saved.get(name) != plain.get(name):
+        if name not in saved or name not in plain or saved[name] != plain[name]:
             raise CheckpointError(
                 f"checkpoint {folder}: {name}: expected {saved.get(name)!r} as in the run to "
                 f"resume, got {plain.get(name)!r}"

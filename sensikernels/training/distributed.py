@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from sensikernels import _settings
 from sensikernels._checks import require
+from sensikernels._files import one_line
 from sensikernels.errors import SensiError
 from sensikernels.glue import Batches
 from sensikernels.masks import Plan
@@ -68,8 +69,9 @@ class World:
         try:
             state = PartialState(cpu=kind == "cpu")
         except (RuntimeError, ValueError, OSError) as error:
-            why = " ".join(str(error).split())[:160]
-            raise SensiError(f"processes: the {started} started do not meet: {why}") from error
+            raise SensiError(
+                f"processes: the {started} started do not meet: {one_line(error)}"
+            ) from error
         size = state.num_processes
         if started not in (1, size):
             raise SensiError(
@@ -267,7 +269,7 @@ def one_for_all(world: World) -> Iterator[None]:
         lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
         if world.size == 1 or not lost:
             raise
-        why = " ".join(str(error).split())[:160]
+        why = one_line(error)[:160]
         where = f"process {world.rank} of {world.size}"
         raise SensiError(f"{where}: lost the others: {why}") from error
 

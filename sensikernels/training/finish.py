@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sensikernels._files import read_json
+from sensikernels._files import one_line, read_json
 from sensikernels.errors import CheckpointError, SensiError
 from sensikernels.glue import compute
 from sensikernels.hf import (
@@ -67,7 +67,7 @@ def read_report(settings: Settings) -> dict[str, Any] | None:
                     f"got {value!r}"
                 )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a report: {error}") from error
+        raise CheckpointError(f"{path}: not a report: {one_line(error)}") from error
     if failed and checkpoint.latest(settings.output) is not None:
         return None  # its end is done again
     remove(settings.output / CHECKPOINTS)
@@ -82,7 +82,7 @@ class Attempts(list[str]):
         try:
             return make()
         except Exception as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = one_line(error)
             self.append(reason if what in reason else f"{what}: {reason}")
             return None
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from sensikernels import _settings
 from sensikernels._checks import require
+from sensikernels._files import one_line
 from sensikernels.errors import SensiError
 from sensikernels.hf import load_model, quiet, structure
 from sensikernels.masks import Plan, Scores, StepCosts, Structure
@@ -237,9 +238,8 @@ def _kept(session: Session) -> Iterator[None]:
         where = checkpoint.latest(output) if session.step == session.max_steps else None
         if where is None:
             raise
-        why = " ".join(str(error).split())[:300] or type(error).__name__
         raise SensiError(
-            f"{why}; training is done and kept in {where}: --resume goes on from there"
+            f"{one_line(error)}; training is done and kept in {where}: --resume goes on from there"
         ) from error
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sensikernels._checks import require
-from sensikernels._files import remove
+from sensikernels._files import one_line, remove
 from sensikernels.errors import DataError, SensiError, UsageError
 from sensikernels.glue import compute
 from sensikernels.glue.packing import round_up
@@ -167,8 +167,7 @@ def _try_saving(model: Any, tokenizer: Any, output: Path) -> None:
     except OSError as error:
         raise SensiError(f"{output}: cannot be written: {error.strerror or error}") from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"model: config or tokenizer cannot be saved: {reason}") from error
+        raise DataError(f"model: config or tokenizer cannot be saved: {one_line(error)}") from error
     finally:
         remove(folder)
 

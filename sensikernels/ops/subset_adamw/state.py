@@ -203,6 +203,7 @@ def loaded(param: Tensor, saved: dict[str, Any], group: dict[str, Any]) -> dict[
         if name in own:
             got = tuple(own[name].shape)
             require(got == shape, f"state_dict: {name}", list(shape), list(got))
+    _require_bookkeeping(param, own)
     own["step"] = torch.as_tensor(own["step"], dtype=torch.float32, device=param.device).reshape(())
     for name in ("exp_avg", "exp_avg_sq"):
         own[name] = own[name].to(compute_dtype(param)).contiguous()
@@ -212,6 +213,23 @@ def loaded(param: Tensor, saved: dict[str, Any], group: dict[str, Any]) -> dict[
     if layout.kind != "all" and not full and "cohort" not in own:
         _start_cohorts(own)
     return own
+
+
+def _require_bookkeeping(param: Tensor, own: dict[str, Any]) -> None:
+    """Kernels read these by row and cohort without looking: sizes and dtypes must be ours."""
+    expected = {
+        "clock": ((5,), torch.float64), "row_clock": ((*param.shape[:1], 5), torch.float64),
+        "cohort_start": ((_COHORTS,), torch.float32),
+    }  # fmt: skip
+    for name, (shape, dtype) in expected.items():
+        if name in own:
+            got = (tuple(own[name].shape), own[name].dtype)
+            require(got == (shape, dtype), f"state_dict: {name}", (shape, dtype), got)
+    for one, other in (("clock", "row_clock"), ("cohort", "cohort_start")):
+        require((one in own) == (other in own), "state_dict", f"{one} and {other}", sorted(own))
+    if "cohort" in own:
+        require(own["cohort"].dtype == torch.uint8, "state_dict: cohort", "uint8",
+                own["cohort"].dtype)  # fmt: skip
 
 
 def _copied(value: Any, device: torch.device) -> Any:
