@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from sensikernels._checks import require
 from sensikernels.errors import UsageError
@@ -59,10 +59,8 @@ def attention(
             is_causal=_causal(module, query, attention_mask, is_causal),
         )
         return out.transpose(1, 2), None
-    out, _weights = eager(
-        module, query, key, value, attention_mask, scaling, dropout, is_causal=is_causal
-    )
-    return out, None
+    masked = (attention_mask, scaling, dropout, is_causal)
+    return _by_products(module, query, key, value, *masked)[0], None
 
 
 def eager(
@@ -76,10 +74,23 @@ def eager(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The same by two products and a softmax; with its weights, as HF's eager attention has them.
+    """The same with its weights, as HF's eager attention: a mask is added to the scores."""
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(query.dtype)
+    return _by_products(module, query, key, value, attention_mask, scaling, dropout, is_causal)
 
-    ``attention_mask``: bool, True where a key is seen, or what is added to the scores.
-    """
+
+def _by_products(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    is_causal: bool | None,
+) -> tuple[Tensor, Tensor]:
+    """Two products and a softmax; a bool mask is True where a key is seen, another one is added."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query * scale, key.transpose(2, 3))
     if attention_mask is not None and attention_mask.dtype == torch.bool:
@@ -100,9 +111,10 @@ def _causal(
     return causal and attention_mask is None and query.shape[2] > 1
 
 
-for _name, _function in ((ATTENTION, attention), (EAGER, eager)):
-    AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, sdpa_mask)
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionInterface.register(EAGER, eager)
+AttentionMaskInterface.register(EAGER, eager_mask)
 
 
 @contextmanager

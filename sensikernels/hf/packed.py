@@ -289,6 +289,9 @@ def _packable(model: nn.Module) -> Any:
     own = type(bert).forward is BertModel.forward
     require(own, "model", "BertModel's own forward", f"that of {type(bert).__name__}")
     for name, module in bert.named_modules():
+        counts = isinstance(module, nn.Embedding) and module.scale_grad_by_freq
+        require(not counts, f"model: {name}",
+                "no scale_grad_by_freq, as the tokens that fill up count too", "it")  # fmt: skip
         kinds = _AROUND.get(re.sub(r"\d+", "N", name))
         if kinds is not None:
             require(type(module) in kinds, f"model: {name}", "HuggingFace's " + kinds[0].__name__,

@@ -33,8 +33,12 @@ STEPS = {
     "switch dropout on": (parts, "use_counter_dropout"),
     "switch packing on": (parts, "use_packed"),
     "commit to the optimizer": (following, "commit"),
-    "restore requires_grad": (swap, "_require_grad"),
 }
+BACK = {
+    **{name: STEPS[name] for name in ("stage the optimizer", "map a gradient", "settle a layer",
+                                      "set a layer", "commit to the optimizer")},
+    "give requires_grad back": (swap, "_require_grad"),
+}  # fmt: skip
 
 
 class Broken(Exception):
@@ -98,9 +102,7 @@ def test_a_step_of_apply_that_fails_leaves_nothing(
     restore(model, optimizer=optimizer)
 
 
-@pytest.mark.parametrize("what", ["stage the optimizer", "map a gradient", "settle a layer",
-                                  "set a layer", "restore requires_grad",
-                                  "commit to the optimizer"])  # fmt: skip
+@pytest.mark.parametrize("what", BACK)
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_step_of_restore_that_fails_leaves_the_plan(
     what: str, after: int, monkeypatch: pytest.MonkeyPatch
@@ -111,7 +113,7 @@ def test_a_step_of_restore_that_fails_leaves_the_plan(
     step(model, optimizer)
     record = applied(model)
     before = snapshot(model), of_optimizer(optimizer)
-    home, function = STEPS[what]
+    home, function = BACK[what]
     monkeypatch.setattr(home, function, failing(getattr(home, function), after))
     try:
         restore(model, optimizer=optimizer)

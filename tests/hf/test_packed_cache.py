@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -91,4 +93,98 @@ def test_what_trains_or_drops_out_is_refused() -> None:
     cache_frozen_prefix(model)
     model.get_parameter("bert.encoder.layer.1.output.dense.bias").requires_grad_(True)
     with pytest.raises(UsageError, match="expected a frozen prefix, got 1 trained"):
+        model(**batch)
+
+
+def swapped(model: nn.Module) -> None:
+    """What EMA's ``copy_to`` does."""
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.data * 1.01)
+
+
+def one_entry(model: nn.Module) -> None:
+    model.get_parameter("bert.encoder.layer.1.output.dense.weight").data[3, 5] += 0.5
+
+
+def negated(model: nn.Module) -> None:
+    model.get_parameter("bert.encoder.layer.0.intermediate.dense.weight").data.neg_()
+
+
+def permuted(model: nn.Module) -> None:
+    weight = model.get_parameter("bert.encoder.layer.0.intermediate.dense.weight")
+    weight.data.copy_(weight.data.flip(1))
+
+
+def norm(model: nn.Module) -> None:
+    model.get_parameter("bert.embeddings.LayerNorm.bias").data.add_(1e-3)
+
+
+def replaced(model: nn.Module) -> None:
+    layer = model.get_submodule("bert.encoder.layer.0")
+    layer.output.dense = copy.deepcopy(model.get_submodule("bert.encoder.layer.1.output.dense"))
+
+
+def other_dtype(model: nn.Module) -> None:
+    model.float()
+
+
+def assigned(model: nn.Module) -> None:
+    state = {k: v.detach() * 1.5 for k, v in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    for name, parameter in model.named_parameters():
+        low = any(f"layer.{i}." in name for i in range(2))
+        parameter.requires_grad_(not (low or "embeddings." in name))
+
+
+CHANGES = [swapped, one_entry, negated, permuted, norm, replaced, other_dtype, assigned]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_write_is_missed(change: Callable[[nn.Module], None]) -> None:
+    model, batch = frozen(), draw("classification", LENGTHS["ragged"])
+    cache_frozen_prefix(model)
+    before = run(model, batch)[0].logits
+    change(model)
+    got = run(model, batch)[0].logits
+    restore_packed(model)
+    use_packed(model)
+    wanted = run(model, batch)[0].logits
+    close = 1e-12 if got.dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(got, wanted, rtol=0, atol=close)
+    assert got.dtype != before.dtype or float((got - before).abs().max()) > 10 * close
+
+
+def test_modes_are_kept_apart() -> None:
+    model, batch = frozen().float(), draw("classification", LENGTHS["ragged"])
+    twin = copy.deepcopy(model)
+    cache = cache_frozen_prefix(model)
+    with torch.inference_mode():
+        model(**batch)
+    run(model, batch)  # inference tensors could not be trained on
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(**batch).logits
+        assert torch.equal(got, twin(**batch).logits)
+    assert torch.equal(run(model, batch)[0].logits, run(twin, batch)[0].logits)
+    assert cache.hits == 0
+
+
+def test_copies_and_pickles_are_empty() -> None:
+    model, batch = frozen(), draw("classification", LENGTHS["ragged"])
+    cache = cache_frozen_prefix(model)
+    run(model, batch)
+    assert cache.held > 0
+    back = pickle.loads(pickle.dumps(model))
+    assert back.bert.prefix_cache.held == 0
+    assert back.bert.prefix_cache.depth == cache.depth
+    assert copy.deepcopy(model).bert.prefix_cache is None
+    assert torch.equal(run(back, batch)[0].logits, run(model, batch)[0].logits)
+
+
+def test_hooks_in_the_prefix_are_refused() -> None:
+    model, batch = frozen(), draw("classification", LENGTHS["ragged"])
+    cache_frozen_prefix(model)
+    model.get_submodule("bert.encoder.layer.0.output.dense").register_forward_hook(
+        lambda m, i, o: None
+    )
+    with pytest.raises(UsageError, match="expected no hooks in the kept prefix, got"):
         model(**batch)
