@@ -124,6 +124,7 @@ def _draw(draw: Callable[[Scores, Plan, Path], None], scores: Scores, plan: Plan
 def _measure(session: Session, step_time: float | None) -> Measurements:
     """FLOPs and memory of the models as they are after the last step."""
     data, runner, dense = session.data, session.runner, session.dense
+    _fill_cache(session)
     batch = data.largest()
     return Measurements(
         flops=flops_per_token(runner.model, data),
@@ -133,6 +134,20 @@ def _measure(session: Session, step_time: float | None) -> Measurements:
         else peak_mib(dense.model, dense.run.optimizer, data.padded(batch)),
         step_time=step_time,
     )
+
+
+@torch.no_grad()
+def _fill_cache(session: Session) -> None:
+    """A run that was resumed keeps the prefix of every sentence again, as one that was not."""
+    model: Any = session.runner.model
+    resumed = any(event.endswith(": resumed") for event in session.runner.run.events)
+    if not resumed or not any(getattr(m, "prefix_cache", None) for m in model.modules()):
+        return
+    training = model.training
+    model.eval()
+    for batch in session.data.epoch(0):
+        model(**batch)
+    model.train(training)
 
 
 def step_time_ratio(session: Session) -> float | None:

@@ -11,12 +11,14 @@ from tests.training.children import _child, _server
 
 
 def run_together(
-    settings: Settings, size: int = 2, kill: tuple[str, int] | None = None
+    settings: Settings, size: int = 2, kill: tuple[str, int] | None = None, victim: int = 0
 ) -> list[int]:
-    """Exit codes by rank; rank 0 dies by SIGKILL where ``kill`` says."""
+    """Exit codes by rank; rank ``victim`` dies by SIGKILL where ``kill`` says."""
     port = free_port()
     processes = [
-        _server.Process(target=_member, args=(settings, rank, size, port, None if rank else kill))
+        _server.Process(
+            target=_member, args=(settings, rank, size, port, kill if rank == victim else None)
+        )
         for rank in range(size)
     ]
     for process in processes:
