@@ -13,6 +13,7 @@ float* arena(const std::optional<Tensor>& t, const char* name, int64_t slots, in
     check_cuda(*t, name);
     check_dtype(*t, name, ScalarType::Float);
     check_contiguous(*t, name);
+    check_dim(*t, name, 2);
     check_size(*t, name, 0, slots);
     check_size(*t, name, 1, groups);
     return static_cast<float*>(t->mutable_data_ptr());
@@ -34,6 +35,7 @@ void group_reduce(Tensor descriptors, Tensor chunks, Tensor starts, Tensor order
     STD_TORCH_CHECK(statistics > 0 && statistics < 1 << kStatistics,
                     "statistics: expected bits of ", (int)kStatistics, " statistics, got ",
                     statistics);
+    STD_TORCH_CHECK(starts.numel() > 0, "starts: expected at least one offset");
     const unsigned mask = (unsigned)statistics;
     const int64_t slots = __builtin_popcount(mask), groups = starts.numel() - 1;
     const int64_t n_partials = partials.size(1);

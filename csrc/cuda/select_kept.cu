@@ -35,8 +35,12 @@ void select_elements(std::vector<Tensor> tensors, std::vector<Tensor> grads,
     check_dtype(arena, "arena", ScalarType::Byte);
     check_dtype(threshold, "threshold", ScalarType::Float);
     check_dtype(counts, "counts", ScalarType::Long);
-    check_size(counts, "counts", 0, tensors.size());
-    check_size(threshold, "threshold", 0, k.size());
+    for (const Tensor* t : {&arena, &threshold, &counts}) {
+        check_cuda(*t, "arena, threshold, counts");
+        check_contiguous(*t, "arena, threshold, counts");
+    }
+    check_numel(counts, "counts", tensors.size());
+    check_numel(threshold, "threshold", k.size());
     if (tensors.empty()) return;
     const int device = arena.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
@@ -50,6 +54,10 @@ void select_elements(std::vector<Tensor> tensors, std::vector<Tensor> grads,
             check_cuda(*t, "tensors");
             check_contiguous(*t, "tensors");
         }
+        const int64_t n = tensors[i].numel(), bytes = (n + 7) / 8;
+        check_numel(grads[i], "grads", n);
+        check_count(offsets[i], "offsets", 0, arena.numel() - bytes);
+        STD_TORCH_CHECK(offsets[i] % 8 == 0, "offsets: expected whole words, got ", offsets[i]);
         if (i % kSources == 0) batches.push_back(Sources{{}, 0, (int)score, 0});
         Sources& batch = batches.back();
         Source& s = batch.at[batch.count++];

@@ -17,8 +17,9 @@ Tensor fill(const Tensor& cost, const Tensor& segment, const Tensor& free, const
         check_contiguous(*t, "chunks");
     }
     const int64_t n = cost.numel();
-    check_size(segment, "segment", 0, n);
-    check_size(free, "free", 0, n);
+    check_numel(segment, "segment", n);
+    check_numel(free, "free", n);
+    check_count(segments, "segments", 0, kNever - 1);
     STD_TORCH_CHECK(n < kNever, "cost: expected fewer than 2**31 chunks, got ", n);
     STD_TORCH_CHECK(left.numel() == 1, "left: expected one number, got ", left.numel());
     const torch::stable::accelerator::DeviceGuard guard(cost.get_device_index());

@@ -57,9 +57,11 @@ __global__ void __launch_bounds__(kThreads) fill_in_order(Fill f) {
     __syncthreads();
     for (int64_t base = 0; base < f.n; base += kThreads) {
         const int64_t i = base + t;
-        const bool real = i < f.n && f.free[i];
-        const double cost = real ? f.cost[i] : 0;
-        const int64_t segment = real ? f.segment[i] : 0;
+        // A chunk of a segment there is not, or of no known cost, is not taken.
+        const int64_t segment = i < f.n ? f.segment[i] : 0;
+        const double cost = i < f.n ? f.cost[i] : 0;
+        const bool owned = segment >= 0 && segment < f.segments && cost >= 0;
+        const bool real = i < f.n && f.free[i] && owned;
         bool waits = real, taken = false;
         for (;;) {
             const double left = room[0];

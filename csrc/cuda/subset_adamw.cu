@@ -25,7 +25,11 @@ void step(const Tensor& table, const Tensor& chunks, const Tensor& hyper, Tensor
     check_dim(chunks, "chunks", 2);
     check_size(chunks, "chunks", 1, 3);
     check_dtype(hyper, "hyper", ScalarType::Double);
+    check_dim(hyper, "hyper", 2);
     check_size(hyper, "hyper", 1, kHypers);
+    check_dtype(norm, "norm", ScalarType::Float);
+    check_numel(norm, "norm", 1);
+    check_cuda(norm, "norm");
     check_dtype(partials, "partials", ScalarType::Double);
     check_size(partials, "partials", 0, chunks.size(0));
     for (const Tensor& t : {table, chunks, hyper, partials}) {
@@ -34,8 +38,12 @@ void step(const Tensor& table, const Tensor& chunks, const Tensor& hyper, Tensor
     }
     const int64_t parameters = table.size(0), bytes = parameters * sizeof(Rates);
     Tensor rates = torch::stable::new_empty(partials, {bytes / 8});
-    const auto scalar = [](const std::optional<Tensor>& t) {
-        return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+    const auto scalar = [](const std::optional<Tensor>& t, const char* name) -> const float* {
+        if (!t) return nullptr;
+        check_cuda(*t, name);
+        check_dtype(*t, name, ScalarType::Float);
+        check_numel(*t, name, 1);
+        return static_cast<const float*>(t->const_data_ptr());
     };
     const torch::stable::accelerator::DeviceGuard guard(table.get_device_index());
     const Launch on{static_cast<const Item*>(table.const_data_ptr()),
@@ -49,7 +57,7 @@ void step(const Tensor& table, const Tensor& chunks, const Tensor& hyper, Tensor
     launch_step(on, static_cast<const double*>(hyper.const_data_ptr()),
                 static_cast<double*>(partials.mutable_data_ptr()),
                 static_cast<float*>(norm.mutable_data_ptr()), static_cast<float>(max_grad_norm),
-                scalar(grad_scale), scalar(found_inf));
+                scalar(grad_scale, "grad_scale"), scalar(found_inf, "found_inf"));
     check_launch("subset_adamw_step");
 }
 
@@ -67,7 +75,7 @@ std::tuple<Tensor, Tensor> coalesce(const Tensor& rows, const Tensor& order, con
     check_contiguous(table, "table");
     check_cuda(table, "table");
     check_size(table, "table", 1, sizeof(Item) / 8);
-    STD_TORCH_CHECK(place >= 0 && place < table.size(0), "place: no row of the table");
+    check_count(place, "place", 0, table.size(0) - 1);
     const int64_t n = rows.size(0), wide = n ? values.numel() / n : 0;
     const int device = rows.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);

@@ -118,7 +118,9 @@ __device__ __forceinline__ void visit_gathered(const Item& item, int64_t first, 
             const int64_t row = b * high + i;
             for (unsigned j = lane; j < n; j += kWarp) {
                 const unsigned unit = width == 1 ? j : j / width, column = j - unit * width;
-                const int64_t param = row * wide + (index[u + unit] - origin) * width + column;
+                const int64_t place = index[u + unit] - origin;
+                if (place < 0 || place >= across) continue;  // no column
+                const int64_t param = row * wide + place * width + column;
                 const int64_t state =
                     blocks ? ((u + unit) * high + i) * width + column : row * units + j;
                 visitor.one(param, param, state, true);

@@ -35,8 +35,12 @@ def draw_row(seed, row, hidden, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def normalize(z, inside, hidden, eps):
-    """``(z - mean) · rstd``, mean and rstd of a row; ``z`` is zero outside."""
+    """``(z - mean) · rstd``, mean and rstd of a row; ``z`` is zero outside.
+
+    A rounded mean is corrected by what it leaves: of a row of equal elements that is nothing.
+    """
     mean = tl.sum(z, 0) / hidden
+    mean += tl.sum(tl.where(inside, z - mean, 0.0), 0) / hidden
     off = tl.where(inside, z - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(off * off, 0) / hidden + eps)
     return off * rstd, mean, rstd

@@ -24,17 +24,24 @@ ADD_ROWS = Config(tile={"BLOCK_T": 32, "BLOCK_N": 64}, warps=4, stages=1)
 
 
 @triton.jit
-def _gather(id0, id1, id2, table0, table1, table2, token, hidden, n, inside):
-    """The sum of a token's three rows, float32; zero outside."""
-    word = table0 + tl.load(id0 + token) * hidden + n
-    position = table1 + tl.load(id1 + token) * hidden + n
-    kind = table2 + tl.load(id2 + token) * hidden + n
-    z = tl.load(word, mask=inside, other=0.0).to(tl.float32)
-    z += tl.load(position, mask=inside, other=0.0).to(tl.float32)
-    return z + tl.load(kind, mask=inside, other=0.0).to(tl.float32)
+def _row(ids, table, rows, token, hidden, n, inside):
+    """A token's row of a table, float32; NaN, and nothing read, where its id is of none."""
+    row = tl.load(ids + token)
+    there = (row >= 0) & (row < rows)
+    other = tl.where(there, 0.0, float("nan"))
+    return tl.load(table + row * hidden + n, mask=inside & there, other=other).to(tl.float32)
 
 
 @triton.jit
+def _gather(id0, id1, id2, table0, table1, table2, r0, r1, r2, token, hidden, n, inside):
+    """The sum of a token's three rows, float32; zero outside."""
+    z = _row(id0, table0, r0, token, hidden, n, inside)
+    z += _row(id1, table1, r1, token, hidden, n, inside)
+    z += _row(id2, table2, r2, token, hidden, n, inside)
+    return tl.where(inside, z, 0.0)
+
+
+@triton.jit(do_not_specialize=["rows0", "rows1", "rows2"])
 def embed_norm_kernel(
     id0,
     id1,
@@ -47,6 +54,9 @@ def embed_norm_kernel(
     seed,
     y,
     moments,
+    rows0,
+    rows1,
+    rows2,
     hidden,
     threshold,
     scale,
@@ -59,7 +69,9 @@ def embed_norm_kernel(
     token = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     inside = n < hidden
-    z = _gather(id0, id1, id2, table0, table1, table2, token, hidden, n, inside)
+    z = _gather(
+        id0, id1, id2, table0, table1, table2, rows0, rows1, rows2, token, hidden, n, inside
+    )
     normal, mean, rstd = normalize(z, inside, hidden, eps)
     tl.store(moments + 2 * token, mean)
     tl.store(moments + 2 * token + 1, rstd)
@@ -71,7 +83,7 @@ def embed_norm_kernel(
     tl.store(y + token * hidden + n, out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "tokens_each"])
+@triton.jit(do_not_specialize=["tokens", "tokens_each", "rows0", "rows1", "rows2"])
 def embed_norm_backward_kernel(
     dy,
     id0,
@@ -87,6 +99,9 @@ def embed_norm_backward_kernel(
     partial,
     tokens,
     tokens_each,
+    rows0,
+    rows1,
+    rows2,
     hidden,
     threshold,
     scale,
@@ -109,7 +124,9 @@ def embed_norm_backward_kernel(
         if DROPS:
             draws = draw_row(tl.load(seed), token, hidden, BLOCK, ALIGNED)
             grad = tl.where(draws < threshold, grad * scale, 0.0)
-        z = _gather(id0, id1, id2, table0, table1, table2, token, hidden, n, inside)
+        z = _gather(
+            id0, id1, id2, table0, table1, table2, rows0, rows1, rows2, token, hidden, n, inside
+        )
         rstd = tl.load(moments + 2 * token + 1)
         normal = tl.where(inside, (z - tl.load(moments + 2 * token)) * rstd, 0.0)
         if AFFINE:
@@ -168,8 +185,9 @@ def forward(
     moments = y.new_empty((tokens, 2), dtype=torch.float32)
     if y.numel():
         embed_norm_kernel[(tokens,)](
-            *ids, *tables, weight, bias, moments if seed is None else seed, y, moments, hidden,
-            threshold, scale_of(threshold), eps, DROPS=seed is not None, **row_options(hidden),
+            *ids, *tables, weight, bias, moments if seed is None else seed, y, moments,
+            *(len(table) for table in tables), hidden, threshold, scale_of(threshold), eps,
+            DROPS=seed is not None, **row_options(hidden),
         )  # fmt: skip
     return y, moments
 
@@ -196,7 +214,7 @@ def backward(
     partial = moments.new_empty((chunks, 2, hidden) if affine_needed else 1)
     embed_norm_backward_kernel[(chunks,)](
         dy, *ids, *tables, moments, weight, moments if seed is None else seed, dsum, partial,
-        tokens, each, hidden, threshold, scale_of(threshold),
+        tokens, each, *(len(table) for table in tables), hidden, threshold, scale_of(threshold),
         DROPS=seed is not None, AFFINE=affine_needed, **row_options(hidden),
     )  # fmt: skip
     return dsum, sum_partials(partial, daffine) if affine_needed else daffine
@@ -222,7 +240,8 @@ def add_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
 
 def _cases():
     ids = dict.fromkeys(["id0", "id1", "id2"], "*i64")
-    scalars = {"hidden": "i32", "threshold": "i32", "scale": "fp32"}
+    counts = dict.fromkeys(["rows0", "rows1", "rows2"], "i32")
+    scalars = {**counts, "hidden": "i32", "threshold": "i32", "scale": "fp32"}
     for dtype in ("bf16", "fp32"):
         yield {
             "name": f"add_rows/{dtype}/{ADD_ROWS.name}",

@@ -196,8 +196,11 @@ def fill_in_order(
     """bool ``[n]``: what is taken when chunks are met in this order; one program."""
     chosen = torch.empty_like(free)
     ended = cost.new_full((segments + 1,), 2**31 - 1, dtype=torch.int32)
+    # A chunk of a segment there is not, or of no known cost, is not taken.
+    owner = segment.clamp(0, segments)
+    free = free & (segment == owner) & (owner < segments) & (cost >= 0)
     _fill[(1,)](
-        cost.contiguous(), segment.contiguous(), free.contiguous().view(torch.uint8), left,
+        cost.contiguous(), owner.contiguous(), free.contiguous().view(torch.uint8), left,
         chosen.view(torch.uint8), ended, cost.numel(), prefix, FILL, num_warps=WARPS,
     )  # fmt: skip
     return chosen
