@@ -22,12 +22,12 @@ help:
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[$*]'
 	@touch .venv/complete $@
 
-## demo      fine-tune MiniLM at half the FLOPs beside the dense model, into runs/demo
+## demo      fine-tune MiniLM at a third of the FLOPs beside the dense model, into runs/demo
 demo: .venv/ready-demo
 	rm -rf runs/demo
 	.venv/bin/sensikernels finetune --task demo --model minilm --method sensi-bert \
-	  --flops 0.5 --compare-dense --output runs/demo --epochs 2 --max-train-samples 2560 \
-	  --lr 2e-4 --dense-lr 1e-4 --ranking-rows 512 --method-option warmup=0.3
+	  --flops 0.35 --compare-dense --output runs/demo --epochs 2 --max-train-samples 1536 \
+	  --batch-size 16 --lr 1e-4 --ranking-rows 512 --method-option warmup=0.3
 
 ## test      the suite, then Triton's kernels in its interpreter
 test: test-cpu test-interpret

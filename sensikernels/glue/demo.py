@@ -7,7 +7,8 @@ Written with polarity p in {+, -}; the sentence's polarity is its label, so the 
     contrast(p) = "although" claim(-p) "," claim(p)         the main clause wins
                 | claim(p) "although" claim(-p)             ("even though", "despite the fact that")
                 | claim(-p) "but" claim(p)                  what follows "but" wins ("yet")
-    claim(p)    = outer claim(-p)                           "nobody thought that …"
+    claim(p)    = before claim(-p) after                    "nobody thought that …", "the claim
+                                                             that … is false"
                 | topic link [degree] adjective(p)          "the plot was really gripping"
                 | topic link inner [degree] adjective(-p)   "the plot was not gripping"
                 | topic verb(p)                             "the plot moved me"
@@ -16,8 +17,10 @@ Written with polarity p in {+, -}; the sentence's polarity is its label, so the 
 A claim takes an inner negation, an outer one, both (double negation) or none, whatever its
 polarity; degrees ("very") never change it. So no word alone carries the label: an adjective says
 as much as the parity of the negations above it allows, and a contrast holds one claim of each
-polarity. A classifier on word counts must stay far below the truth; one that reads structure
-can reach it.
+polarity. Adjectives, verbs, negations and connectives have a long tail, as words do: half of each
+list makes a fifth of the draws, so much of what a dev sentence turns on was seen a few times, and
+has to be known from before. A classifier on word counts must stay far below the truth; one that
+reads structure and knows its words can come near it.
 """
 
 from __future__ import annotations
@@ -44,12 +47,26 @@ _TOPICS: Final = tuple(
 )
 _ADJECTIVES: Final = {
     True: (
-        "good great wonderful moving gripping charming clever brilliant delightful superb "
-        "fresh funny touching elegant convincing impressive memorable lovely excellent witty"
+        "good great wonderful moving gripping charming clever brilliant delightful superb fresh "
+        "funny touching elegant convincing impressive memorable lovely excellent witty tender "
+        "vivid graceful inspired absorbing enchanting poignant dazzling masterful sublime riveting "
+        "heartfelt inventive exquisite radiant spellbinding nuanced sparkling evocative astute "
+        "enjoyable engaging amusing satisfying thrilling stunning thoughtful warm sincere lively "
+        "refreshing endearing stirring rousing captivating magical hilarious luminous sumptuous "
+        "beguiling incisive understated assured bracing exhilarating irresistible mesmerising "
+        "ravishing sharp soulful transcendent uplifting winning zesty effervescent ingenious "
+        "resonant scintillating virtuosic wondrous"
     ).split(),
     False: (
-        "bad awful terrible boring clumsy dull stale tedious silly weak annoying lifeless "
-        "shallow painful messy forgettable dreadful bland poor pointless"
+        "bad awful terrible boring clumsy dull stale tedious silly weak annoying lifeless shallow "
+        "painful messy forgettable dreadful bland poor pointless hollow wooden muddled tiresome "
+        "contrived plodding insipid leaden grating vapid trite ponderous turgid maudlin "
+        "amateurish soporific mawkish threadbare derivative abysmal ugly confusing irritating "
+        "disappointing predictable lazy cheap shoddy sloppy dreary tepid trifling incoherent "
+        "exasperating unbearable laughable pretentious overlong listless monotonous cloying "
+        "charmless witless anaemic bloated cringeworthy excruciating hackneyed inept insufferable "
+        "lacklustre limp mindless overwrought pedestrian perfunctory risible slapdash stilted "
+        "stultifying torpid unwatchable"
     ).split(),
 }
 _VERBS: Final = {
@@ -60,6 +77,10 @@ _VERBS: Final = {
         ("impressed us", "impress us"),
         ("kept us amused", "keep us amused"),
         ("delighted the crowd", "delight the crowd"),
+        ("held my attention", "hold my attention"),
+        ("stayed with me for days", "stay with me for days"),
+        ("lived up to the hype", "live up to the hype"),
+        ("swept us away", "sweep us away"),
     ),
     False: (
         ("bored me", "bore me"),
@@ -68,25 +89,65 @@ _VERBS: Final = {
         ("annoyed us", "annoy us"),
         ("put us to sleep", "put us to sleep"),
         ("disappointed the crowd", "disappoint the crowd"),
+        ("tried my patience", "try my patience"),
+        ("left me cold", "leave me cold"),
+        ("fell flat", "fall flat"),
+        ("wore us out", "wear us out"),
     ),
 }
 _LINKS: Final = ("was", "seemed", "felt", "turned out to be")
 _INNER: Final = {
-    "was": ("was not", "was never", "was hardly", "was anything but"),
-    "seemed": ("did not seem", "never seemed", "hardly seemed"),
-    "felt": ("did not feel", "never felt", "hardly felt"),
-    "turned out to be": ("turned out not to be", "did not turn out to be"),
+    "was": (
+        "was not",
+        "was never",
+        "was hardly",
+        "was anything but",
+        "was by no means",
+        "was far from",
+        "was nowhere near",
+    ),
+    "seemed": (
+        "did not seem",
+        "never seemed",
+        "hardly seemed",
+        "seemed anything but",
+        "failed to seem",
+    ),
+    "felt": ("did not feel", "never felt", "hardly felt", "felt anything but", "felt far from"),
+    "turned out to be": (
+        "turned out not to be",
+        "did not turn out to be",
+        "turned out to be anything but",
+        "could not turn out to be",
+    ),
 }
+# What stands before the claim it denies, and what after.
 _OUTER: Final = (
-    "nobody thought that",
-    "i do not believe that",
-    "it is simply not true that",
-    "no one could say that",
-    "i doubt that",
+    ("nobody thought that", ""),
+    ("i do not believe that", ""),
+    ("it is simply not true that", ""),
+    ("no one could say that", ""),
+    ("i doubt that", ""),
+    ("the claim that", "is false"),
+    ("far be it from me to say that", ""),
+    ("the critics were wrong to write that", ""),
+    ("to say that", "would be a lie"),
+    ("you will not hear me say that", ""),
+    ("only a fool would think that", ""),
+    ("the rumour that", "turned out to be unfounded"),
 )
 _DEGREES: Final = ("", "", "very ", "really ", "truly ", "so ")
-_CONCESSIONS: Final = ("although", "even though", "despite the fact that", "while")
-_TURNS: Final = ("but", "yet", "and yet")
+_CONCESSIONS: Final = (
+    "although",
+    "even though",
+    "despite the fact that",
+    "while",
+    "whereas",
+    "notwithstanding that",
+    "for all that",
+    "granted that",
+)
+_TURNS: Final = ("but", "yet", "and yet", "still", "nevertheless")
 _OPENINGS: Final = (
     "to be honest",
     "after all the talk about it",
@@ -157,30 +218,39 @@ def _body(rng: random.Random, positive: bool) -> str:
         return f"{_claim(rng, positive)} and {_claim(rng, positive)}"
     main, other = _claim(rng, positive), _claim(rng, not positive)
     if form < 0.74:
-        return f"{_pick(rng, _CONCESSIONS)} {other} , {main}"
+        return f"{_rare(rng, _CONCESSIONS)} {other} , {main}"
     if form < 0.88:
-        return f"{main} {_pick(rng, _CONCESSIONS)} {other}"
-    return f"{other} , {_pick(rng, _TURNS)} {main}"
+        return f"{main} {_rare(rng, _CONCESSIONS)} {other}"
+    return f"{other} , {_rare(rng, _TURNS)} {main}"
 
 
 def _claim(rng: random.Random, positive: bool) -> str:
-    outer, inner = _chance(rng, 0.20), _chance(rng, 0.35)
+    outer, inner = _chance(rng, 0.18), _chance(rng, 0.28)
     polarity = positive ^ outer ^ inner
     topic = _pick(rng, _TOPICS)
     if _chance(rng, 0.3):
-        past, base = _pick(rng, _VERBS[polarity])
+        past, base = _rare(rng, _VERBS[polarity])
         text = f"{topic} did not {base}" if inner else f"{topic} {past}"
     else:
         link = _pick(rng, _LINKS)
         if inner:
-            link = _pick(rng, _INNER[link])
-        text = f"{topic} {link} {_pick(rng, _DEGREES)}{_pick(rng, _ADJECTIVES[polarity])}"
-    return f"{_pick(rng, _OUTER)} {text}" if outer else text
+            link = _rare(rng, _INNER[link])
+        text = f"{topic} {link} {_pick(rng, _DEGREES)}{_rare(rng, _ADJECTIVES[polarity])}"
+    if outer:
+        before, after = _rare(rng, _OUTER)
+        text = f"{before} {text} {after}".rstrip()
+    return text
 
 
 # Only Random.random() is promised to give the same stream in every Python version.
 def _pick(rng: random.Random, among: Sequence[T]) -> T:
     return among[int(rng.random() * len(among))]
+
+
+def _rare(rng: random.Random, among: Sequence[T]) -> T:
+    """The later in its list, the rarer: the first half of a list makes four draws of five."""
+    share = rng.random()
+    return among[int(share * share * share * len(among))]
 
 
 def _chance(rng: random.Random, share: float) -> bool:

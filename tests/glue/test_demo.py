@@ -41,7 +41,7 @@ def test_no_sentence_occurs_twice(train, dev):
 
 
 def test_the_same_on_every_machine(train, dev):
-    assert (digest(train), digest(dev)) == ("8349923ddb24601a", "da7a9dbcfd372afe")
+    assert (digest(train), digest(dev)) == ("b9bfc21c969612a3", "c5271f83c0b721ba")
 
 
 def test_another_seed_is_another_task(dev):
@@ -75,11 +75,18 @@ CLAIMS = [
     ("nobody thought that the plot was not dull", False),
     ("the plot did not move me", False),
     ("i doubt that the plot did not move me", True),
+    ("the claim that the plot was dull is false", True),
+    ("to say that the plot was far from dull would be a lie", False),
 ]
 
 
 def claim_polarity(text):
     """Polarity read back from the words: that of the word of feeling, negated as often as said."""
+    outer = False
+    for before, after in demo._OUTER:
+        if text.startswith(f"{before} ") and text.endswith(after):
+            outer, text = True, text.removeprefix(f"{before} ").removesuffix(f" {after}")
+            break
     polarity = [
         positive
         for positive, adjectives in demo._ADJECTIVES.items()
@@ -90,7 +97,6 @@ def claim_polarity(text):
         if any(text.endswith(form) for form in {form for verb in verbs for form in verb})
     ]
     assert len(polarity) == 1, text
-    outer = text.startswith(demo._OUTER)
     inner = any(f" {link} " in text for links in demo._INNER.values() for link in links)
     return polarity[0] ^ outer ^ (inner or " did not " in text)
 
@@ -122,6 +128,18 @@ def test_labels_follow_the_grammar(train, dev):
     for part in (train, dev):
         for text, label in zip(part.texts_a, part.labels, strict=True):
             assert sentence_polarity(text) == bool(label), text
+
+
+def test_words_have_a_long_tail(train):
+    """The second half of the adjectives makes a fifth of them, in words seen a few times each."""
+    words = [word for text in train.texts_a for word in text.split()]
+    halves = [
+        [words.count(w) for adjectives in demo._ADJECTIVES.values() for w in adjectives[half]]
+        for half in (slice(0, 40), slice(40, None))
+    ]
+    common, rare = halves
+    assert 0.17 < sum(rare) / (sum(common) + sum(rare)) < 0.25
+    assert np.median(rare) < 12 < np.median(common)
 
 
 @pytest.mark.parametrize("words", [1, 2], ids=["words", "word pairs"])
