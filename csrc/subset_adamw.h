@@ -68,7 +68,7 @@ SK_HOST_DEVICE inline double missed_moves(const double* now, const double* row, 
     const double log_ratio = log1 - 0.5 * log2, decay = now[0] - row[0], rates = now[3] - row[3];
     const double missed = std::floor((now[1] - row[1]) / log1 + 0.5);
     if (missed < 1 || rates <= 0) return 0;
-    const double start = row[4] > 0 ? row[4] : rates / missed;
+    const double start = row[4] != 0 ? row[4] : rates / missed;  // 0: not known
     const double slope = 2 * (rates / missed - start) / (missed + 1);
     double total = 0;
     for (double k = first; k <= missed && k <= kTerms; k += stride) {

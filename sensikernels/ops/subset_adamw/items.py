@@ -68,3 +68,8 @@ def item_of(
 def parts(grad: Tensor) -> tuple[Tensor | None, Tensor]:
     """The rows of a gradient's values, as they came (None if it is dense), and the values."""
     return (grad._indices()[0], grad._values()) if grad.is_sparse else (None, grad)
+
+
+def is_sparse(grad: Tensor | None) -> bool:
+    """Whether a gradient names the rows that it has."""
+    return grad is not None and grad.is_sparse

@@ -25,13 +25,21 @@ class Line:
     beta2: float
     eps: float
     weight_decay: float
+    bent: float = 0.0
+    """1 where the course before was another: rows that wait do not know the slope yet."""
 
     @classmethod
-    def begin(cls, group: dict[str, Any]) -> Line:
+    def begin(cls, group: dict[str, Any], *, bent: bool = False) -> Line:
         """The line of which the group's next step is the first."""
         beta1, beta2 = group["betas"]
-        return cls(rate=_rate(group), beta1=float(beta1), beta2=float(beta2),
-                   eps=float(group["eps"]), weight_decay=float(group["weight_decay"]))  # fmt: skip
+        return cls(
+            rate=_rate(group),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            bent=float(bent),
+        )
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> Line:
@@ -40,7 +48,7 @@ class Line:
         if saved is None:
             return cls.begin(group)
         rate, slope, steps, *rest = saved
-        names = ("beta1", "beta2", "eps", "weight_decay")
+        names = ("beta1", "beta2", "eps", "weight_decay", "bent")
         return cls(rate=rate, slope=slope, steps=int(steps), **dict(zip(names, rest, strict=True)))
 
     def to_list(self) -> list[float]:
@@ -50,8 +58,11 @@ class Line:
     def goes_on(self, group: dict[str, Any]) -> bool:
         """Whether the group's next step is on this line. Of a tensor's rate nothing is known."""
         now = Line.begin(group)
-        if replace(now, rate=self.rate, slope=self.slope, steps=self.steps) != self:
+        same = replace(now, rate=self.rate, slope=self.slope, steps=self.steps, bent=self.bent)
+        if same != self:
             return False
+        if self.steps == 1 and self.rate == 0 < now.rate:
+            return False  # of a rate of 0 a clock cannot tell that it is known
         expected = self.rate + self.slope * self.steps
         off = abs(now.rate - expected)
         return self.steps < 2 or off <= _OFF * max(abs(self.rate), abs(now.rate))

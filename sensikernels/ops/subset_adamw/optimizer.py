@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sensikernels._checks import require, require_one_of
-from sensikernels.ops.subset_adamw import state
-from sensikernels.ops.subset_adamw.api import MODES
+from sensikernels._checks import require
+from sensikernels.ops.subset_adamw import state, waiting
 from sensikernels.ops.subset_adamw.engine import Engine, choose
 from sensikernels.ops.subset_adamw.item import Item
-from sensikernels.ops.subset_adamw.items import Sums, item_of, parts
+from sensikernels.ops.subset_adamw.items import Sums, is_sparse, item_of, parts
 from sensikernels.ops.subset_adamw.kept import KeptLayout, make_layout
-from sensikernels.ops.subset_adamw.line import Line
+from sensikernels.ops.subset_adamw.options import check_options
 
 _NOTHING = {
     dtype: torch.empty(0, dtype=dtype)
@@ -90,7 +89,7 @@ class SubsetAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer``; checks the group's options."""
-        _check_options({**self.defaults, **param_group})
+        check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         bad = next((p for p in param_group["params"] if not p.is_floating_point()), None)
         devices = {p.device for group in self.param_groups for p in group["params"]}
@@ -234,7 +233,7 @@ class SubsetAdamW(Optimizer):
         its momentum would have moved it by. Call before reading or saving the weights.
         """
         for group in self.param_groups:
-            self._catch_up(group)
+            waiting.catch_up(group, self.state)
 
     finalize = flush
 
@@ -269,10 +268,10 @@ class SubsetAdamW(Optimizer):
         ]
         made: dict[Tensor, dict[str, Any]] = {}
         for group, given in zip(options, groups, strict=True):
-            _check_options(group)
             for param, key in zip(group["params"], given["params"], strict=True):
                 if key in saved:
                     made[param] = state.loaded(param, saved[key], group)
+            check_options(group)
         super().load_state_dict({**state_dict, "state": {}})
         for group, known in zip(self.param_groups, options, strict=True):
             group.update({name: value for name, value in known.items() if name not in group})
@@ -329,20 +328,14 @@ class SubsetAdamW(Optimizer):
 
     def _straighten(self) -> None:
         """Bring waiting rows up to date before what they wait through changes its course."""
-        for group in self.param_groups:
-            if any("clock" in self.state.get(p, ()) for p in group["params"]):
-                line = Line.of(group)
-                if not line.goes_on(group):
-                    self._catch_up(group)
-                    line = Line.begin(group)
-                    for param in group["params"]:
-                        state.restart(self.state.get(param, {}), line.rate)
-                group["line"] = line.next(group).to_list()
-
-    def _catch_up(self, group: dict[str, Any]) -> None:
-        line = Line.of(group)
-        for param in group["params"]:
-            state.catch_up(param, self.state.get(param, {}), line)
+        if self._ready:
+            tables = [p for p, _, item in self._ready if item and item.clock]
+        else:
+            every = (p for group in self.param_groups for p in group["params"])
+            tables = [p for p in every if "clock" in self.state.get(p, ()) or is_sparse(p.grad)]
+        if tables:
+            for group in self.param_groups:
+                waiting.straighten(group, tables, self.state)
 
     def _items(self, sums: Mapping[Tensor, Sums]) -> list[Item]:
         """The step's items: last step's with new gradients if nothing else has changed."""
@@ -378,21 +371,3 @@ class SubsetAdamW(Optimizer):
             return False
         item.entries, item.grad = parts(grad)
         return True
-
-
-def _check_options(group: dict[str, Any]) -> None:
-    lr, betas = group["lr"], group["betas"]
-    one = not isinstance(lr, Tensor) or lr.numel() == 1
-    require(one, "lr", "a number or a tensor of one element", lr)
-    if not isinstance(lr, Tensor):
-        require(lr >= 0, "lr", "a number >= 0", lr)
-    inside = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
-    require(inside, "betas", "two numbers in [0, 1)", betas)
-    require(group["eps"] >= 0, "eps", "a number >= 0", group["eps"])
-    decay = group["weight_decay"]
-    require(decay >= 0, "weight_decay", "a number >= 0", decay)
-    require_one_of(group["mode"], "mode", MODES)
-    for name in ("amsgrad", "maximize"):
-        require(not group.get(name), name, "False, SubsetAdamW does not do it", group.get(name))
-    known = group["master_weights"] in ("auto", True, False)
-    require(known, "master_weights", '"auto", True or False', group["master_weights"])

@@ -163,7 +163,7 @@ def missed_moves(
     since = (now - rows)[:, :, None]
     decay, rates = since[:, 0], since[:, 3]
     missed = (since[:, 1] / log1).round()
-    start = torch.where(rows[:, 4:] > 0, rows[:, 4:], rates / missed)
+    start = torch.where(rows[:, 4:] != 0, rows[:, 4:], rates / missed)  # 0: not known
     slope = 2 * (rates / missed - start) / (missed + 1)
     age, later = steps.double() - missed + k, 1 - k * (start + 0.5 * slope * (k + 1)) / rates
     moves = (start + slope * k) * power * (1 - (age * log2).exp()).sqrt() / (1 - (age * log1).exp())

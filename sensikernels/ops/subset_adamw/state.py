@@ -17,6 +17,7 @@ from sensikernels.ops.subset_adamw.line import Line
 
 PER_ENTRY = ("exp_avg", "exp_avg_sq", "master", "cohort")
 _COHORTS = 256
+_NEARLY_ZERO = 1e-300
 _MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 _KNOWN = {*_MOMENTS, *PER_ENTRY, "cohort_start", "kept", "clock", "row_clock"}
 
@@ -84,8 +85,18 @@ def catch_up(param: Tensor, state: dict[str, Any], line: Line) -> None:
 
 def restart(state: dict[str, Any], rate: float) -> None:
     """Have the rows of a table, all up to date, wait from here along a line that begins at rate."""
-    if "clock" in state:
-        state["row_clock"][:, 4] = rate
+    state["row_clock"][:, 4] = rate
+
+
+def lean(state: dict[str, Any], slope: float) -> None:
+    """Rows of a table that waited through the first step of a line learn of its slope.
+
+    Their clock counts a line from the step before the first that they miss.
+    """
+    rows, now = state["row_clock"], state["clock"]
+    before = rows[:, 4] - slope
+    before = torch.where(before == 0, _NEARLY_ZERO, before)  # 0 would be: not known
+    rows[:, 4] = torch.where(rows[:, 3] < now[3], before, rows[:, 4])
 
 
 def change_kept(param: Tensor, state: dict[str, Any], old: KeptLayout, new: KeptLayout) -> None:
