@@ -71,7 +71,7 @@ class BitFit(Method):
             shapes=parts.shapes(),
             origin={"subsets": list(self.subsets)},
         )
-        apply(run.model, run.plan)
+        apply(run.model, run.plan, optimizer=run.optimizer)
         run.events.append(f"step 0: {len(trainable)} parameters train, the rest is frozen")
 
     def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:

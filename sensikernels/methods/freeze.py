@@ -76,7 +76,7 @@ class Freeze(Method):
             params_planned=parts.params(),
             shapes=parts.shapes(),
         )
-        apply(model, run.plan)
+        apply(model, run.plan, optimizer=run.optimizer)
         kept = ""
         if self.cache:
             drop_nothing_below(model, self.share)
