@@ -301,7 +301,6 @@ void select_elements(std::vector<Tensor> tensors, std::vector<Tensor> grads,
     STD_TORCH_CHECK(k.size() == 1 || k.size() == tensors.size(), "k: expected 1 or ",
                     tensors.size(), " counts, got ", k.size());
     uint8_t* bits = static_cast<uint8_t*>(arena.data_ptr());
-    prefer_huge_pages(bits, arena.numel());
     std::vector<Source> sources;
     for (size_t i = 0; i < tensors.size(); ++i) {
         sk::check_cpu(tensors[i], "tensors");
@@ -310,12 +309,17 @@ void select_elements(std::vector<Tensor> tensors, std::vector<Tensor> grads,
         sk::check_contiguous(grads[i], "grads");
         const int64_t n = tensors[i].numel();
         sk::check_numel(grads[i], "grads", n);
-        sk::check_count(offsets[i], "offsets", 0, arena.numel() - (n + 7) / 8);
-        const int64_t used = offsets[i] + (n + 7) / 8;
-        const int64_t next = i + 1 < tensors.size() ? offsets[i + 1] : arena.numel();
-        if (next > used) std::memset(bits + used, 0, next - used);
+        // From one place on to the next, so that all lie in the arena once the last does.
+        const int64_t before = i ? offsets[i - 1] : 0;
+        sk::check_count(offsets[i], "offsets", before, arena.numel() - (n + 7) / 8);
         sources.push_back({tensors[i].data_ptr(), grads[i].data_ptr(), type_code(tensors[i]),
                            type_code(grads[i]), n, bits + offsets[i]});
+    }
+    prefer_huge_pages(bits, arena.numel());
+    for (size_t i = 0; i < sources.size(); ++i) {
+        const int64_t used = offsets[i] + (sources[i].numel + 7) / 8;
+        const int64_t next = i + 1 < sources.size() ? offsets[i + 1] : arena.numel();
+        if (next > used) std::memset(bits + used, 0, next - used);
     }
     float* lowest = static_cast<float*>(threshold.data_ptr());
     int64_t* kept = static_cast<int64_t*>(counts.data_ptr());

@@ -139,6 +139,9 @@ def select_kept(
     count = count_segments(segments, n_segments, k)
     minimums = per_unit(minimum, "minimum", kinds, 0)
     multiples = per_unit(multiple, "multiple", kinds, 1)
+    # Chunks and minimums of more units than there are come to the same.
+    minimums = min(minimums[0], n), min(minimums[1], n)
+    multiples = min(multiples[0], max(n, 1)), min(multiples[1], max(n, 1))
     chosen, _ = choose_units_backend(scores, segments, kinds, backend)
     if n == 0:
         return reference.to_kept(scores.new_zeros(0, dtype=torch.bool), segments, count)
@@ -148,6 +151,8 @@ def select_kept(
         )
     wanted = k if budget is None else budget
     limits = _limits(wanted, count if scope == "per_segment" else 1, device)
+    if reads_host(limits):
+        require(not limits.isnan().any(), "budget" if k is None else "k", "a number", "NaN")
     if budget is None:
         # Counts: as if every cost were 1.
         costs = None

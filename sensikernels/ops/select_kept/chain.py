@@ -9,6 +9,7 @@ from torch import Tensor
 from sensikernels import _settings
 from sensikernels._checks import require, require_one_of
 from sensikernels.errors import UsageError
+from sensikernels.ops.common.choice import described
 from sensikernels.ops.select_kept import native
 
 _NEAR = 1e-9  # of a bucket: a cost so close to a whole number of buckets is that number
@@ -66,6 +67,7 @@ def select_chain(
     columns = []
     for name, t in (("importance", importance), ("t_dw", t_dw), ("t_dy", t_dy)):
         require(t.dim() == 1, name, "a 1-D tensor", f"{t.dim()} dimensions")
+        require(not t.is_complex() and not t.is_meta, name, "real values", described(t))
         fits = t.shape == importance.shape
         require(fits, name, f"shape {tuple(importance.shape)}", tuple(t.shape))
         values = t.detach().cpu().double().contiguous()

@@ -152,6 +152,7 @@ def select_elements(
     require(len(pairs) == len(tensors), "grads", f"{len(tensors)} tensors", len(pairs))
     for i, (t, g) in enumerate(zip(tensors, pairs, strict=True)):
         require(t.is_floating_point(), f"tensors[{i}]", "a floating dtype", t.dtype)
+        require(g.is_floating_point(), f"grads[{i}]", "a floating dtype", g.dtype)
         require(t.shape == g.shape, f"grads[{i}]", f"shape {tuple(t.shape)}", tuple(g.shape))
         require(t.device == g.device == tensors[0].device, f"tensors[{i}]",
                 f"device {tensors[0].device}", f"{t.device}, {g.device}")  # fmt: skip

@@ -1,0 +1,44 @@
+"""Runs damaged calls and says what became of each, before and after: one of them may end it.
+
+``python -m tests.ops.malformed.child TABLE FIRST``: the calls of a table from the FIRST-th on.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from sensikernels.errors import SensiError
+from tests.ops.malformed import functions, launchers, operators
+from tests.ops.malformed.damage import Base, damages
+
+TABLES = {"operators": operators, "functions": functions, "launchers": launchers}
+ERRORS = (SensiError, RuntimeError, ValueError, TypeError)
+
+
+def bases(table: str) -> list[Base]:
+    """The right calls of a table."""
+    return [base for make in TABLES[table].MAKERS for base in make()]
+
+
+def main(table: str, first: int) -> None:
+    """Run the calls; each takes two lines, the second is missing where the process died."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    calls = [(base, *damage) for base in bases(table) for damage in damages(base)]
+    for i, (base, label, damaged) in enumerate(calls[first:], first):
+        print(f"{i} {base.name} {label}", flush=True)
+        try:
+            base.run(**damaged)
+        except ERRORS:
+            print("refused", flush=True)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}".splitlines()[0], flush=True)
+        else:
+            print("accepted", flush=True)
+    print("end", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

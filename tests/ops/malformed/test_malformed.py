@@ -1,0 +1,121 @@
+"""No damaged call is taken, and none ends the process: operators, functions and launchers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sensikernels import _native
+from sensikernels.errors import UsageError
+from tests.ops.malformed import child, launchers
+from tests.ops.malformed.damage import Base, damages
+
+needs_native = pytest.mark.skipif(
+    _native.why_not() is not None, reason=f"native: {_native.why_not()}"
+)
+pytestmark = needs_native
+# What no value has to be read for.
+BY_SHAPE = ("kind", "complex", "narrower", "deeper", "flatter", "unknown", "none")
+
+
+def verdicts(table: str) -> dict[str, str]:
+    """What became of each call, ``died`` of those that ended a process; the next one goes on."""
+    found: dict[str, str] = {}
+    first, ended = 0, False
+    # The same package as here: a build under a sanitizer is found by the path alone.
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    while not ended:
+        command = [sys.executable, "-m", "tests.ops.malformed.child", table, str(first)]
+        run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        lines = run.stdout.splitlines()
+        ended = bool(lines) and lines[-1] == "end"
+        pairs = lines[:-1] if ended else lines
+        assert pairs or ended, run.stderr[-3000:]
+        found |= dict(zip(pairs[::2], pairs[1::2], strict=False))
+        if not ended:
+            assert len(pairs) % 2, f"ended between calls: {run.stderr[-3000:]}"
+            name = signal.Signals(-run.returncode).name if run.returncode < 0 else run.returncode
+            found[pairs[-1]] = f"died of {name}: {run.stderr[-300:]}"
+            first = int(pairs[-1].split()[0]) + 1
+    return found
+
+
+@pytest.mark.parametrize("table", ["operators", "functions"])
+def test_every_damaged_call_is_refused(table: str):
+    found = verdicts(table)
+    assert len(found) >= 400
+    wrong = {call: verdict for call, verdict in found.items() if verdict != "refused"}
+    assert not wrong, "\n".join(f"{call}: {verdict}" for call, verdict in list(wrong.items())[:30])
+
+
+def test_no_damaged_call_of_a_launcher_ends_the_process():
+    found = verdicts("launchers")
+    assert len(found) >= 400
+    wrong = {c: verdict for c, verdict in found.items() if verdict not in ("refused", "accepted")}
+    assert not wrong, "\n".join(f"{call}: {verdict}" for call, verdict in list(wrong.items())[:30])
+
+
+@pytest.mark.parametrize("table", list(child.TABLES))
+def test_what_is_damaged_was_right(table: str):
+    for base in child.bases(table):
+        base.run()
+        assert any(True for _ in damages(base)), base.name
+
+
+def registered(namespace: str) -> set[str]:
+    """Operators of a namespace that run on a CPU."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith(namespace + "::")]
+    return {name.split("::")[1] for name in names if has(name, "CPU")}
+
+
+def test_every_operator_has_damaged_calls():
+    assert {b.name.split("/")[0] for b in child.bases("operators")} == registered("sensikernels")
+    covered = {b.name for b in child.bases("launchers")} | set(launchers.BY_ADDRESS)
+    assert covered == registered("sensikernels_native")
+
+
+def faked(value: Any, mode: FakeTensorMode) -> Any:
+    if isinstance(value, list):
+        return [faked(one, mode) for one in value]
+    return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+
+def called(base: Base, mode: FakeTensorMode, **damaged: Any) -> None:
+    with mode:
+        base.call(**{k: faked(v, mode) for k, v in {**base.arguments, **damaged}.items()})
+
+
+def test_fake_kernels_refuse_what_needs_no_values():
+    """A traced graph is told of the same faults."""
+    seen, wrong = 0, []
+    for base in child.bases("operators"):
+        called(base, FakeTensorMode())
+        for label, damaged in damages(base):
+            if label.split(":")[1].split("-")[-1] not in BY_SHAPE:
+                continue
+            seen += 1
+            try:
+                called(base, FakeTensorMode(), **damaged)
+            except child.ERRORS:
+                continue
+            wrong.append(f"{base.name} {label}")
+    assert seen > 400
+    assert not wrong, "\n".join(wrong[:30])
+
+
+def test_errors_name_the_argument():
+    with pytest.raises(UsageError, match=r"labels: expected int64 \[3\] on cpu"):
+        torch.ops.sensikernels.cross_entropy(torch.ones(3, 5), torch.zeros(2).long(), -100, "auto")
+    with pytest.raises(UsageError, match=r"input_ids: expected ids in \[0, 5\), got ids with 9 at"):
+        base = next(b for b in child.bases("operators") if b.name.startswith("embed_norm/"))
+        ids = base.arguments["ids"]
+        base.run(ids=[ids[0].fill_(9), *ids[1:]])
