@@ -22,22 +22,28 @@ def bases(table: str) -> list[Base]:
     return [base for make in TABLES[table].MAKERS for base in make()]
 
 
+def say(line: str) -> None:
+    """A line that is out before what follows it."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def main(table: str, first: int) -> None:
     """Run the calls; each takes two lines, the second is missing where the process died."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     calls = [(base, *damage) for base in bases(table) for damage in damages(base)]
     for i, (base, label, damaged) in enumerate(calls[first:], first):
-        print(f"{i} {base.name} {label}", flush=True)
+        say(f"{i} {base.name} {label}")
         try:
             base.run(**damaged)
         except ERRORS:
-            print("refused", flush=True)
+            say("refused")
         except BaseException as error:
-            print(f"{type(error).__name__}: {error}".splitlines()[0], flush=True)
+            say(f"{type(error).__name__}: {error}".splitlines()[0])
         else:
-            print("accepted", flush=True)
-    print("end", flush=True)
+            say("accepted")
+    say("end")
 
 
 if __name__ == "__main__":

@@ -66,8 +66,10 @@ def linears() -> Iterator[Base]:
 def elementwise() -> Iterator[Base]:
     for backend in BACKENDS:
         run = {"backend": backend}
-        any_shape = [f"x:{how}" for how in
-                     ("empty", "deeper", "flatter", "longer", "shorter", "wide", "narrow")]
+        any_shape = [
+            f"x:{how}"
+            for how in ("empty", "deeper", "flatter", "longer", "shorter", "wide", "narrow")
+        ]
         wide = ["x:wider"] if backend == "reference" else []
         yield function(f"dropout/{backend}", dropout, [*any_shape, *wide], x=floats(3, 8), p=0.3,
                        seed=seed(), **run)  # fmt: skip

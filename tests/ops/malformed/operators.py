@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import sensikernels.ops.bias_gelu
-import sensikernels.ops.cross_entropy
-import sensikernels.ops.dropout
-import sensikernels.ops.dropout_add_norm
-import sensikernels.ops.embed_norm
-import sensikernels.ops.selective_linear
-import sensikernels.ops.varlen_attention  # noqa: F401
+from sensikernels import ops
 from sensikernels.layouts import BlockLayout, layout_of, to_arguments
 from sensikernels.ops.group_reduce.table import GroupTable
 from tests.ops.malformed.damage import Base
 
 OPS = torch.ops.sensikernels
+for _module in iter_modules(ops.__path__):
+    import_module(f"sensikernels.ops.{_module.name}")
 
 
 def operator(name: str, base: str = "", **arguments: Any) -> Base:
@@ -78,8 +76,9 @@ def linears() -> Iterator[Base]:
         yield operator("masked_linear", "masked_linear" + name, x=x, values=values, bias=bias,
                        activation="gelu", accepts=[*tokens, *spare],
                        **where)  # fmt: skip
+        rows = ["dy:longer", "dy:shorter", *spare]
         yield operator("masked_linear_grad_input", "masked_linear_grad_input" + name, dy=dy,
-                       values=values, accepts=["dy:longer", "dy:shorter", *spare], **where)  # fmt: skip
+                       values=values, accepts=rows, **where)  # fmt: skip
         yield operator("masked_linear_grad_values", "masked_linear_grad_values" + name, dy=dy, x=x,
                        accepts=spare, **where)  # fmt: skip
         kept = dy[:, : layout.out_width], x[:, : layout.in_width]
@@ -115,8 +114,19 @@ def elementwise() -> Iterator[Base]:
             *(["x:wider"] if backend == "reference" else [])])  # fmt: skip
         yield operator("bias_gelu_backward", f"bias_gelu_backward/{backend}", dy=x, x=x,
                        bias=floats(8), bias_needed=True, accepts=["bias:wider"], **run)  # fmt: skip
-        any_shape = [f"x:{how}" for how in
-                     ("empty", "deeper", "flatter", "longer", "shorter", "wide", "narrow", "wider")]
+        any_shape = [
+            f"x:{how}"
+            for how in (
+                "empty",
+                "deeper",
+                "flatter",
+                "longer",
+                "shorter",
+                "wide",
+                "narrow",
+                "wider",
+            )
+        ]
         if backend == "native":
             any_shape.remove("x:wider")
         yield operator("dropout", f"dropout/{backend}", x=x, seed=seed(), threshold=40000, **run,
