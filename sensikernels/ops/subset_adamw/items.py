@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -14,6 +15,37 @@ from sensikernels.ops.subset_adamw.item import Item
 from sensikernels.ops.subset_adamw.kept import KeptLayout
 
 Sums = tuple[Tensor | None, Tensor | None]
+
+
+class Ready:
+    """What a parameter brought to the last step, and whether it may bring the same again."""
+
+    __slots__ = ("_held", "_own", "item", "param")
+
+    def __init__(self, param: Tensor, own: dict[str, Any], item: Item | None) -> None:
+        self.param, self.item = param, item
+        self._own, self._held = own, tuple(own.values())
+
+    def again(self, param: Tensor, own: dict[str, Any] | None) -> bool:
+        """Take ``param``'s new gradient, if neither it nor its state was replaced; else False."""
+        item, grad = self.item, param.grad
+        if param is not self.param or own is not self._own or len(own) != len(self._held):
+            return False
+        if item is None or grad is None:
+            return item is None and grad is None
+        if not all(map(is_, own.values(), self._held)):
+            return False
+        if item.home is None:
+            if not param.is_contiguous():
+                return False
+        elif item.param.dtype != param.dtype:
+            return False
+        if item.layout.shape != param.shape:
+            return False
+        if grad.is_sparse != (item.clock is not None) or grad.dtype != item.grad.dtype:
+            return False
+        item.entries, item.grad = parts(grad)
+        return True
 
 
 def item_of(
@@ -42,6 +74,11 @@ def item_of(
         require(one, "param.grad", "one sparse dimension", grad.sparse_dim())
         if "clock" not in own:
             state.start_clock(param, own)
+    shape = tuple(param.shape) if full else layout.state_shape
+    for name in state.PER_ENTRY:
+        if name in own:
+            got = tuple(own[name].shape)
+            require(got == shape, f"state: {name}", list(shape), list(got))
     entries, grad = parts(grad)
     if entries is None and "clock" in own:
         # A dense gradient names every row.

@@ -14,7 +14,7 @@ from sensikernels._checks import require
 from sensikernels.ops.subset_adamw import state, waiting
 from sensikernels.ops.subset_adamw.engine import Engine, choose
 from sensikernels.ops.subset_adamw.item import Item
-from sensikernels.ops.subset_adamw.items import Sums, is_sparse, item_of, parts
+from sensikernels.ops.subset_adamw.items import Ready, Sums, is_sparse, item_of
 from sensikernels.ops.subset_adamw.kept import KeptLayout, make_layout
 from sensikernels.ops.subset_adamw.options import check_options
 
@@ -302,7 +302,8 @@ class SubsetAdamW(Optimizer):
         self._layouts: dict[Tensor, KeptLayout] = {}
         self._hyper: Tensor | None = None
         self._hyper_values: list[list[float]] = []
-        self._ready: list[tuple[Tensor, dict[str, Any], Item | None]] = []
+        self._ready: list[Ready] = []
+        self._modes: list[tuple[str, Any]] = []
         self._listed: list[Item] = []
         self._sums: Mapping[Tensor, Sums] = {}
 
@@ -316,7 +317,7 @@ class SubsetAdamW(Optimizer):
             rows.append([lr, *group["betas"], group["eps"], group["weight_decay"]])
         if self._hyper is None or self._hyper_values != rows:
             values = torch.tensor(rows, dtype=torch.float64)
-            if self._hyper is None:
+            if self._hyper is None or self._hyper.shape != values.shape:
                 self._hyper = values.to(device)
             else:
                 pinned = values.pin_memory() if device.type == "cuda" else values
@@ -329,7 +330,7 @@ class SubsetAdamW(Optimizer):
     def _straighten(self) -> None:
         """Bring waiting rows up to date before what they wait through changes its course."""
         if self._ready:
-            tables = [p for p, _, item in self._ready if item and item.clock]
+            tables = [one.param for one in self._ready if one.item and one.item.clock]
         else:
             every = (p for group in self.param_groups for p in group["params"])
             tables = [p for p in every if "clock" in self.state.get(p, ()) or is_sparse(p.grad)]
@@ -339,19 +340,28 @@ class SubsetAdamW(Optimizer):
 
     def _items(self, sums: Mapping[Tensor, Sums]) -> list[Item]:
         """The step's items: last step's with new gradients if nothing else has changed."""
-        if not (self._ready and self._same(sums) and all(map(self._refresh, self._ready))):
-            self._sums = dict(sums)
+        modes = [(group["mode"], group["master_weights"]) for group in self.param_groups]
+        if modes != self._modes or not self._same(sums) or not self._again():
+            self._sums, self._modes, self._layouts = dict(sums), modes, {}
             self._ready = [
-                (
-                    param,
-                    self.state[param],
-                    item_of(param, self.state[param], group, place, self._layout(param), sums),
-                )
+                self._make(param, group, place)
                 for place, group in enumerate(self.param_groups)
                 for param in group["params"]
             ]
-            self._listed = [item for _, _, item in self._ready if item is not None]
+            self._listed = [one.item for one in self._ready if one.item is not None]
         return self._listed
+
+    def _make(self, param: Tensor, group: dict[str, Any], place: int) -> Ready:
+        own = self.state[param]
+        return Ready(param, own, item_of(param, own, group, place, self._layout(param), self._sums))
+
+    def _again(self) -> bool:
+        """Whether every parameter is where it was, with the state that it had."""
+        now = [param for group in self.param_groups for param in group["params"]]
+        states, ready = self.state, self._ready
+        return len(now) == len(ready) and all(
+            one.again(param, states.get(param)) for one, param in zip(ready, now, strict=True)
+        )
 
     def _same(self, sums: Mapping[Tensor, Sums]) -> bool:
         mine = self._sums
@@ -359,15 +369,3 @@ class SubsetAdamW(Optimizer):
             param in mine and all(a is b for a, b in zip(pair, mine[param], strict=True))
             for param, pair in sums.items()
         )
-
-    def _refresh(self, ready: tuple[Tensor, dict[str, Any], Item | None]) -> bool:
-        param, own, item = ready
-        grad = param.grad
-        if item is None or grad is None:
-            return item is None and grad is None
-        if item.exp_avg is not own["exp_avg"] or item.exp_avg_sq is not own["exp_avg_sq"]:
-            return False
-        if grad.is_sparse != (item.clock is not None) or grad.dtype != item.grad.dtype:
-            return False
-        item.entries, item.grad = parts(grad)
-        return True
