@@ -85,8 +85,9 @@ sanitize: .venv/ready-test
 	rm -rf build/sanitize
 	SENSIKERNELS_BUILD=cpu CXXFLAGS='$(SANITIZE)' $(PY) setup.py -q build --build-lib build/sanitize
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 SENSIKERNELS_BACKEND=native \
-	  $(PARALLEL) -q -o 'pythonpath=build/sanitize .' -k 'native or malformed' tests/test_native.py tests/ops
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 SENSIKERNELS_BACKEND=native \
+	  $(PARALLEL) -q -o 'pythonpath=build/sanitize .' -k 'native or malformed' tests/test_native.py \
+	  tests/ops
 
 ## wheel     the release files in dist/, checked: a manylinux wheel (CUDA kernels where nvcc is), an sdist
 NVCC_HERE = $(shell command -v nvcc || command -v $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc)

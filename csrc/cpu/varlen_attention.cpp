@@ -165,7 +165,8 @@ Rows rows_of(const Tensor& t, const char* name, ScalarType dtype) {
 
 void clear_rows(const Tensor& t, int64_t from) {
     const int64_t bytes = t.size(1) * t.size(2) * (t.scalar_type() == ScalarType::Float ? 4 : 2);
-    std::memset(static_cast<char*>(t.data_ptr()) + from * bytes, 0, (t.size(0) - from) * bytes);
+    if (const int64_t rest = (t.size(0) - from) * bytes)  // memory for none may be null
+        std::memset(static_cast<char*>(t.data_ptr()) + from * bytes, 0, rest);
 }
 
 void check_rows(const Tensor& t, const char* name, int64_t tokens, int64_t heads, int64_t width) {

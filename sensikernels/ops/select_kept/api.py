@@ -74,6 +74,7 @@ def count_segments(segments: Tensor | None, n_segments: int | None, k: object) -
     elif reads_host(segments) and segments.numel():
         last = int(segments[-1])
         require(last < n_segments, "segments", f"ids below {n_segments}", last)
+    require(0 <= n_segments < 1 << 31, "n_segments", "a number below 2**31", n_segments)
     return n_segments
 
 

@@ -44,7 +44,8 @@ def check_elements(
             at >= end and at % ALIGN == 0, f"offsets[{i}]", f"a multiple of {ALIGN} >= {end}", at
         )
         end = at + -(-t.numel() // 8)
-    require(end <= size < 1 << 48, "bytes", f"at least {end}", size)
+    most = -(-end // ALIGN) * ALIGN
+    require(end <= size <= most, "bytes", f"a number from {end} to {most}", size)
     sizes = [t.numel() for t in tensors]
     require(len(k) in (1, len(tensors)), "k", f"1 or {len(tensors)} counts", len(k))
     for i, (count, most) in enumerate(

@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+import sensikernels
 from sensikernels.errors import SensiError
 from tests.ops.malformed import functions, launchers, operators
 from tests.ops.malformed.damage import Base, damages
@@ -30,6 +31,7 @@ def say(line: str) -> None:
 
 def main(table: str, first: int) -> None:
     """Run the calls; each takes two lines, the second is missing where the process died."""
+    say(sensikernels.__file__)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     calls = [(base, *damage) for base in bases(table) for damage in damages(base)]

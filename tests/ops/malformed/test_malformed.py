@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -13,11 +15,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import sensikernels
 from sensikernels import _native
 from sensikernels.errors import UsageError
 from tests.ops.malformed import child, launchers
 from tests.ops.malformed.damage import Base, damages
 
+ROOT = Path(__file__).parents[3]
 needs_native = pytest.mark.skipif(
     _native.why_not() is not None, reason=f"native: {_native.why_not()}"
 )
@@ -30,12 +34,16 @@ def verdicts(table: str) -> dict[str, str]:
     """What became of each call, ``died`` of those that ended a process; the next one goes on."""
     found: dict[str, str] = {}
     first, ended = 0, False
-    # The same package as here: a build under a sanitizer is found by the path alone.
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # The same package as here, wherever it was found: perhaps a build under a sanitizer.
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(ROOT)])}
     while not ended:
         command = [sys.executable, "-m", "tests.ops.malformed.child", table, str(first)]
-        run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        lines = run.stdout.splitlines()
+        with TemporaryDirectory() as elsewhere:  # for `-m` looks where it stands first
+            run = subprocess.run(
+                command, env=env, cwd=elsewhere, capture_output=True, text=True, check=False
+            )
+        package, *lines = run.stdout.splitlines() or [run.stderr[-3000:]]
+        assert package == sensikernels.__file__
         ended = bool(lines) and lines[-1] == "end"
         pairs = lines[:-1] if ended else lines
         assert pairs or ended, run.stderr[-3000:]
