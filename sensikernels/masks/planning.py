@@ -70,7 +70,7 @@ def plan(
     require(length > 0, "sequence_length", "a positive number of tokens", length)
     multiples = {**MULTIPLES, **(multiples or {})}
     minimums = {**MINIMUMS, **(minimums or {})}
-    for name, count in {**multiples, **minimums}.items():
+    for name, count in (*multiples.items(), *minimums.items()):
         ok = type(count) is int and 0 < count <= _MOST
         require(ok, f"multiple or minimum of {name}", f"a count from 1 to {_MOST}", count)
     structure = scores.structure.at(tokens_per_sequence, attended)

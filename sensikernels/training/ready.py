@@ -142,7 +142,7 @@ def check_labels(settings: Settings, model: nn.Module, data: Data) -> None:
     if sorted(ours) == sorted(theirs) and ours != theirs:
         raise DataError(
             f"model {settings.model}: labels: expected {', '.join(ours)} in the task's order, got "
-            f"{', '.join(theirs)}"
+            f"{', '.join(theirs)}; take a model without a head, or with this order"
         )
 
 
