@@ -122,11 +122,34 @@ def test_plan_then_finetune_with_it(call, tmp_path):
     ("--seed -1", 2, "seed: expected at least 0"),
     ("--data-dir /tmp", 2, "data_dir: expected none, as demo is generated"),
     ("--bogus", 2, "No such option"),
+    ("--lr 1e308", 2, "lr: expected a finite number of at least 0, at most 1e+30"),
+    ("--dense-lr nan", 2, "dense_lr: expected a finite number"),
+    ("--epochs 1000000000", 2, "epochs: expected at most 10000, got 1e+09"),
+    ("--epochs 1.5", 2, "--epochs"),
+    ("--batch-size 99999999999999999999", 2, "batch_size: expected at most"),
+    ("--max-length 7", 2, "max_length: expected at least 8"),
+    ("--max-length 99999999999", 2, "max_length: expected at most"),
+    ("--pad-to-multiple 0", 2, "pad_to_multiple: expected at least 1"),
+    ("--ranking-rows -3", 2, "ranking_rows: expected at least 1"),
+    ("--checkpoint-every -1", 2, "checkpoint_every: expected at least 0"),
+    ("--max-train-samples 0", 2, "max_train_samples: expected at least 1"),
+    ("--seed 99999999999999999999999", 2, "seed: expected at most"),
+    ("--flops 1e308", 2, "budget flops: expected a share"),
+    ("--flops inf", 2, "budget flops: expected a share"),
+    ("--device cuda", 2, "device: expected one this machine has, got cuda"),
+    ("--device tpu", 2, "device: expected one of auto, cpu, cuda"),
+    ("--method-option warmup=nan", 2, "warmup: expected a share of the steps"),
+    ("--method-option warmup=1e999", 2, "warmup: expected a share of the steps"),
+    ("--method-option multiples=neurons:0", 2, "neurons: expected a count from 1"),
+    ("--method-option multiples=legs:4", 2, "multiples: expected kinds among"),
+    ("--method-option granularity=layers", 2, "granularity: expected one of"),
+    ("--method-option statistic=mode", 2, "statistic: expected one of"),
     ("--task sst2 --data-dir /nowhere/glue", 1, "/nowhere/glue"),
     ("--model /nowhere/model", 1, "model /nowhere/model: no such folder"),
     ("--plan /nowhere/plan.json", 2, "budget: expected none beside a plan"),
 ], ids=lambda v: v if isinstance(v, str) and v.startswith("--") else "")  # fmt: skip
-def test_bad_input_is_one_line_and_leaves_nothing(call, tmp_path, extra, code, said):
+def test_bad_input_is_one_line_and_leaves_nothing(call, tmp_path, monkeypatch, extra, code, said):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     got, out, err = call(extra)
     assert (got, out) == (code, "")
     assert said in one_line(err)
@@ -135,6 +158,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(call, tmp_path, extra, code, s
 
 @pytest.mark.parametrize(("units", "said"), [
     ("heads", "units: expected pairs like"), ("heads=x", "units: expected a whole number"),
+    ("heads=" + "9" * 50, "units: expected a number of few digits"),
+    ("heads=-1", "budget units['heads']: expected a count of at least 0"),
     ("heads=99", "budget units['heads']: expected at most 8, got 99"),
     ("legs=4", "budget units: expected kinds among"), ("heads=0", "at least one kept unit"),
 ])  # fmt: skip
@@ -241,3 +266,72 @@ def test_as_a_program(tmp_path):
     assert done.returncode == 2
     assert one_line(done.stderr)
     assert done.stdout == ""
+
+
+def write_png(path):
+    path.write_bytes(b"\x89PNG\r\n\x1a\n")
+
+
+STRANGERS = [
+    ("plan --task demo --flops 0.5 --output {}/plan.json", "plan.json"),
+    ("plan --task demo --flops 0.5 --output {}/plan.json", "plan.safetensors"),
+    ("plan --task demo --flops 0.5 --output {}/x/plan.json", "x"),
+    ("tune --device cpu --output {}/table.json", "table.json"),
+    ("tune --device cpu --costs {}/costs.json", "costs.json"),
+    ("bench linear --json {}/rows.json", "rows.json"),
+    ("bench linear --json {}/rows.json", "rows.jsonl"),
+    ("bench linear --json {}/rows.json", "rows.jsonl.old"),
+    ("bench linear --json {}/rows.json", "rows.provenance.json"),
+    ("bench linear --picture {}/roofline.png", "roofline.png"),
+]
+
+
+@pytest.mark.parametrize(("command", "name"), STRANGERS, ids=[f"{c} {n}" for c, n in STRANGERS])
+def test_no_command_overwrites_a_strangers_file(tmp_path, capsys, monkeypatch, command, name):
+    """Nor does it begin its work: whatever would be loaded or timed is not."""
+    for place in ("sensikernels.training.loop.prepare", "sensikernels.nn.tune._break_even",
+                  "sensikernels.bench.linear.run"):  # fmt: skip
+        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("work began"))
+    for content in (b"precious", b"{}", b"[1]", b""):
+        (tmp_path / name).write_bytes(content)
+        assert main(command.format(tmp_path).split()) == 2
+        captured = capsys.readouterr()
+        assert "expected" in one_line(captured.err)
+        assert captured.out == ""
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {name: content}
+
+
+@pytest.mark.parametrize(("command", "said"), [
+    ("plan --task demo --flops 0.5 --output {}/p.safetensors", "another file than output's"),
+    ("plan --task demo --flops 0.5 --output {}", "expected a file, got the folder"),
+    ("bench linear --json {}/a.jsonl", "another file than json's"),
+    ("bench linear --json {}/a.json --picture {}/a.json", "another file than --json"),
+    ("bench linear --json {}/a.json --picture {}/b/../a.jsonl", "another file than --json"),
+    ("bench linear --json /proc/none/a.json", "expected a folder that can be written to"),
+    ("bench linear --seconds nan", "--seconds"),
+    ("bench linear --seconds inf", "seconds: expected a finite number"),
+    ("bench linear --rounds 0", "--rounds"), ("bench linear --rounds 99999999999", "--rounds"),
+    ("bench finetune --seeds -1", "--seeds"), ("bench finetune --samples 1e9", "--samples"),
+    ("bench linear --device tpu", "device: expected cpu or cuda"),
+])  # fmt: skip
+def test_outputs_and_numbers_that_cannot_be(tmp_path, capsys, monkeypatch, command, said):
+    monkeypatch.setattr("sensikernels.bench.linear.run", lambda **_: pytest.fail("work began"))
+    if "/proc/none" in command:
+        monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    assert main(command.format(tmp_path, tmp_path).split()) == 2
+    assert said in one_line(capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_replaces_what_it_wrote_itself(tmp_path, monkeypatch):
+    from sensikernels.bench.rows import Row
+
+    made = Row(suite="linear", case="c", candidate="a", baseline="b", candidate_ms=1.0,
+               baseline_ms=2.0, ratio=2.0, spread=0.1, n=3)  # fmt: skip
+    monkeypatch.setattr("sensikernels.bench.linear.run", lambda **_: [made])
+    monkeypatch.setattr("sensikernels.bench.roofline.draw", lambda rows, path: write_png(path))
+    command = f"bench linear --json {tmp_path}/a.json --picture {tmp_path}/a.png".split()
+    for _ in range(2):
+        assert main(command) == 0
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"a.json", "a.provenance.json", "a.png"}

@@ -85,7 +85,10 @@ def _check_machine(device: str, seconds: float) -> None:
 
 def _check_outputs(json: Path | None, picture: Path | None) -> None:
     """Every file that is written, also those beside the ones asked for."""
-    rows = {} if json is None else {"json": json, "json's journal": json.with_suffix(".jsonl")}
+    rows = {} if json is None else {
+        "json": json, "json's journal": json.with_suffix(".jsonl"),
+        "json's older journal": json.with_suffix(".jsonl.old"),
+    }  # fmt: skip
     source = {} if json is None else {"json's provenance": json.with_suffix(".provenance.json")}
     drawn = {} if picture is None else {"picture": picture}
     for outputs, mine in ((rows, _is_rows), (source, _is_provenance), (drawn, _is_picture)):
@@ -97,11 +100,13 @@ def _check_outputs(json: Path | None, picture: Path | None) -> None:
 
 def _is_rows(path: Path) -> None:
     """Raise ValueError unless ``path`` holds benchmark rows: a list, or one in each line."""
-    if path.suffix != ".jsonl":
+    if path.suffix not in (".jsonl", ".old"):
         _require_rows(read_json(path))
         return
-    lines = path.read_text().splitlines(keepends=True)
-    _require_rows([parse_json(line) for line in lines if line.endswith("\n")])
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    if not whole:  # a journal begins with its first row, and a kill tears the last alone
+        raise ValueError(f"{path}: no benchmark rows")
+    _require_rows([parse_json(line) for line in whole])
 
 
 def _is_provenance(path: Path) -> None:
