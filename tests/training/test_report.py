@@ -152,9 +152,7 @@ def test_steps_tokens_and_seconds(case):
         own = seconds[name]
         parts = own["train"] + own["rank"] + own["evaluate"]
         assert own["to_finish"] == pytest.approx(parts)
-        assert (
-            own["train"] * 1e3 >= report["step_ms"][name] * steps / 4
-        )  # of the last two thirds
+        assert own["train"] * 1e3 >= report["step_ms"][name] * steps / 4
     both = seconds["planned"]["to_finish"] + seconds["dense"]["to_finish"]
     assert both <= seconds["wall"]
     assert seconds["setup"] <= seconds["wall"]
