@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from sensikernels.errors import UsageError
+from sensikernels.errors import SensiError, UsageError
 from sensikernels.hf import sensitivity
 from sensikernels.masks import Plan
+from sensikernels.training import finetune
 from sensikernels.training.checkpoint import latest
 from sensikernels.training.data import Data
 from sensikernels.training.distributed import World
@@ -99,6 +100,47 @@ def test_what_several_processes_refuse(asked, monkeypatch):
     assert asked("out", parallel="fsdp").identity() == asked("out").identity()
 
 
+@pytest.mark.parametrize(("name", "value", "error", "said"), [
+    ("WORLD_SIZE", "3", SensiError, r"processes: expected 3 \(WORLD_SIZE\) to meet on cpu, got 1"),
+    ("WORLD_SIZE", "two", UsageError, "WORLD_SIZE: expected a whole number, got 'two'"),
+    ("WORLD_SIZE", "-2", UsageError, "WORLD_SIZE: expected a whole number"),
+])  # fmt: skip
+def test_processes_that_do_not_meet(asked, monkeypatch, name, value, error, said):
+    """Each would run alone, and all into one folder."""
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: SimpleNamespace(
+        num_processes=1, process_index=0))  # fmt: skip
+    monkeypatch.setenv(name, value)
+    with pytest.raises(error, match=said):
+        finetune(asked("out"))
+    assert not asked("out").output.exists()
+
+
+def test_a_group_that_cannot_be_formed_is_one_line(asked, monkeypatch):
+    def refuses(**_):
+        raise ValueError("MASTER_ADDR expected,\nbut not set")
+
+    monkeypatch.setattr("accelerate.PartialState", refuses)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SensiError, match="the 2 started do not meet: MASTER_ADDR expected, but"):
+        finetune(asked("out"))
+
+
+@pytest.mark.parametrize(("asked_for", "found", "kind"), [
+    ("auto", False, "cpu"), ("auto", True, "cuda"), ("cpu", True, "cpu"), ("cuda", True, "cuda"),
+])  # fmt: skip
+def test_the_group_is_formed_on_the_device_that_is_used(asked, monkeypatch, asked_for, found, kind):
+    formed = []
+
+    def state(cpu):
+        formed.append(cpu)
+        return SimpleNamespace(num_processes=1, process_index=0)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: found)
+    monkeypatch.setattr("accelerate.PartialState", state)
+    World.join(asked("out", device=asked_for))
+    assert formed == [kind == "cpu"]
+
+
 @pytest.mark.parametrize("method", [slow("dense"), "sensi-bert", "bitfit", "dps"])
 def test_two_processes_lose_what_one_does(asked, method):
     one, two = asked("one", method), asked("two", method)
@@ -160,19 +202,21 @@ def test_a_checkpoint_moves_between_one_process_and_two(asked, method, before):
     assert "step 6: resumed" in report_of(again)["events"]
 
 
-def torchrun(*arguments):
+def torchrun(*arguments, device=("--device", "cpu")):
+    """README's command; ``device``: what it is told of one, if anything."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
         *("--master-addr", "127.0.0.1", "--master-port", str(free_port())),
-        *("-m", "sensikernels.cli", "finetune", "--device", "cpu", *map(str, arguments)),
+        *("-m", "sensikernels.cli", "finetune", *device, *map(str, arguments)),
     ]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="processes would share this machine's GPU")
 def test_torchrun_runs_the_command_and_tells_once(still, tmp_path):
     process = torchrun("--model", still, "--flops", 0.6, "--max-train-samples", 64,
-                       "--ranking-rows", 64, "--output", tmp_path / "out")  # fmt: skip
+                       "--ranking-rows", 64, "--output", tmp_path / "out", device=())  # fmt: skip
     told, complained = process.communicate(timeout=120)
     assert process.returncode == 0, complained
     assert told.count("trimmed to FLOPs") == 1
