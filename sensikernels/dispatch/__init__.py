@@ -1,7 +1,7 @@
 """What ``backend="auto"`` runs: a measured table per device, an analytic rule where there is none.
 
 A table is a list of break-even densities: above them dense is faster. It is looked up by what is
-run, direction, dtype, and the nearest measured block size and token count. ``<device>.json`` beside
+run, dtype, and the nearest measured block size and token count. ``<device>.json`` beside
 this file ships with the package; ``sensikernels tune`` writes one for the user's device, which
 wins.
 """
@@ -25,8 +25,7 @@ from sensikernels.errors import DataError
 
 USER_TABLES = Path.home() / ".cache" / "sensikernels" / "dispatch"
 KINDS = ("packed", "block-sparse", "selective")
-DIRECTIONS = ("forward+backward", "forward")
-FORMAT = 2
+FORMAT = 3
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _LARGEST = 1 << 24  # of a block's side and a token count
 
@@ -40,14 +39,10 @@ class BreakEven:
     block: int
     tokens: int
     density: float
-    direction: str = "forward+backward"
-    """``forward``: against a dense weight at hand; else dense has to be unpacked and packed."""
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, "kind", "one of " + ", ".join(KINDS), self.kind)
         require(self.dtype in _DTYPES, "dtype", "one of " + ", ".join(_DTYPES), self.dtype)
-        known = self.direction in DIRECTIONS
-        require(known, "direction", "one of " + ", ".join(DIRECTIONS), self.direction)
         for name, least in (("block", 0), ("tokens", 1)):
             size = getattr(self, name)
             ok = type(size) is int and least <= size <= _LARGEST
@@ -111,34 +106,27 @@ def load(device: str) -> tuple[tuple[BreakEven, ...], str]:
     return (), "analytic"
 
 
-def break_even(
-    x: torch.Tensor, kind: str, block: int, direction: str = "forward+backward"
-) -> tuple[float, str]:
+def break_even(x: torch.Tensor, kind: str, block: int) -> tuple[float, str]:
     """Density above which dense is faster for input ``x``, and where the number comes from."""
     if torch.compiler.is_compiling():
         return _traced(str(x.device), kind, x.dtype, block)
-    return _break_even(x.device, kind, x.dtype, block, tokens_log2(x), direction)
+    return _break_even(x.device, kind, x.dtype, block, tokens_log2(x))
 
 
 @constant_when_traced
 def _traced(device: str, kind: str, dtype: torch.dtype, block: int) -> tuple[float, str]:
     """A graph must not depend on the token count: that of a training batch stands for all."""
-    return _break_even(torch.device(device), kind, dtype, block, 12, "forward+backward")
+    return _break_even(torch.device(device), kind, dtype, block, 12)
 
 
 @cache
 def _break_even(
-    device: torch.device,
-    kind: str,
-    dtype: torch.dtype,
-    block: int,
-    tokens_log2: int,
-    direction: str,
+    device: torch.device, kind: str, dtype: torch.dtype, block: int, tokens_log2: int
 ) -> tuple[float, str]:
     require(kind in KINDS, "kind", "one of " + ", ".join(KINDS), kind)
     table, source = load(device_key(device))
     name = str(dtype).removeprefix("torch.")
-    near = [e for e in table if (e.kind, e.dtype, e.direction) == (kind, name, direction)]
+    near = [e for e in table if (e.kind, e.dtype) == (kind, name)]
     # A table of the compiled kernels says nothing of the path taken without them.
     if near and (kind == "packed" or device.type != "cpu" or _blocks.uses_native(dtype)):
         best = min(
@@ -149,7 +137,7 @@ def _break_even(
             ),
         )
         return best.density, source
-    return analytic(device, kind, block, dtype, direction), "analytic"
+    return analytic(device, kind, block, dtype), "analytic"
 
 
 def compare(density: float, limit: float, source: str) -> str:
@@ -158,13 +146,7 @@ def compare(density: float, limit: float, source: str) -> str:
     return f"density {density:.3g} {relation} break-even {limit:.3g} ({source})"
 
 
-def analytic(
-    device: torch.device,
-    kind: str,
-    block: int,
-    dtype: torch.dtype,
-    direction: str = "forward+backward",
-) -> float:
+def analytic(device: torch.device, kind: str, block: int, dtype: torch.dtype) -> float:
     """Break-even without a measurement.
 
     Blocks on a GPU are bound by L2: a product with 128 tokens by ``block`` has an intensity of
@@ -172,14 +154,13 @@ def analytic(
     0.43 and 0.64 for blocks of 32, 64 and 128. On a CPU the compiled kernels run at the GEMM's
     own rate, and the dense form pays for unpacking the weight: it never wins, except for the
     gradient of nearly all entries. Without them a GEMM per block row costs about half more.
-    Forward alone, against a dense weight at hand, nearly full layers pay for what they move.
     """
     if kind == "packed":
-        return 0.9 if direction == "forward" else 1.0
+        return 1.0
     if device.type == "cpu":
         if not _blocks.uses_native(dtype):
             return 0.6
-        return 0.9 if kind == "selective" or direction == "forward" else 1.0
+        return 0.9 if kind == "selective" else 1.0
     return 128 * block / (128 + block) * 5.5 / 550
 
 

@@ -9,7 +9,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sensikernels import dispatch
@@ -28,7 +27,6 @@ BLOCKS = (32, 64, 128)
 TOKENS = (1, 16, 32, 64, 128, 256, 1024, 4096)
 ROUNDS, SECONDS = 15, 0.2
 """Of one comparison: at most so many rounds, and after three no more once the time is spent."""
-DIRECTIONS = ("forward+backward", "forward")
 
 
 def tune(
@@ -38,7 +36,7 @@ def tune(
     tokens: Sequence[int] | None = None,
     progress: Callable[[str], object] = lambda _: None,
 ) -> Path:
-    """Measure every kind of layer, with and without backward, and write the table; its path.
+    """Measure every kind of layer and write the table; its path.
 
     ``path`` defaults to the user's own table, which ``auto`` prefers to the one shipped. A few
     minutes; nothing else should run meanwhile.
@@ -47,22 +45,14 @@ def tune(
     kind = torch.device(device).type
     dtypes = (torch.float32, torch.bfloat16)
     points = [("packed", 0), *product(("block-sparse", "selective"), BLOCKS)]
-    cases = [
-        (name, block, direction, dtype, n)
-        for (name, block), direction, dtype, n in product(
-            points, DIRECTIONS, dtypes, tokens or TOKENS
-        )
-        if name != "selective" or direction != "forward"
-    ]
     table = []
-    for name, block, direction, dtype, n in cases:
+    for (name, block), dtype, n in product(points, dtypes, tokens or TOKENS):
         kept = str(dtype).removeprefix("torch.")
-        progress(f"{name} {block or ''} {direction} {kept} {n} tokens")
-        limit = _break_even(name, block, dtype, n, direction, torch.device(device))
+        progress(f"{name} {block or ''} {kept} {n} tokens")
+        limit = _break_even(name, block, dtype, n, torch.device(device))
         table.append(
-            BreakEven(kind=name, dtype=kept, block=block, tokens=n, density=round(limit, 3),
-                      direction=direction)
-        )  # fmt: skip
+            BreakEven(kind=name, dtype=kept, block=block, tokens=n, density=round(limit, 3))
+        )
     facts = {
         "device": dispatch.device_key(device),
         "threads": torch.get_num_threads() if kind == "cpu" else None,
@@ -75,12 +65,12 @@ def tune(
 
 
 def _break_even(
-    kind: str, block: int, dtype: torch.dtype, tokens: int, direction: str, device: torch.device
+    kind: str, block: int, dtype: torch.dtype, tokens: int, device: torch.device
 ) -> float:
     """Where the line through the measured gains crosses ``GAIN``, from the top: 0 to 1."""
     above = (1.0, 0.0)
     for density in DENSITIES:
-        point = (kind, block, dtype, tokens, density, direction, device)
+        point = (kind, block, dtype, tokens, density, device)
         ratio = min(_ratio(shape, *point) for shape in SHAPES) / GAIN
         if ratio >= 1:
             high, worse = above
@@ -97,7 +87,6 @@ def _ratio(
     dtype: torch.dtype,
     tokens: int,
     density: float,
-    direction: str,
     device: torch.device,
 ) -> float:
     """Time of the dense form over time of the sparse one."""
@@ -114,9 +103,6 @@ def _ratio(
     )
     values = pack(weight, layout).clone()
     fast = "native" if device.type == "cpu" else "triton"
-    if direction == "forward":
-        mine = torch.no_grad()(lambda: masked_linear(x, values, layout, backend=fast))
-        return _faster(mine, torch.no_grad()(lambda: F.linear(x, weight)), device)
     values, x = values.requires_grad_(), x.requires_grad_()
     if kind == "selective":
         run, dense = (_selective(layout, x, weight, values, dy, f) for f in (fast, "torch"))

@@ -32,11 +32,7 @@ def test_tune_writes_what_auto_reads(user_tables: Path, monkeypatch: pytest.Monk
     path = tuning.tune("cpu", tokens=(4,), progress=said.append)
     assert path == user_tables / f"{dispatch.device_key('cpu')}.json"
     table = dispatch.read_table(path)
-    assert len(table) == len(said) == 10
-    assert {(e.kind, e.direction) for e in table if e.direction == "forward"} == {
-        ("packed", "forward"),
-        ("block-sparse", "forward"),
-    }
+    assert len(table) == len(said) == 6
     assert {entry.kind for entry in table} == set(dispatch.KINDS)
     assert all(0 <= entry.density <= 1 for entry in table)
 
@@ -52,21 +48,6 @@ def test_auto_obeys_the_nearest_entry(user_tables: Path):
     assert few.form == "block-sparse"
     assert many.form == "dense"
     assert many.reason.startswith("density 0.25 > break-even 0.1 (measured on cpu")
-
-
-def test_forward_alone_has_its_own_entries(user_tables: Path):
-    layout = layout_of(torch.eye(4).bool(), (32, 32), (128, 128))
-    entries = [
-        BreakEven(
-            kind="block-sparse", dtype="float32", block=32, tokens=8, density=d, direction=direction
-        )
-        for direction, d in (("forward", 0.1), ("forward+backward", 0.9))
-    ]
-    dispatch.write_table(user_tables / f"{dispatch.device_key('cpu')}.json", entries, {})
-    assert explain(layout, tokens=8).form == "block-sparse"
-    alone = explain(layout, tokens=8, forward=True)
-    assert alone.form == "dense"
-    assert alone.reason.startswith("forward alone: density 0.25 > break-even 0.1 (measured")
 
 
 def test_analytic_break_even_rises_with_the_block():

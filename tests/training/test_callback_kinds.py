@@ -300,9 +300,17 @@ def test_optimizers_of_the_trainer(make: Any, optimizer: str) -> None:
     assert all(map(math.isfinite, losses))
 
 
-@pytest.mark.parametrize("named", [{"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.1},
-                                   {"gradient_checkpointing": True}, {"bf16": True},
-                                   {"torch_empty_cache_steps": 1}, {"eval_on_start": True}])
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"max_grad_norm": 0.1},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+        {"torch_empty_cache_steps": 1},
+        {"eval_on_start": True},
+    ],
+)
 def test_other_arguments(make: Any, named: dict[str, Any]) -> None:
     trainer = make(sensi(), evaluated=rows(8), **named)
     trainer.train()

@@ -2,7 +2,7 @@
 
 from sensikernels.ops.masked_linear.api import masked_linear
 from sensikernels.ops.masked_linear.checks import ACTIVATIONS
-from sensikernels.ops.masked_linear.dispatch import explain, prefers_dense
+from sensikernels.ops.masked_linear.dispatch import explain
 from sensikernels.ops.masked_linear.packing import repack
 
-__all__ = ["ACTIVATIONS", "explain", "masked_linear", "prefers_dense", "repack"]
+__all__ = ["ACTIVATIONS", "explain", "masked_linear", "repack"]

@@ -40,24 +40,6 @@ def choose(layout: Layout, x: Tensor, backend: str, *, explaining: bool = False)
     return _NAMED["block-sparse", "native"]
 
 
-def prefers_dense(layout: Layout, x: Tensor) -> bool:
-    """Whether forward alone is faster for ``x`` on a dense weight that is at hand."""
-    if isinstance(layout, ElementLayout):
-        return True
-    if isinstance(layout, PackedLayout) and layout.direct:
-        return False
-    key = ("forward", x.dtype, (x.numel() // (layout.in_width or 1)).bit_length())
-    dense: bool | None = layout.chosen.get(key)
-    if dense is None:
-        dense = layout.chosen[key] = _forward(layout, x).form == "dense"
-    return dense
-
-
-def _forward(layout: PackedLayout | BlockLayout, x: Tensor) -> Choice:
-    choice = _measured(layout, x, explaining=True, direction="forward")
-    return replace(choice, reason=f"forward alone: {choice.reason}")
-
-
 def _auto(layout: PackedLayout | BlockLayout, x: Tensor, explaining: bool) -> Choice:
     if explaining or torch.compiler.is_compiling():
         return _measured(layout, x, explaining)
@@ -68,15 +50,10 @@ def _auto(layout: PackedLayout | BlockLayout, x: Tensor, explaining: bool) -> Ch
     return choice
 
 
-def _measured(
-    layout: PackedLayout | BlockLayout,
-    x: Tensor,
-    explaining: bool,
-    direction: str = "forward+backward",
-) -> Choice:
+def _measured(layout: PackedLayout | BlockLayout, x: Tensor, explaining: bool) -> Choice:
     form = _form(layout)
     block = min(layout.block_shape) if isinstance(layout, BlockLayout) else 0
-    limit, source = break_even(x, form, block, direction)
+    limit, source = break_even(x, form, block)
     kept = layout.density
     if isinstance(layout, PackedLayout):
         # The scatter in the epilogue spares a pass over y; chosen columns are saved, so gathered.
@@ -115,14 +92,8 @@ def explain(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     backend: str = "auto",
-    forward: bool = False,
 ) -> Choice:
-    """What ``masked_linear`` would run for ``tokens`` rows of ``dtype`` on ``device``, and why.
-
-    ``forward``: what a module runs without gradients, where it may keep a dense weight.
-    """
+    """What ``masked_linear`` would run for ``tokens`` rows of ``dtype`` on ``device``, and why."""
     x = torch.empty(1, dtype=dtype, device=device).expand(tokens, layout.in_width)
     named = _settings.backend() if backend == "auto" else backend
-    if forward and named == "auto" and prefers_dense(layout, x):
-        return _ELEMENTS if isinstance(layout, ElementLayout) else _forward(layout, x)
     return choose(layout, x, named, explaining=True)
