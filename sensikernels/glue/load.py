@@ -64,7 +64,7 @@ def _from_hub(task: Task, split: Split) -> Examples:
     name = "train" if split == "train" else task.hub_dev
     try:
         rows = datasets.load_dataset(HUB_REPOSITORY, task.hub_config, split=name)
-    except (OSError, ValueError) as error:  # offline, not found, or a broken cache
+    except Exception as error:  # offline, not found, a broken cache, or its format is another
         raise DataError(
             f"{HUB_REPOSITORY} ({task.hub_config}, {name}): cannot be fetched: "
             f"{' '.join(str(error).split())}; give a folder with --data-dir instead"

@@ -149,7 +149,8 @@ def check_labels(settings: Settings, model: nn.Module, data: Data) -> None:
 def _check_compact(settings: Settings, model: nn.Module) -> None:
     """Trim to nearly nothing, compact, and give the model back as it was."""
     parts = structure(model, str(settings.options.get("granularity", "heads")))
-    smallest = {c.name: c.heads for c in parts.couplings}
+    # Dimensions go from every head alike, which the first few of all would not be.
+    smallest = {c.name: c.units if c.heads > 1 else 1 for c in parts.couplings}
     with torch.random.fork_rng([]):
         apply(model, uniform(parts, smallest))
         try:

@@ -117,6 +117,22 @@ def test_a_corrupt_checkpoint_is_refused(stopped, name, damage):
     assert not (stopped.output / "report.json").exists()
 
 
+def test_a_run_trimmed_by_dimensions_resumes(settings, tmp_path):
+    given = {"options": {"warmup": 0.0, "granularity": "dimensions"}, "checkpoint_every": 2,
+             "budget": Budget(flops=0.7)}  # fmt: skip
+
+    def stop(progress):
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(settings(**given), stop)
+    again = finetune(settings(**given, resume=True))
+    whole = finetune(settings(**given, output=tmp_path / "whole"))
+    assert again["losses"] == whole["losses"]
+    assert again["kept"] == whole["kept"]
+
+
 @pytest.mark.parametrize("changed", [
     {"lr": 1e-3}, {"seed": 1}, {"epochs": 2}, {"budget": Budget(flops=0.7)},
     {"compare_dense": True}, {"dtype": "bf16"}, {"options": {"warmup": 0.5}},
