@@ -123,36 +123,39 @@ struct Moments {
 constexpr int kRows = 4;
 #define SK_ROWS _Pragma("GCC unroll 4") for (int r = 0; r < R; ++r)
 
-// The variance about `mean`, where taking it from two sums overflows.
-[[gnu::noinline]] static float variance_about(float mean, const float* z, int64_t n) {
-    Sum squares;
-    for (int64_t j = 0; j < n; ++j) squares.add((z[j] - mean) * (z[j] - mean));
-    return squares.total() / static_cast<float>(n);
+// The moments of a row whose deviations are small beside its mean, where the rounding of that mean
+// counts: of equal elements nothing may be left. Also of one too large to square.
+[[gnu::noinline]] static Moments moments_in_double(const float* z, int64_t n, float eps) {
+    double sum = 0, squares = 0;
+    for (int64_t j = 0; j < n; ++j) sum += z[j];
+    const double mean = sum / static_cast<double>(n);
+    for (int64_t j = 0; j < n; ++j) squares += (z[j] - mean) * (z[j] - mean);
+    const double rstd = 1.0 / std::sqrt(squares / static_cast<double>(n) + eps);
+    return {static_cast<float>(mean), static_cast<float>(rstd)};
 }
 
 // The moments of R rows of z, one after the other, whose sums are known. In two passes: a mean that
-// is large beside the deviations cancels nothing. A rounded mean is off by `shift`, which the
-// second pass sums too: of a row of equal elements nothing is left.
+// is large beside the deviations cancels nothing.
 template <int R>
 SK_INLINE void moments(const float* __restrict z, const Sum* sums, int64_t n, float eps,
                        Moments* out) {
+    constexpr float kClose = 0x1p-12f;  // squared: a deviation of 1/64 of the mean
     const float count = static_cast<float>(n);
     float mean[R];
-    Sum squares[R], offs[R];
+    Sum squares[R];
     SK_ROWS mean[r] = sums[r].total() / count;
     by_lanes(n, [&](int64_t j, auto lane) SK_LAMBDA {
         SK_ROWS {
             const auto off = read<decltype(lane)>(z + r * n + j) - mean[r];
-            offs[r].add(off);
             squares[r].add(off * off);
         }
     });
     SK_ROWS {
-        const float shift = offs[r].total() / count;
-        float variance = squares[r].total() / count - shift * shift;
-        if (!std::isfinite(variance)) variance = variance_about(mean[r] + shift, z + r * n, n);
-        // Below zero by a rounding only; a NaN stays.
-        out[r] = {mean[r] + shift, 1.0f / std::sqrt((variance < 0.0f ? 0.0f : variance) + eps)};
+        const float variance = squares[r].total() / count;
+        if (__builtin_expect(variance >= mean[r] * mean[r] * kClose, 1))
+            out[r] = {mean[r], 1.0f / std::sqrt(variance + eps)};
+        else  // NaN too
+            out[r] = moments_in_double(z + r * n, n, eps);
     }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -58,14 +59,17 @@ def test_a_constant_row_is_the_bias(norm: Norm, dtype: torch.dtype):
 @needs_native
 @pytest.mark.parametrize("norm", [summed, looked_up])
 def test_a_nearly_constant_row_is_as_good_as_torchs(norm: Norm):
-    for width in WIDTHS[1:]:
+    for width, spread in product(WIDTHS[1:], (None, 1e-5, 1e-3, 0.02, 0.1)):
         rows = constants(width, torch.float32)[:40]
-        rows = torch.where(torch.rand(rows.shape) < 0.3, torch.nextafter(rows, rows * 2), rows)
+        if spread is None:  # by one unit in the last place
+            rows = torch.where(torch.rand(rows.shape) < 0.3, torch.nextafter(rows, 2 * rows), rows)
+        else:
+            rows = rows * (1 + spread * torch.randn(rows.shape))
         weight, bias = torch.ones(width), torch.zeros(width)
         exact = F.layer_norm(rows.double(), (width,), eps=1e-12)
         theirs = (F.layer_norm(rows, (width,), eps=1e-12) - exact).abs().max()
         mine = (norm(rows, weight, bias, "native") - exact).abs().max()
-        assert mine <= 2 * theirs + 1e-6, width
+        assert mine <= 2 * theirs + 1e-6, (width, spread)
 
 
 @needs_native

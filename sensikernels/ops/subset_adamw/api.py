@@ -87,8 +87,9 @@ def subset_adamw(
 def _check_rates(numbers: Sequence[float]) -> None:
     names = ("lr", "betas[0]", "betas[1]", "eps", "weight_decay")
     for name, value in zip(names, numbers, strict=True):
-        below = 1.0 if name.startswith("betas") else math.inf
-        require(0.0 <= value < below, name, f"a number in [0, {below})", value)
+        below = 1.0 if name[0] == "b" else math.inf
+        if not 0.0 <= value < below:
+            require(False, name, f"a number in [0, {below})", value)
 
 
 def explain(params: Sequence[Tensor], *, backend: str = "auto") -> str:

@@ -43,8 +43,8 @@ def check_step(
     device = params[0].device
     for i, param in enumerate(params):
         check_tensor(param, f"params[{i}]", param.shape, None, device)
-        overlaps = any(n > 1 and s == 0 for n, s in zip(param.shape, param.stride(), strict=True))
-        require(not overlaps, f"params[{i}]", "entries with memory of their own", "an expanded one")
+        if not param.is_contiguous() and _overlaps(param):
+            require(False, f"params[{i}]", "entries with memory of their own", "an expanded one")
         if grads[i].shape != param.shape or grads[i].layout != torch.strided:
             got = list(grads[i].shape) if grads[i].layout == torch.strided else grads[i].layout
             require(False, f"grads[{i}]", f"dense {list(param.shape)}", got)
@@ -55,8 +55,8 @@ def check_step(
         shape = _kept_shape(param, i, kept[i], kinds[i], block, count)
         _check_state(param, i, tuple(param.shape) if masked else shape, own)
         step = steps[i]
-        fits = step.dtype == torch.float32 and step.numel() == 1 and step.device == device
-        require(fits, f"steps[{i}]", f"a float32 scalar on {device}", described(step))
+        if step.dtype != torch.float32 or step.numel() != 1 or step.device != device:
+            require(False, f"steps[{i}]", f"a float32 scalar on {device}", described(step))
     if device.type != "meta":
         choose(backend, device, {param.dtype for param in params})
 
@@ -69,14 +69,20 @@ def check_numbers(
     device: torch.device,
 ) -> None:
     """The step's rates and its optional numbers, one each, where the parameters are."""
-    require(hyper.dim() == 2 and len(hyper) > 0, "hyper", "[groups, 5]", list(hyper.shape))
+    if hyper.dim() != 2 or len(hyper) == 0:
+        require(False, "hyper", "[groups, 5]", list(hyper.shape))
     check_tensor(hyper, "hyper", (hyper.shape[0], 5), torch.float64, device)
     ok = max_grad_norm is None or max_grad_norm > 0
     require(ok, "max_grad_norm", "None or a number above 0", max_grad_norm)
     for name, number in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         if number is not None:
-            fits = number.is_floating_point() and number.numel() == 1 and number.device == device
-            require(fits, name, f"one floating number on {device}", described(number))
+            fits = number.is_floating_point() and number.numel() == 1
+            if not fits or number.device != device:
+                require(False, name, f"one floating number on {device}", described(number))
+
+
+def _overlaps(t: Tensor) -> bool:
+    return any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True))
 
 
 def _check_state(
@@ -96,7 +102,8 @@ def _kept_shape(
     param: Tensor, i: int, index: Tensor, kind: int, block: tuple[int, int], count: int
 ) -> tuple[int, ...]:
     """Shape of the state of what ``index`` names; ``count``: entries the state has."""
-    require(0 <= kind < len(KINDS), f"kinds[{i}]", f"a number below {len(KINDS)}", kind)
+    if not 0 <= kind < len(KINDS):
+        require(False, f"kinds[{i}]", f"a number below {len(KINDS)}", kind)
     name, (rows, columns) = KINDS[kind], matrix_shape(param.shape)
     if name == "all":
         return tuple(param.shape)
@@ -107,8 +114,8 @@ def _kept_shape(
         require(param.dim() > 1, f"kinds[{i}]", "rows or elements below 2-D", name)
     if name == "blocks":
         high, wide = block
-        fits = min(block) > 0 and rows % high == 0 and columns % wide == 0
-        require(fits, f"blocks[{i}]", f"a block that divides {rows} x {columns}", block)
+        if min(block) <= 0 or rows % high or columns % wide:
+            require(False, f"blocks[{i}]", f"a block that divides {rows} x {columns}", block)
     check_tensor(index, f"kept[{i}]", (index.numel(),), torch.int32, param.device)
     units = unit_count(param.shape, name, block)
     require_within(index, f"kept[{i}]", units, ascending=True)
