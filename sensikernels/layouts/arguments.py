@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from sensikernels._checks import require
+from sensikernels._values import readable
 from sensikernels.layouts.kinds import BLOCK_TENSORS, BlockLayout, PackedLayout
 
 Layout = PackedLayout | BlockLayout
-# By the tensors' ids and versions; they are held too, so that no id is used again.
-_KNOWN: dict[tuple[int, ...], tuple[tuple[Tensor, ...], Layout]] = {}
+# By ids and versions: the tensors, so that no id is used again, and what they held when checked.
+_KNOWN: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple[Tensor, ...], Layout]] = {}
 _MOST = 256
 
 
@@ -40,13 +42,20 @@ def from_arguments(sizes: Sequence[int], index: Sequence[Tensor]) -> Layout:
     # A compiled graph asks for each product of each step.
     key = (*sizes, *map(id, index), *(t._version for t in index))
     known = _KNOWN.get(key)
-    if known is None:
-        known = tuple(index), _made(sizes, index)
-        known[1].check()
-        if len(_KNOWN) >= _MOST:
-            _KNOWN.clear()
-        _KNOWN[key] = known
-    return known[1]
+    if known is not None and _unwritten(known[0], known[1]):
+        return known[2]
+    layout = _made(sizes, index)
+    layout.check()
+    if len(_KNOWN) >= _MOST:
+        _KNOWN.clear()
+    _KNOWN[key] = tuple(index), tuple(t.clone() for t in index), layout
+    return layout
+
+
+def _unwritten(tensors: tuple[Tensor, ...], copies: tuple[Tensor, ...]) -> bool:
+    """Whether the tensors hold what they held, by whatever way they may have been written to."""
+    pairs = zip(tensors, copies, strict=True)
+    return all(not readable(t) or (t.shape == c.shape and torch.equal(t, c)) for t, c in pairs)
 
 
 def _made(sizes: Sequence[int], index: Sequence[Tensor]) -> Layout:

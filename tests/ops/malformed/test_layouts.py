@@ -98,13 +98,17 @@ def test_every_use_looks_at_the_values():
             use()
 
 
-def test_an_index_written_to_is_looked_at_again():
+@pytest.mark.parametrize("through", ["in place", "data", "numpy"])
+def test_an_index_written_to_is_looked_at_again(through: str):
     layout = PackedLayout(shape=(8, 8), rows=None, columns=torch.tensor([0, 3, 5]).int())
     sizes, index = to_arguments(layout)
-    from_arguments(sizes, index)
-    index[0][1] = 99
+    assert from_arguments(sizes, index) is from_arguments(sizes, index)
+    written = {"in place": index[0], "data": index[0].data, "numpy": index[0].numpy()}[through]
+    written[1] = 99
     with pytest.raises(UsageError, match="columns"):
         from_arguments(sizes, index)
+    written[1] = 4
+    assert from_arguments(sizes, index).columns.tolist() == [0, 4, 5]
 
 
 def test_shapes_and_dtypes_are_checked_when_it_is_made():
