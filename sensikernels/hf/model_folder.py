@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,18 @@ def write_digests(folder: Path) -> None:
 def check_loaded(path: Path | str, model: Any, found: Mapping[str, Any]) -> None:
     """Check what ``from_pretrained`` says it did: no weight made up but a whole new head.
 
+    A masked-language model has no pooler: with a new head it gets one, and that is logged.
+
     Raises:
         DataError: a weight is missing, unknown, of another size, or not finite.
     """
     head = {name for name, _ in model.named_parameters() if name.startswith("classifier")}
     sizes = {key for key, *_ in found["mismatched_keys"]}
     missing = set(found["missing_keys"])
+    pooler = {name for name, _ in model.named_parameters() if ".pooler." in name}
+    if head | pooler <= missing and pooler:
+        logging.getLogger("sensikernels").warning("model %s: no pooler: a new one is trained", path)
+        missing -= pooler
     for names, what in (
         (sizes - head, "weights of another size than its config says"),
         (missing - head, "weights are missing"),

@@ -178,6 +178,16 @@ def test_a_whole_new_head_and_heads_of_other_tasks_are_no_damage(tmp_path, stran
     assert load_model(folder, labels=3).config.num_labels == 3
 
 
+def test_a_masked_language_model_gets_a_pooler_and_says_so(tmp_path, stranger, caplog):
+    folder = shutil.copytree(stranger, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if "pooler" in n or n.startswith("classifier")]:
+        del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_model(folder, labels=2).config.num_labels == 2
+    assert "no pooler: a new one is trained" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["../model/model.safetensors", "/etc/passwd", "..", "", "none", 7])
 def test_shards_lie_in_the_folder(tmp_path, stranger, name):
     folder = shutil.copytree(stranger, tmp_path / "model")
