@@ -169,8 +169,8 @@ def use_packed(
     The model takes its padded inputs as before, and packed ones (``PackedBert.forward``).
 
     ``cls_only``: a sequence classifier's last layer runs on first tokens alone (other heads read
-    every token and are not changed). ``fused``: one product for query, key and value
-    on a GPU, and one pass each for embeddings, bias and GELU, dropout, residual and LayerNorm;
+    every token and are not changed). ``fused``: one product for query, key and value where that
+    gains, and one pass each for embeddings, bias and GELU, dropout, residual and LayerNorm;
     their dropout is counter dropout. Without it the modules are called one by one. Attention's
     dropout is always from a counter. ``multiple``: padded inputs give token counts rounded up to
     multiples of it.

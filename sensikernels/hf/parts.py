@@ -16,7 +16,7 @@ STEP_PARTS = {
     "words": "row-sparse gradient of the word table (for SubsetAdamW)",
     "packed": "tokens end to end, no padding",
     "cls": "a classifier's last layer on first tokens only; brings packed",
-    "fused": "bias + GELU, dropout + residual + LayerNorm, query, key and value on a GPU, "
+    "fused": "bias + GELU, dropout + residual + LayerNorm, query, key and value where that gains, "
     "embeddings in one pass each; brings packed",
     "labelled": "a masked-language model's head on labelled tokens, in training; brings packed",
     "prefix-cache": "what frozen lowest layers compute is kept across epochs; brings packed",
