@@ -29,10 +29,14 @@ class MaskedModule(nn.Module):
         self._place(device)
 
     def _place(self, device: torch.device) -> None:
-        self.layout = self._layout_on(device)
+        self.layout = self._made_on(device)
 
     def _layout_on(self, device: torch.device) -> Layout:
-        """The layout on another device, from the mask: there may be no data where it is now."""
+        """The layout on ``device``; made of the mask anew where it lies on another."""
+        return self.layout if device == self._layout_device() else self._made_on(device)
+
+    def _made_on(self, device: torch.device) -> Layout:
+        # From the mask, as there may be no data where the layout is now.
         mask = self.mask
         layout = layout_of(mask.grid.cpu(), mask.block_shape, mask.shape, **self._compact)
         return to_device(layout, device)
