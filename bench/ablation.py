@@ -134,17 +134,30 @@ def main() -> int:
             print("graph       skipped: CUDA graphs need a CUDA device")
             continue
         environment = {k: v for k, v in os.environ.items() if k != CACHE} | {CACHE: "16384"}
-        command = [sys.executable, "-m", "sensikernels.bench.ablation", "--stage", stage,
-                   "--rounds", str(given.rounds), "--dtype", given.dtype,
-                   "--device", given.device]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "sensikernels.bench.ablation",
+            "--stage",
+            stage,
+            "--rounds",
+            str(given.rounds),
+            "--dtype",
+            given.dtype,
+            "--device",
+            given.device,
+        ]
         command += ["--data-dir", str(given.data_dir)] if given.data_dir else []
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             return done.returncode
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         last = rows[-1]
-        print(f"{stage:<11} {last['candidate_ms']:7.1f} ms, HF {last['baseline_ms']:7.1f} ms, "
-              f"x{last['ratio']:.2f}", flush=True)  # fmt: skip
+        print(
+            f"{stage:<11} {last['candidate_ms']:7.1f} ms, HF {last['baseline_ms']:7.1f} ms, "
+            f"x{last['ratio']:.2f}",
+            flush=True,
+        )
     if given.json:
         write_dicts(given.json, rows)
     return 0

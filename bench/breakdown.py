@@ -110,8 +110,9 @@ def main() -> int:
             parts = "  ".join(f"{k} {v:.1f}" for k, v in tables[case][name].items())
             print(f"{case} {name}: {sum(tables[case][name].values()):.1f} ms  {parts}", flush=True)
     if given.json:
-        write_json(given.json, {"dtype": given.dtype, "ms": tables,
-                                "provenance": provenance(given.device)})  # fmt: skip
+        write_json(
+            given.json, {"dtype": given.dtype, "ms": tables, "provenance": provenance(given.device)}
+        )
     if given.picture:
         given.picture.parent.mkdir(parents=True, exist_ok=True)
         draw(tables, given.picture)

@@ -17,9 +17,20 @@ from sensikernels.bench.checkout import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 KEY = (
-    "suite", "case", "candidate", "baseline", "pattern", "density", "block", "tokens",
-    "in_features", "out_features", "dtype", "direction", "l2",
-)  # fmt: skip
+    "suite",
+    "case",
+    "candidate",
+    "baseline",
+    "pattern",
+    "density",
+    "block",
+    "tokens",
+    "in_features",
+    "out_features",
+    "dtype",
+    "direction",
+    "l2",
+)
 
 
 def by_key(text: str) -> dict[tuple[Any, ...], dict[str, Any]]:

@@ -129,9 +129,12 @@ class Race:
         elif name in ("bitfit", "dps"):
             method: Method = BitFit() if name == "bitfit" else DPS()
             run = Run(
-                model=one.model, optimizer=one.optimizer, max_steps=200, batches=list,
+                model=one.model,
+                optimizer=one.optimizer,
+                max_steps=200,
+                batches=list,
                 sequence_length=length,
-            )  # fmt: skip
+            )
             method.begin(run)
             if name == "dps":  # the other one is done once it has begun
                 one.method, one.run = method, run
@@ -170,7 +173,8 @@ def largest_rows(model: nn.Module, share: float) -> Plan:
     for layer in encoder_layers(model):
         for part in PARTS:
             weight: Any = layer.linear(part).weight
-            kept = select_kept(weight.detach().float().abs().sum(1).cpu(),
-                               k=max(1, round(share * len(weight))))  # fmt: skip
+            kept = select_kept(
+                weight.detach().float().abs().sum(1).cpu(), k=max(1, round(share * len(weight)))
+            )
             masks[layer.name(part)] = Mask.rows(kept.bits, tuple(weight.shape))
     return Plan(method=f"rows-{share:g}", update_masks=masks)

@@ -63,13 +63,16 @@ PLANS: dict[str, Entry] = {
     "dense": Entry(settings={"method": "dense", "lr": BASELINE_RATE}),
     "sensi-bert-0.5": Entry(
         settings={
-            "method": "sensi-bert", "budget": Budget(flops=0.5), "lr": 1e-4, "ranking_rows": 512,
+            "method": "sensi-bert",
+            "budget": Budget(flops=0.5),
+            "lr": 1e-4,
+            "ranking_rows": 512,
         },
         epochs=1.6,
     ),
     "bitfit": Entry(settings={"method": "bitfit"}),
     "dps": Entry(settings={"method": "dps", "lr": BASELINE_RATE}),
-}  # fmt: skip
+}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -99,9 +102,15 @@ class Racer:
 
 
 def run(
-    *, device: str, quick: bool, progress: Callable[[str], None], data_dir: Path | None = None,
-    only: str | None = None, seeds: int | None = None, samples: int | None = None,
-) -> list[Row]:  # fmt: skip
+    *,
+    device: str,
+    quick: bool,
+    progress: Callable[[str], None],
+    data_dir: Path | None = None,
+    only: str | None = None,
+    seeds: int | None = None,
+    samples: int | None = None,
+) -> list[Row]:
     """Rows of accuracy and time to accuracy, with every seed's curve and the baseline's.
 
     ``only``: names of ``PLANS``, separated by commas; HuggingFace always runs. ``seeds`` (3, quick
@@ -122,9 +131,13 @@ def run(
 
 
 def _one_seed(
-    seed: int, names: Sequence[str], device: str, samples: int, data_dir: Path | None,
+    seed: int,
+    names: Sequence[str],
+    device: str,
+    samples: int,
+    data_dir: Path | None,
     progress: Callable[[str], None],
-) -> dict[str, Curve]:  # fmt: skip
+) -> dict[str, Curve]:
     common = Settings(
         task="demo" if data_dir is None else "sst2",
         data_dir=data_dir,
@@ -150,8 +163,10 @@ def _one_seed(
         if step in marks:
             for racer in racers.values():
                 racer.evaluate()
-            state = ", ".join(f"{n} {100 * r.curve[-1][1]:.1f} % in {r.curve[-1][0]:.0f} s"
-                              for n, r in racers.items())  # fmt: skip
+            state = ", ".join(
+                f"{n} {100 * r.curve[-1][1]:.1f} % in {r.curve[-1][0]:.0f} s"
+                for n, r in racers.items()
+            )
             progress(f"seed {seed}, step {step} of {steps}: {state}")
     return {name: racer.curve for name, racer in racers.items()}
 

@@ -44,8 +44,10 @@ def bring_in(folder: Path, root: Path, *, allow_dirty: bool = False) -> list[Pat
         raise SystemExit(f"{folder}: expected an output folder of the suite: {error!r}") from None
     if facts["dirty"] is not False and not allow_dirty:
         state = "of a changed tree" if facts["dirty"] else "of an unknown commit"
-        raise SystemExit(f"{folder}: expected results of a clean commit, got some {state}; "
-                         "--allow-dirty takes them")  # fmt: skip
+        raise SystemExit(
+            f"{folder}: expected results of a clean commit, got some {state}; "
+            "--allow-dirty takes them"
+        )
     target = root / "bench" / "results" / facts["device"]
     written = []
     for suite in SUITES:

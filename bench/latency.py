@@ -61,10 +61,14 @@ def measure(settings: Settings, rounds: int) -> Row:
     _, plan, planned = rank(settings)
     batches = list(islice(dense.data.epoch(0), rounds))
     times = interleave(
-        {name: _stepping(one, batches) for name, one in
-         (("dense", dense.runner), ("planned", planned))},
-        rounds=len(batches), warmup=len(batches), device=settings.device,
-    )  # fmt: skip
+        {
+            name: _stepping(one, batches)
+            for name, one in (("dense", dense.runner), ("planned", planned))
+        },
+        rounds=len(batches),
+        warmup=len(batches),
+        device=settings.device,
+    )
     taken = {name: sum(timing.samples_ms) for name, timing in times.items()}
     met = plan.origin["step_time"]
     return row(

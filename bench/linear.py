@@ -202,9 +202,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pairs = (one.split("=", 1) for one in given.only)
     only = {name: values.split(",") for name, values in pairs}
     rows = run(
-        device=given.device, quick=False, progress=lambda line: sys.stderr.write(line + "\n"),
-        seconds=given.seconds, tokens=given.tokens, only=only,
-    )  # fmt: skip
+        device=given.device,
+        quick=False,
+        progress=lambda line: sys.stderr.write(line + "\n"),
+        seconds=given.seconds,
+        tokens=given.tokens,
+        only=only,
+    )
     for one in rows:
         if given.below is None or one.ratio < given.below:
             sys.stdout.write(

@@ -22,8 +22,14 @@ PATTERNS = ("rows", "columns", "blocks", "heads")
 DENSITIES = (0.5, 0.1, 1.0, 0.25, 0.75)
 DIRECTIONS = ("forward+backward", "forward", "grad_weight")
 DTYPES = (torch.bfloat16, torch.float32)
-BASELINES = ("dense", "masked-dense", "hand-packed", "torch-bsr", "compiled-masked",
-             "semi-structured")  # fmt: skip
+BASELINES = (
+    "dense",
+    "masked-dense",
+    "hand-packed",
+    "torch-bsr",
+    "compiled-masked",
+    "semi-structured",
+)
 PEERS = ("masked-dense", "compiled-masked", "torch-bsr", "semi-structured")
 """What they take does not depend on the mask, or hardly: raced once a shape, not at each mask."""
 HEAD = 64
@@ -72,9 +78,12 @@ class Case:
         """The mask as the operators take it."""
         mask = self.mask()
         return layout_of(
-            mask.grid.to(device), mask.block_shape, mask.shape,
-            compact_input=self.compact, compact_output=self.compact,
-        )  # fmt: skip
+            mask.grid.to(device),
+            mask.block_shape,
+            mask.shape,
+            compact_input=self.compact,
+            compact_output=self.compact,
+        )
 
     @property
     def dense_flops(self) -> float:
@@ -105,33 +114,64 @@ def quick_cases() -> list[Case]:
     for dtype in DTYPES:
         common: dict[str, Any] = dict(tokens=1024, dtype=dtype, in_features=768, out_features=3072)
         cases += [
-            Case(pattern="rows", density=0.1, direction="grad_weight", candidates=("selective",),
-                 baselines=("dense",), **common),
-            Case(pattern="blocks", density=0.25, candidates=("block-sparse",),
-                 baselines=("dense", "masked-dense"), **common),
-        ]  # fmt: skip
+            Case(
+                pattern="rows",
+                density=0.1,
+                direction="grad_weight",
+                candidates=("selective",),
+                baselines=("dense",),
+                **common,
+            ),
+            Case(
+                pattern="blocks",
+                density=0.25,
+                candidates=("block-sparse",),
+                baselines=("dense", "masked-dense"),
+                **common,
+            ),
+        ]
         up, down, small = SHAPES["bert-base"]
         points = [(up, "rows", d) for d in (0.5, 0.25, 0.1)]
         points += [(down, "columns", d) for d in (0.5, 0.25, 0.1)]
         points += [(small, pattern, 0.5) for pattern in ("rows", "columns")]
         cases += [
-            Case(pattern=pattern, density=density, candidates=("packed",),
-                 baselines=("dense", "hand-packed"),
-                 **{**common, "in_features": into, "out_features": out})
+            Case(
+                pattern=pattern,
+                density=density,
+                candidates=("packed",),
+                baselines=("dense", "hand-packed"),
+                **{**common, "in_features": into, "out_features": out},
+            )
             for (into, out), pattern, density in points
-        ]  # fmt: skip
+        ]
         cases += [
-            Case(pattern="blocks", density=density, candidates=("auto",), baselines=("dense",),
-                 direction=direction, **{**common, "tokens": tokens})
+            Case(
+                pattern="blocks",
+                density=density,
+                candidates=("auto",),
+                baselines=("dense",),
+                direction=direction,
+                **{**common, "tokens": tokens},
+            )
             for density in (1.0, 0.75, 0.5)
-            for tokens, direction in ((16, "forward"), (16, "forward+backward"),
-                                      (128, "forward+backward"), (1024, "forward+backward"))
-        ]  # fmt: skip
+            for tokens, direction in (
+                (16, "forward"),
+                (16, "forward+backward"),
+                (128, "forward+backward"),
+                (1024, "forward+backward"),
+            )
+        ]
     bsr: dict[str, Any] = dict(common, tokens=128, dtype=torch.float32)
     cases.append(
-        Case(pattern="blocks", density=0.25, direction="forward", candidates=("block-sparse",),
-             baselines=("torch-bsr",), **bsr)
-    )  # fmt: skip
+        Case(
+            pattern="blocks",
+            density=0.25,
+            direction="forward",
+            candidates=("block-sparse",),
+            baselines=("torch-bsr",),
+            **bsr,
+        )
+    )
     return cases
 
 
@@ -154,9 +194,14 @@ def _weight(case: Case) -> int:
 
 
 def _masks(
-    shape: tuple[int, int], tokens: int, direction: str, dtype: torch.dtype, *, first: int,
+    shape: tuple[int, int],
+    tokens: int,
+    direction: str,
+    dtype: torch.dtype,
+    *,
+    first: int,
     device: str,
-) -> Iterator[Case]:  # fmt: skip
+) -> Iterator[Case]:
     """Each pattern at each density, from another one on for each ``first``."""
     into, out = shape
     masks = len(PATTERNS) * len(DENSITIES)
@@ -167,10 +212,15 @@ def _masks(
             continue
         own = "block-sparse" if pattern == "blocks" else "packed"
         case = Case(
-            pattern=pattern, density=DENSITIES[i % len(DENSITIES)], in_features=into,
-            out_features=out, tokens=tokens, dtype=dtype, direction=direction,
+            pattern=pattern,
+            density=DENSITIES[i % len(DENSITIES)],
+            in_features=into,
+            out_features=out,
+            tokens=tokens,
+            dtype=dtype,
+            direction=direction,
             candidates=("selective",) if direction == "grad_weight" else (own, "auto"),
-        )  # fmt: skip
+        )
         peers = [p for p in PEERS if p not in met and why_without(p, case, device) is None]
         met.update(peers)
         yield replace(case, baselines=("dense", "hand-packed", *peers))

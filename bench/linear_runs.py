@@ -90,9 +90,12 @@ def _linears(
 
     def ours(backend: str) -> nn.Module:
         return MaskedLinear.from_linear(
-            linear(weight, bias), case.mask(), compact_input=case.compact,
-            compact_output=case.compact, backend=backend,
-        )  # fmt: skip
+            linear(weight, bias),
+            case.mask(),
+            compact_input=case.compact,
+            compact_output=case.compact,
+            backend=backend,
+        )
 
     def masked(backend: str) -> Callable[[], Run]:
         return lambda: _step(ours(backend), read, narrow_dy, backward)

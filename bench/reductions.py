@@ -100,9 +100,16 @@ def reduction_rows(
     moved = sum(t.numel() * t.element_size() for t in (*weights, *grads))
     return [
         row(
-            suite="reductions", case="row_sums", candidate="group_reduce", baseline=name,
-            candidate_time=times["group_reduce"], baseline_time=times[name], pattern="rows",
-            density=1.0, dtype="float32", direction="score",
+            suite="reductions",
+            case="row_sums",
+            candidate="group_reduce",
+            baseline=name,
+            candidate_time=times["group_reduce"],
+            baseline_time=times[name],
+            pattern="rows",
+            density=1.0,
+            dtype="float32",
+            direction="score",
             extra={
                 "tensors": len(weights),
                 "gigabytes_per_s": moved / times["group_reduce"].median_ms / 1e6,
@@ -112,7 +119,7 @@ def reduction_rows(
             },
         )
         for name in ("loop", "loop-reused", "foreach", "read")
-    ]  # fmt: skip
+    ]
 
 
 def threshold_rows(scores: Tensor, k: int, device: str, seconds: float) -> list[Row]:
@@ -128,9 +135,16 @@ def threshold_rows(scores: Tensor, k: int, device: str, seconds: float) -> list[
     passes = times["select_elements"].median_ms / times["read"].median_ms
     return [
         row(
-            suite="reductions", case="threshold", candidate="select_elements", baseline=name,
-            candidate_time=times["select_elements"], baseline_time=times[name],
-            pattern="elements", density=KEPT, dtype="float32", direction="select",
+            suite="reductions",
+            case="threshold",
+            candidate="select_elements",
+            baseline=name,
+            candidate_time=times["select_elements"],
+            baseline_time=times[name],
+            pattern="elements",
+            density=KEPT,
+            dtype="float32",
+            direction="select",
             extra={
                 "entries": scores.numel(),
                 "streaming_passes": passes,
@@ -139,7 +153,7 @@ def threshold_rows(scores: Tensor, k: int, device: str, seconds: float) -> list[
             },
         )
         for name in ("topk", "kthvalue", "read")
-    ]  # fmt: skip
+    ]
 
 
 def group_rows(device: str, layers: int, seconds: float) -> list[Row]:
@@ -161,11 +175,19 @@ def group_rows(device: str, layers: int, seconds: float) -> list[Row]:
     times = interleave(contestants, rounds=15, device=device, budget_s=seconds)
     return [
         row(
-            suite="reductions", case="unit_budget", candidate="select_kept", baseline="topk",
-            candidate_time=times["select_kept"], baseline_time=times["topk"], pattern="units",
-            density=0.5, dtype="float32", direction="select", extra={"units": len(kinds)},
+            suite="reductions",
+            case="unit_budget",
+            candidate="select_kept",
+            baseline="topk",
+            candidate_time=times["select_kept"],
+            baseline_time=times["topk"],
+            pattern="units",
+            density=0.5,
+            dtype="float32",
+            direction="select",
+            extra={"units": len(kinds)},
         )
-    ]  # fmt: skip
+    ]
 
 
 def run(*, device: str, quick: bool, progress: Callable[[str], object]) -> list[Row]:

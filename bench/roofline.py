@@ -58,8 +58,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    once = {(r["candidate"], r["case"], r["dtype"], r["direction"]): r for r in rows
-            if "share_of_ceiling" in r}  # fmt: skip
+    once = {
+        (r["candidate"], r["case"], r["dtype"], r["direction"]): r
+        for r in rows
+        if "share_of_ceiling" in r
+    }
     dtypes = sorted({key[2] for key in once})
     if not dtypes:
         raise ValueError("rows: expected some of the linear suite, got none with ceilings")
@@ -72,9 +75,13 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for candidate in sorted({r["candidate"] for r in own}):
             mine = [r for r in own if r["candidate"] == candidate]
             axes.loglog(
-                [r["flop_per_byte"] for r in mine], [r["gflops"] for r in mine], "o", ms=4,
-                alpha=0.7, label=candidate,
-            )  # fmt: skip
+                [r["flop_per_byte"] for r in mine],
+                [r["gflops"] for r in mine],
+                "o",
+                ms=4,
+                alpha=0.7,
+                label=candidate,
+            )
         low, high = (f(r["flop_per_byte"] for r in own) for f in (min, max))
         ends = sorted({low / 2, gemm / copy, high * 2})
         axes.loglog(ends, [min(gemm, copy * x) for x in ends], color=INK, lw=1)

@@ -113,9 +113,13 @@ def cases(quick: bool, device: str, data_dir: Path | None) -> list[Case]:
 
 
 def _real(
-    task: str, data_dir: Path | None, name: str, model: Callable[[], nn.Module], batches: int,
+    task: str,
+    data_dir: Path | None,
+    name: str,
+    model: Callable[[], nn.Module],
+    batches: int,
     without: tuple[str, ...] = (),
-) -> Case:  # fmt: skip
+) -> Case:
     return Case(
         name=f"{task}-{name}-32",
         model=model,
@@ -126,9 +130,13 @@ def _real(
 
 
 def _full(
-    name: str, model: Callable[[], nn.Module], rows: int, length: int, rounds: int,
+    name: str,
+    model: Callable[[], nn.Module],
+    rows: int,
+    length: int,
+    rounds: int,
     without: tuple[str, ...] = (),
-) -> Case:  # fmt: skip
+) -> Case:
     return Case(
         name=name,
         model=model,
@@ -168,9 +176,13 @@ def _one(step: Contestant) -> Callable[[], None]:
 
 
 def _rows(
-    case: Case, dtype: torch.dtype, race: Race, times: dict[str, Timing],
-    peaks: dict[str, dict[str, float]], shares: dict[str, float],
-) -> list[Row]:  # fmt: skip
+    case: Case,
+    dtype: torch.dtype,
+    race: Race,
+    times: dict[str, Timing],
+    peaks: dict[str, dict[str, float]],
+    shares: dict[str, float],
+) -> list[Row]:
     return [
         row(
             suite="step",

@@ -58,9 +58,14 @@ def run_step(step: Step, work: Path, limit: float) -> Outcome:
     with open(log, "w") as out:
         try:
             child = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         except OSError as error:
             return Outcome(name=step.name, status="failed", reason=str(error))
         try:
@@ -168,8 +173,13 @@ def _options(given: argparse.Namespace, work: Path) -> Options:
     if bundle is not None and (bundle / WEIGHTS).is_dir():
         paths = [str(bundle), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    options = Options(device=given.device, quick=given.quick, work=work, bundle=bundle,
-                      data_dir=None if data is None else data.resolve())  # fmt: skip
+    options = Options(
+        device=given.device,
+        quick=given.quick,
+        work=work,
+        bundle=bundle,
+        data_dir=None if data is None else data.resolve(),
+    )
     if given.library is None:
         return options
     return Options(**{**vars(options), "library": given.library.resolve()})

@@ -95,16 +95,21 @@ def _saved(row: Row, _: Rates) -> float:
     return float(row["ratio"]) * float(row["density"])
 
 
-_PACKED = {"candidate": "packed", "pattern": ("rows", "columns"), "direction": "forward+backward",
-           "baseline": "dense"}  # fmt: skip
+_PACKED = {
+    "candidate": "packed",
+    "pattern": ("rows", "columns"),
+    "direction": "forward+backward",
+    "baseline": "dense",
+}
 _STEP = {"case": "bert-base-32x128", "dtype": "bfloat16"}
 _SST2 = "sst2-minilm-32"
 _LONG = "bert-base-8x128"
 
 
 def _linear(what: str, devices: tuple[str, ...] = ("cuda",), **facts: Any) -> Bar:
-    named = {k: facts.pop(k) for k in ("at_least", "at_most", "figure", "ceiling", "unit")
-             if k in facts}  # fmt: skip
+    named = {
+        k: facts.pop(k) for k in ("at_least", "at_most", "figure", "ceiling", "unit") if k in facts
+    }
     return Bar(what=what, suite="linear", where=facts, devices=devices, **named)
 
 
@@ -114,64 +119,187 @@ def _step(what: str, least: float, candidate: str, baseline: str, case: str) -> 
 
 
 BARS: tuple[Bar, ...] = (
-    Bar(what="BERT-base 32 × 128 bf16, ours dense", suite="step", unit="ms", at_most=1.35,
-        where=_STEP | {"candidate": "dense"}, figure=_value("candidate_ms"),
-        ceiling=step_ceiling_ms),
-    Bar(what="… over HF compiled", suite="step", at_least=1.3,
-        where=_STEP | {"candidate": "dense", "baseline": "hf-compiled"}),
-    Bar(what="… half the FLOPs over ours dense", suite="step", at_least=1.8,
-        where=_STEP | {"candidate": "sensi-bert-0.5", "baseline": "dense"}),
-    _linear("packed linear over cuBLAS packed by hand", candidate="packed",
-            baseline="hand-packed", at_least=0.97),
-    _linear("64 × 64 blocks, forward", candidate="block-sparse", block="64x64", direction="forward",
-            tokens=lambda n: n >= 1024, density=lambda d: d < 1, figure=_value("gflops", 1e-3),
-            ceiling=blocks_ceiling, unit="TFLOP/s", at_least=0.8),
+    Bar(
+        what="BERT-base 32 × 128 bf16, ours dense",
+        suite="step",
+        unit="ms",
+        at_most=1.35,
+        where=_STEP | {"candidate": "dense"},
+        figure=_value("candidate_ms"),
+        ceiling=step_ceiling_ms,
+    ),
+    Bar(
+        what="… over HF compiled",
+        suite="step",
+        at_least=1.3,
+        where=_STEP | {"candidate": "dense", "baseline": "hf-compiled"},
+    ),
+    Bar(
+        what="… half the FLOPs over ours dense",
+        suite="step",
+        at_least=1.8,
+        where=_STEP | {"candidate": "sensi-bert-0.5", "baseline": "dense"},
+    ),
+    _linear(
+        "packed linear over cuBLAS packed by hand",
+        candidate="packed",
+        baseline="hand-packed",
+        at_least=0.97,
+    ),
+    _linear(
+        "64 × 64 blocks, forward",
+        candidate="block-sparse",
+        block="64x64",
+        direction="forward",
+        tokens=lambda n: n >= 1024,
+        density=lambda d: d < 1,
+        figure=_value("gflops", 1e-3),
+        ceiling=blocks_ceiling,
+        unit="TFLOP/s",
+        at_least=0.8,
+    ),
     _linear("blocks over torch BSR", candidate="block-sparse", baseline="torch-bsr", at_least=1.0),
-    _linear("weight gradient of rows: speed-up × density", candidate="selective", pattern="rows",
-            baseline="dense", figure=_saved, at_least=0.9),
-    _linear("weight gradient of 64 × 64 blocks at 1/10", candidate="selective", density=0.1,
-            pattern="blocks", baseline="dense", at_least=2.0),
+    _linear(
+        "weight gradient of rows: speed-up × density",
+        candidate="selective",
+        pattern="rows",
+        baseline="dense",
+        figure=_saved,
+        at_least=0.9,
+    ),
+    _linear(
+        "weight gradient of 64 × 64 blocks at 1/10",
+        candidate="selective",
+        density=0.1,
+        pattern="blocks",
+        baseline="dense",
+        at_least=2.0,
+    ),
     _linear("packed at 1/2 over dense", ("cpu",), density=0.5, at_least=1.8, **_PACKED),
     _linear("packed at 1/4 over dense", ("cpu",), density=0.25, at_least=3.4, **_PACKED),
     _linear("packed at 1/10 over dense", ("cpu",), density=0.1, at_least=8.0, **_PACKED),
-    _linear("packed over packed by hand", ("cpu",), candidate="packed", baseline="hand-packed",
-            direction="forward+backward", at_least=0.95),
-    _linear("64 × 64 blocks at 1/4 over dense", ("cpu",), candidate="block-sparse", density=0.25,
-            direction="forward+backward", block="64x64", baseline="dense", at_least=2.0),
-    _linear("weight gradient of 1/10 of the rows over dense", ("cpu",), candidate="selective",
-            density=0.1, pattern="rows", baseline="dense", at_least=6.0),
-    _linear("what auto chooses over dense", BOTH, candidate="auto", baseline="dense",
-            at_least=0.98),
-    Bar(what="row sums of all tensors", suite="reductions", unit="GB/s", at_least=0.9,
-        where={"case": "row_sums"}, figure=_value("gigabytes_per_s"), ceiling=_rate("copy")),
-    Bar(what="row sums, share of the read rate", suite="reductions", devices=("cpu",), unit="",
-        where={"case": "row_sums"}, figure=_value("share_of_read_rate"), at_least=0.9),
-    Bar(what="row sums over a loop and foreach", suite="reductions", devices=("cpu",),
-        where={"case": "row_sums", "baseline": ("loop", "foreach")}, at_least=7.0),
-    Bar(what="unit budget", suite="reductions", unit="ms", at_most=0.02,
-        where={"case": "unit_budget"}, figure=_value("candidate_ms")),
-    Bar(what="best tenth of 10⁸ entries", suite="reductions", unit="ms", at_most=0.25,
+    _linear(
+        "packed over packed by hand",
+        ("cpu",),
+        candidate="packed",
+        baseline="hand-packed",
+        direction="forward+backward",
+        at_least=0.95,
+    ),
+    _linear(
+        "64 × 64 blocks at 1/4 over dense",
+        ("cpu",),
+        candidate="block-sparse",
+        density=0.25,
+        direction="forward+backward",
+        block="64x64",
+        baseline="dense",
+        at_least=2.0,
+    ),
+    _linear(
+        "weight gradient of 1/10 of the rows over dense",
+        ("cpu",),
+        candidate="selective",
+        density=0.1,
+        pattern="rows",
+        baseline="dense",
+        at_least=6.0,
+    ),
+    _linear(
+        "what auto chooses over dense", BOTH, candidate="auto", baseline="dense", at_least=0.98
+    ),
+    Bar(
+        what="row sums of all tensors",
+        suite="reductions",
+        unit="GB/s",
+        at_least=0.9,
+        where={"case": "row_sums"},
+        figure=_value("gigabytes_per_s"),
+        ceiling=_rate("copy"),
+    ),
+    Bar(
+        what="row sums, share of the read rate",
+        suite="reductions",
+        devices=("cpu",),
+        unit="",
+        where={"case": "row_sums"},
+        figure=_value("share_of_read_rate"),
+        at_least=0.9,
+    ),
+    Bar(
+        what="row sums over a loop and foreach",
+        suite="reductions",
+        devices=("cpu",),
+        where={"case": "row_sums", "baseline": ("loop", "foreach")},
+        at_least=7.0,
+    ),
+    Bar(
+        what="unit budget",
+        suite="reductions",
+        unit="ms",
+        at_most=0.02,
+        where={"case": "unit_budget"},
+        figure=_value("candidate_ms"),
+    ),
+    Bar(
+        what="best tenth of 10⁸ entries",
+        suite="reductions",
+        unit="ms",
+        at_most=0.25,
         where={"case": "threshold", "entries": lambda n: n >= 10**8},
-        figure=_value("candidate_ms")),
-    Bar(what="best tenth, streaming passes", suite="reductions", devices=("cpu",), unit="",
-        where={"case": "threshold"}, figure=_value("streaming_passes"), at_most=1.5),
-    Bar(what="best tenth over topk", suite="reductions", devices=("cpu",),
-        where={"case": "threshold", "baseline": "topk"}, at_least=25.0),
-    Bar(what="best tenth over kthvalue", suite="reductions", devices=("cpu",),
-        where={"case": "threshold", "baseline": "kthvalue"}, at_least=10.0),
-    Bar(what="AdamW on 1/10 of the rows over fused on all", suite="optimizer", devices=BOTH,
-        where={"candidate": "subset-rows", "baseline": "adamw-fused"}, at_least=6.0),
-    Bar(what="AdamW on everything over fused", suite="optimizer", devices=BOTH,
-        where={"candidate": "subset", "baseline": "adamw-fused"}, at_least=0.95),
-    Bar(what="… with fused sensitivities", suite="optimizer", devices=BOTH,
-        where={"candidate": "subset-statistics", "baseline": "subset"}, at_least=0.97),
+        figure=_value("candidate_ms"),
+    ),
+    Bar(
+        what="best tenth, streaming passes",
+        suite="reductions",
+        devices=("cpu",),
+        unit="",
+        where={"case": "threshold"},
+        figure=_value("streaming_passes"),
+        at_most=1.5,
+    ),
+    Bar(
+        what="best tenth over topk",
+        suite="reductions",
+        devices=("cpu",),
+        where={"case": "threshold", "baseline": "topk"},
+        at_least=25.0,
+    ),
+    Bar(
+        what="best tenth over kthvalue",
+        suite="reductions",
+        devices=("cpu",),
+        where={"case": "threshold", "baseline": "kthvalue"},
+        at_least=10.0,
+    ),
+    Bar(
+        what="AdamW on 1/10 of the rows over fused on all",
+        suite="optimizer",
+        devices=BOTH,
+        where={"candidate": "subset-rows", "baseline": "adamw-fused"},
+        at_least=6.0,
+    ),
+    Bar(
+        what="AdamW on everything over fused",
+        suite="optimizer",
+        devices=BOTH,
+        where={"candidate": "subset", "baseline": "adamw-fused"},
+        at_least=0.95,
+    ),
+    Bar(
+        what="… with fused sensitivities",
+        suite="optimizer",
+        devices=BOTH,
+        where={"candidate": "subset-statistics", "baseline": "subset"},
+        at_least=0.97,
+    ),
     _step("SST-2 batches, ours dense over HF", 2.0, "dense", "hf-dynamic", _SST2),
     _step("… over HF padded to 128", 6.0, "dense", "hf-padded", _SST2),
     _step("… half the FLOPs over ours dense", 1.5, "sensi-bert-0.5", "dense", _SST2),
     _step("BERT-base 8 × 128, ours dense over HF", 1.25, "dense", "hf-dynamic", _LONG),
     _step("… half the FLOPs over ours dense", 1.75, "sensi-bert-0.5", "dense", _LONG),
     _step("… biases only over ours dense", 1.45, "bitfit", "dense", _LONG),
-)  # fmt: skip
+)
 
 
 def of_device(device: str) -> tuple[Bar, ...]:

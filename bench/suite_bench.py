@@ -109,8 +109,10 @@ def main() -> int:
         found = rows.read_journal(journal)
         rows.write_dicts(given.json, found, given.device)
     for one in found:
-        print(f"{one['case']:<28} {one['dtype']:<9} {one['candidate']:<18} "
-              f"{one['candidate_ms']:10.4f} ms  x{one['ratio']:.2f} {one['baseline']}")  # fmt: skip
+        print(
+            f"{one['case']:<28} {one['dtype']:<9} {one['candidate']:<18} "
+            f"{one['candidate_ms']:10.4f} ms  x{one['ratio']:.2f} {one['baseline']}"
+        )
     if failures:
         print(f"{len(failures)} cases failed, the first: {failures[0]}")
     return 1 if failures else 0

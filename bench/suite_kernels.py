@@ -52,9 +52,13 @@ def units(device: str, dtype: torch.dtype) -> None:
         {"k": 77, "multiple": 16, "minimum": 1},
         {"k": torch.tensor([2, 40, 64, 0]), "scope": "per_segment"},
         {"costs": 1.0 + torch.arange(n) % 7, "budget": 300.0, "multiple": 8},
-        {"costs": torch.where(segments % 2 == 0, 9.0, 2.0), "budget": 300.0,
-         "kinds": segments % 2, "minimum": 1},
-    ]  # fmt: skip
+        {
+            "costs": torch.where(segments % 2 == 0, 9.0, 2.0),
+            "budget": 300.0,
+            "kinds": segments % 2,
+            "minimum": 1,
+        },
+    ]
     for problem in problems:
         given: dict[str, Any] = {"segments": segments, "n_segments": 4, **problem}
         want = select_kept(scores, **given, backend="reference")
@@ -80,8 +84,9 @@ def optimizer(device: str, dtype: torch.dtype) -> None:
         shape = (64, 96) if pattern == "blocks" else (67, 130)
         start, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
         got, want = (_stepped(start, grad, units, b) for b in ("native", "reference"))
-        torch.testing.assert_close(got, want, rtol=1e-2 if dtype != torch.float32 else 1e-5,
-                                   atol=1e-6)  # fmt: skip
+        torch.testing.assert_close(
+            got, want, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-6
+        )
     rows = torch.tensor([[3, 0, 3, 40]], device=device)
     table, values = torch.randn(41, 33, device=device), torch.randn(4, 33, device=device)
     sparse = torch.sparse_coo_tensor(rows, values, table.shape)
@@ -95,8 +100,9 @@ def _index(device: str, *units: int) -> Tensor:
 
 def _stepped(start: Tensor, grad: Tensor, kept: tuple[object, ...] | None, backend: str) -> Tensor:
     param = nn.Parameter(start.clone())
-    made = SubsetAdamW([param], lr=1e-2, backend=backend, max_grad_norm=None if grad.is_sparse
-                       else 1.0)  # fmt: skip
+    made = SubsetAdamW(
+        [param], lr=1e-2, backend=backend, max_grad_norm=None if grad.is_sparse else 1.0
+    )
     if kept is not None:
         made.set_kept(param, kept)
     for _ in range(2):

@@ -19,8 +19,12 @@ def pytest_runtest_logreport(report: Any) -> None:
         return
     if report.when == "call" or report.outcome != "passed":
         why = "" if report.outcome == "passed" else str(report.longrepr)[-600:]
-        line = {"test": report.nodeid, "outcome": report.outcome, "why": why,
-                "seconds": round(report.duration, 3)}  # fmt: skip
+        line = {
+            "test": report.nodeid,
+            "outcome": report.outcome,
+            "why": why,
+            "seconds": round(report.duration, 3),
+        }
         with open(path, "a") as journal:
             journal.write(json.dumps(line) + "\n")
 

@@ -35,8 +35,12 @@ class Report:
         self.output, self.work, self.device = output, work, device
         started = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
         self.record: dict[str, Any] = {
-            "kind": device, "quick": quick, "started": started, "steps": [], "results": {},
-        }  # fmt: skip
+            "kind": device,
+            "quick": quick,
+            "started": started,
+            "steps": [],
+            "results": {},
+        }
         self.rows: dict[str, list[dict[str, Any]]] = {}
         output.mkdir(parents=True, exist_ok=True)
         for old in (RECORD, SUMMARY, PICTURE, LOGS, *_suites_in(output)):

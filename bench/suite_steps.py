@@ -73,8 +73,9 @@ def _python(module: str, *words: str) -> tuple[str, ...]:
     return (sys.executable, "-m", f"sensikernels.bench.{module}", *words)
 
 
-def _probe(options: Options, probe: str, *words: str, limit: float, needs: float = 5.0,
-           name: str = "") -> Step:  # fmt: skip
+def _probe(
+    options: Options, probe: str, *words: str, limit: float, needs: float = 5.0, name: str = ""
+) -> Step:
     result = options.work / f"{name or probe}.json"
     command = _python("suite_probe", probe, "--device", options.device, "--json", str(result))
     return Step(
@@ -116,10 +117,15 @@ def _bench(options: Options, suite: str, l2: str = "") -> Step:
     # A suite stops by itself at the end of the case it is in: that is what the slack is for.
     slack = 30.0 if suite == "step" else 20.0
     return Step(
-        name=name, suite=suite, command=command, limit=limit + slack, slack=slack,
-        needs=min(limit, 30.0), result=result,
+        name=name,
+        suite=suite,
+        command=command,
+        limit=limit + slack,
+        slack=slack,
+        needs=min(limit, 30.0),
+        result=result,
         environment={"SENSIKERNELS_BENCH_L2": l2} if l2 else {},
-    )  # fmt: skip
+    )
 
 
 def _tests(options: Options) -> list[Step]:
@@ -133,18 +139,30 @@ def _tests(options: Options) -> list[Step]:
         few = ("tests/ops/dropout", "tests/test_native.py", "-x")
         return [
             Step(name="collect", command=(*pytest, "-m", "gpu", "--collect-only"), limit=60),
-            Step(name="tests", command=(*pytest, *few), limit=60, needs=15, result=result,
-                 environment=environment),
-        ]  # fmt: skip
+            Step(
+                name="tests",
+                command=(*pytest, *few),
+                limit=60,
+                needs=15,
+                result=result,
+                environment=environment,
+            ),
+        ]
     # A test file that cannot be imported there (a library is missing) must not stop the others.
     further = ("--tb=short", "--continue-on-collection-errors")
     if importlib.util.find_spec("xdist") is not None:
         # Most of the time goes into compiling kernels, which processes do side by side.
         pytest += ("-n", str(max(1, min(8, (os.cpu_count() or 1) - 2))))
     return [
-        Step(name="tests", command=(*pytest, "-m", "gpu", *further), result=result,
-             limit=180 if options.quick else 1200, needs=40, environment=environment)
-    ]  # fmt: skip
+        Step(
+            name="tests",
+            command=(*pytest, "-m", "gpu", *further),
+            result=result,
+            limit=180 if options.quick else 1200,
+            needs=40,
+            environment=environment,
+        )
+    ]
 
 
 def has_weights(options: Options) -> bool:
@@ -161,18 +179,38 @@ def _finetune(options: Options) -> Step:
     dry_run = options.quick and options.device == "cpu"
     real = options.data_dir is not None and not dry_run
     rows = 192 if dry_run else 20000 if real else 2560
-    words = ["finetune", "--task", "sst2" if real else "demo", "--model", "minilm", "--method",
-             "sensi-bert", "--flops", "0.5", "--compare-dense", "--output", str(output),
-             "--device", options.device, "--max-train-samples", str(rows), "--checkpoint-every",
-             "0", "--ranking-rows", "32" if dry_run else "512"]  # fmt: skip
+    words = [
+        "finetune",
+        "--task",
+        "sst2" if real else "demo",
+        "--model",
+        "minilm",
+        "--method",
+        "sensi-bert",
+        "--flops",
+        "0.5",
+        "--compare-dense",
+        "--output",
+        str(output),
+        "--device",
+        options.device,
+        "--max-train-samples",
+        str(rows),
+        "--checkpoint-every",
+        "0",
+        "--ranking-rows",
+        "32" if dry_run else "512",
+    ]
     words += ["--dtype", "bf16"] if options.device == "cuda" else []
     words += ["--data-dir", str(options.data_dir)] if real else []
     words += [] if real else ["--lr", "2e-4", "--dense-lr", "1e-4"]
     return Step(
-        name="finetune", command=(sys.executable, "-m", "sensikernels.cli", *words),
-        limit=75 if dry_run else 180 if options.quick else 1200, needs=20,
+        name="finetune",
+        command=(sys.executable, "-m", "sensikernels.cli", *words),
+        limit=75 if dry_run else 180 if options.quick else 1200,
+        needs=20,
         result=output / "report.json",
-    )  # fmt: skip
+    )
 
 
 def _race(options: Options) -> list[Step]:
@@ -211,8 +249,10 @@ def _sanitizers(options: Options) -> list[Step]:
     """compute-sanitizer over short cases; without it they run bare, so that they cannot rot."""
     kernels = _python("suite_kernels", "--device", options.device)
     if options.device == "cpu":
-        return [Step(name="kernels", command=kernels, limit=60),
-                Step(name="sanitizer", skip="compute-sanitizer needs a CUDA device")]  # fmt: skip
+        return [
+            Step(name="kernels", command=kernels, limit=60),
+            Step(name="sanitizer", skip="compute-sanitizer needs a CUDA device"),
+        ]
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     tool = shutil.which("compute-sanitizer") or shutil.which(f"{home}/bin/compute-sanitizer")
     if tool is None:
@@ -220,9 +260,11 @@ def _sanitizers(options: Options) -> list[Step]:
     common = ("--error-exitcode", "9", "--print-limit", "20", "--report-api-errors", "no")
     return [
         Step(
-            name=f"sanitizer-{kind}", limit=120, needs=30,
+            name=f"sanitizer-{kind}",
+            limit=120,
+            needs=30,
             command=(tool, "--tool", kind, *common, *kernels),
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
         for kind in ("memcheck", "racecheck", "synccheck")
-    ]  # fmt: skip
+    ]

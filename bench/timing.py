@@ -66,9 +66,13 @@ def summarize(samples_ms: list[float], *, clock: str = "wall", l2: str = "") -> 
     low, high = (ordered[int(q * (len(ordered) - 1) + 0.5)] for q in (0.2, 0.8))
     spread = (high - low) / 2 / median if median else 0.0
     return Timing(
-        median_ms=median, spread=spread, n=len(ordered), samples_ms=tuple(samples_ms),
-        clock=clock, l2=l2,
-    )  # fmt: skip
+        median_ms=median,
+        spread=spread,
+        n=len(ordered),
+        samples_ms=tuple(samples_ms),
+        clock=clock,
+        l2=l2,
+    )
 
 
 def time_once(run: Run, device: str = "cpu") -> float:

@@ -37,9 +37,13 @@ def forward(x: Tensor, values: Tensor, layout: BlockLayout, bias: Tensor | None)
     if uses_native(x.dtype):
         bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
         return launcher("block_forward")(
-            x.contiguous(), values.contiguous(), layout.row_ptr, layout.col_idx, bias,
+            x.contiguous(),
+            values.contiguous(),
+            layout.row_ptr,
+            layout.col_idx,
+            bias,
             layout.out_width,
-        )  # fmt: skip
+        )
     height = layout.block_shape[0]
     strips = _tiles(x, layout.grid_shape[1], layout.block_shape[1])
     y = x.new_empty((x.shape[0], layout.grid_shape[0] * height))
@@ -55,9 +59,13 @@ def grad_input(dy: Tensor, values: Tensor, layout: BlockLayout) -> Tensor:
     """``dy [T, out_width]`` times the weight: ``[T, in_width]``."""
     if uses_native(dy.dtype):
         return launcher("block_grad_input")(
-            dy.contiguous(), values.contiguous(), layout.row_ptr_t, layout.row_idx_t,
-            layout.perm_t, layout.in_width,
-        )  # fmt: skip
+            dy.contiguous(),
+            values.contiguous(),
+            layout.row_ptr_t,
+            layout.row_idx_t,
+            layout.perm_t,
+            layout.in_width,
+        )
     width = layout.block_shape[1]
     strips = _tiles(dy, layout.grid_shape[0], layout.block_shape[0])
     dx = dy.new_empty((dy.shape[0], layout.grid_shape[1] * width))
@@ -79,9 +87,12 @@ def grad_values_grouped(
     """``grad_values`` of linears with blocks of one shape that read the same ``x``."""
     if uses_native(x.dtype):
         together = launcher("block_grad_values")(
-            [dy.contiguous() for dy in dys], x.contiguous(), [one.row_idx for one in layouts],
-            [one.col_idx for one in layouts], *layouts[0].block_shape,
-        )  # fmt: skip
+            [dy.contiguous() for dy in dys],
+            x.contiguous(),
+            [one.row_idx for one in layouts],
+            [one.col_idx for one in layouts],
+            *layouts[0].block_shape,
+        )
         return [together] if len(dys) == 1 else list(together.split([i.n_blocks for i in layouts]))
     return [_by_rows(dy, x, layout) for dy, layout in zip(dys, layouts, strict=True)]
 

@@ -32,8 +32,18 @@ def _library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     if compiler is None or not _native.available():
         pytest.skip("no C++ compiler, or no compiled extension to choose")
     path = tmp_path_factory.mktemp("shim") / "kernels.so"
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas",
-               f"-I{ROOT / 'csrc'}", str(_SOURCE), "-o", str(path)]  # fmt: skip
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-Wno-unknown-pragmas",
+        f"-I{ROOT / 'csrc'}",
+        str(_SOURCE),
+        "-o",
+        str(path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = ctypes.CDLL(str(path))
@@ -49,12 +59,27 @@ def _library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     )
     held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def step(table: Tensor, chunks: Tensor, hyper: Tensor, partials: Tensor, norm: Tensor,
-             dtypes: int, max_grad_norm: float, *_: None) -> None:  # fmt: skip
+    def step(
+        table: Tensor,
+        chunks: Tensor,
+        hyper: Tensor,
+        partials: Tensor,
+        norm: Tensor,
+        dtypes: int,
+        max_grad_norm: float,
+        *_: None,
+    ) -> None:
         kernels.sk_step(
-            _at(table), _int(len(table)), _at(chunks), _int(len(chunks)), _int(dtypes), _at(hyper),
-            _at(partials), _at(norm), ctypes.c_float(max_grad_norm),
-        )  # fmt: skip
+            _at(table),
+            _int(len(table)),
+            _at(chunks),
+            _int(len(chunks)),
+            _int(dtypes),
+            _at(hyper),
+            _at(partials),
+            _at(norm),
+            ctypes.c_float(max_grad_norm),
+        )
 
     def coalesce(
         rows: Tensor, order: Tensor, values: Tensor, table: Tensor, place: int
@@ -62,9 +87,16 @@ def _library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         touched, sums = torch.empty(len(rows), dtype=torch.int32), torch.empty_like(values)
         wide = values.numel() // max(len(rows), 1)
         kernels.sk_coalesce(
-            _at(rows), _at(order), _at(values), _int(len(rows)), _int(wide), _at(touched),
-            _at(sums), _at(table), _int(place),
-        )  # fmt: skip
+            _at(rows),
+            _at(order),
+            _at(values),
+            _int(len(rows)),
+            _int(wide),
+            _at(touched),
+            _at(sums),
+            _at(table),
+            _int(place),
+        )
         held[table.data_ptr(), place] = touched, sums  # the table has their addresses
         return touched, sums
 

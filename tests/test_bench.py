@@ -31,9 +31,14 @@ def test_ratio_is_taken_round_by_round() -> None:
     slow, fast = timing.summarize([10.0, 30.0, 20.0]), timing.summarize([5.0, 10.0, 10.0])
     assert timing.median_ratio(slow, fast) == 2.0
     made = rows.row(
-        suite="s", case="c", candidate="x", baseline="y", candidate_time=fast, baseline_time=slow,
+        suite="s",
+        case="c",
+        candidate="x",
+        baseline="y",
+        candidate_time=fast,
+        baseline_time=slow,
         extra={"note": 1},
-    )  # fmt: skip
+    )
     assert made.ratio == 2.0
     assert made.candidate_ms == 10.0
     assert rows.to_dicts([made])[0]["note"] == 1
@@ -46,15 +51,19 @@ def test_files_carry_where_they_come_from(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["s.json", "s.provenance.json"]
 
 
-def test_a_loss_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                         capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_a_loss_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "bench" / "results" / "cpu"
     folder.mkdir(parents=True)
     base = {name: "" for name in compare.KEY} | {"suite": "s", "ratio": 2.0}
     path = folder / "s.json"
     path.write_text(json.dumps([base]))
-    for words in (["init", "-q"], ["add", "-A"],
-                  ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "m"]):  # fmt: skip
+    for words in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "m"],
+    ):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "bench" / "results")
     path.write_text(json.dumps([base | {"ratio": 1.95}]))
@@ -111,8 +120,15 @@ def test_short_calls_are_timed_by_the_device(
         # One call warms the cache, one is timed; the device sleeps while both are enqueued.
         assert (timed.clock, timed.l2, timed.samples_ms) == ("device", "warm", (1.0,) * 3)
         assert min(slept) >= 0.05 * timing.CYCLES_PER_MS
-        made = rows.row(suite="s", case="c", candidate="a", baseline="a", candidate_time=timed,
-                        baseline_time=timed, extra={"gflops": 1.0})  # fmt: skip
+        made = rows.row(
+            suite="s",
+            case="c",
+            candidate="a",
+            baseline="a",
+            candidate_time=timed,
+            baseline_time=timed,
+            extra={"gflops": 1.0},
+        )
         assert made.extra == {"gflops": 1.0, "clock": "device", "l2": "warm"}
 
 
@@ -122,8 +138,14 @@ def test_each_row_is_in_the_journal_at_once(tmp_path: Path) -> None:
     rows.keep_journal(path)
     try:
         for case in ("a", "b"):
-            rows.row(suite="s", case=case, candidate="x", baseline="y", candidate_time=one,
-                     baseline_time=one)  # fmt: skip
+            rows.row(
+                suite="s",
+                case=case,
+                candidate="x",
+                baseline="y",
+                candidate_time=one,
+                baseline_time=one,
+            )
             assert rows.read_journal(path)[-1]["case"] == case
     finally:
         rows.keep_journal(None)
@@ -137,8 +159,15 @@ def test_a_result_has_a_journal_until_it_is_written(tmp_path: Path) -> None:
     one = timing.summarize([1.0])
 
     def measured(candidate: str, **extra: int) -> None:
-        rows.row(suite="s", case="c", candidate=candidate, baseline="y", candidate_time=one,
-                 baseline_time=one, extra=extra)  # fmt: skip
+        rows.row(
+            suite="s",
+            case="c",
+            candidate=candidate,
+            baseline="y",
+            candidate_time=one,
+            baseline_time=one,
+            extra=extra,
+        )
 
     def cut_short() -> None:
         with rows.journal(result):
@@ -231,9 +260,13 @@ def test_operators_are_booked_to_parts_of_the_step() -> None:
     from sensikernels.bench.breakdown import OTHER, part_of
 
     named = {
-        "aten::addmm": "products", "aten::bmm": "attention", "aten::bernoulli_": "dropout, norm",
-        "aten::_fused_adamw_": "update", "sensikernels_native::bias_gelu": "GELU",
-        "sensikernels::varlen_attention": "attention", "aten::copy_": OTHER,
+        "aten::addmm": "products",
+        "aten::bmm": "attention",
+        "aten::bernoulli_": "dropout, norm",
+        "aten::_fused_adamw_": "update",
+        "sensikernels_native::bias_gelu": "GELU",
+        "sensikernels::varlen_attention": "attention",
+        "aten::copy_": OTHER,
         "sensikernels_native::dropout_add_norm": "dropout, norm",
-    }  # fmt: skip
+    }
     assert {name: part_of(name) for name in named} == named

@@ -29,7 +29,8 @@ def test_only_those_asked_for_race() -> None:
     (case,) = step.named(["bert-base-8x128"], "cpu", None)
     few = step.among(case, ["hf-dynamic", "dense"])
     assert [who for who in (*step.HF, *step.OURS) if who not in few.without] == [
-        "hf-dynamic", "dense",
-    ]  # fmt: skip
+        "hf-dynamic",
+        "dense",
+    ]
     with pytest.raises(UsageError, match="only: expected one of"):
         step.among(case, ["hf"])

@@ -147,8 +147,11 @@ sysconfig.get_path = lambda name, *rest, **more: {str(tmp_path / "env")!r}
 """
     done = subprocess.run(
         [sys.executable, "-c", setup + code],
-        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -26,8 +26,12 @@ def tiny(tmp_path_factory):
 def call(tiny, tmp_path, capsys):
     """Exit code, stdout and stderr of ``finetune`` into ``tmp_path / "out"``."""
 
-    def run(extra="", *, base="--task demo --max-train-samples 64 --batch-size 16 --flops 0.6",
-            command="finetune"):  # fmt: skip
+    def run(
+        extra="",
+        *,
+        base="--task demo --max-train-samples 64 --batch-size 16 --flops 0.6",
+        command="finetune",
+    ):
         places = f"--model {tiny} --device cpu"
         if command == "finetune":
             places += f" --output {tmp_path / 'out'}"
@@ -95,59 +99,63 @@ def test_plan_then_finetune_with_it(call, tmp_path):
     assert report["budget"]["requested"] == 0.6
 
 
-@pytest.mark.parametrize(("extra", "code", "said"), [
-    ("--task sst3", 2, "task: expected one of cola, demo"),
-    ("--method magic", 2, "method: expected one of bitfit"),
-    ("--flops 0", 2, "budget flops: expected a share above 0 and at most 1, got 0"),
-    ("--flops -1", 2, "budget flops: expected a share above 0 and at most 1, got -1"),
-    ("--flops 1.5", 2, "budget flops: expected a share above 0 and at most 1, got 1.5"),
-    ("--flops nan", 2, "budget flops: expected a share"),
-    ("--flops half", 2, "--flops"),
-    ("--flops 0.01", 2, "(the smallest feasible for this model), got 0.01"),
-    ("--params 0.5", 2, "budget: expected exactly one of flops, params, step_time, units"),
-    ("--step-time 0.5", 2, "step_time, units, got ['flops', 'step_time']"),
-    ("--costs /nowhere/costs.json", 2, "costs: expected none without a step_time budget"),
-    ("--scope layer", 2, "budget scope: expected one of global, per_layer"),
-    ("--method bitfit", 2, "budget: expected none for method bitfit"),
-    ("--method-option colour=red", 2, "method-option: sensi-bert takes criterion"),
-    ("--method-option warmup", 2, "method-option: expected key=value"),
-    ("--method-option warmup=x", 2, "method-option warmup: expected a number, got 'x'"),
-    ("--method-option warmup=2", 2, "warmup: expected a share of the steps"),
-    ("--method-option criterion=luck", 2, "criterion: expected one of first-order"),
-    ("--dtype fp8", 2, "dtype: expected one of bf16, fp32"),
-    ("--embeddings none", 2, "embeddings: expected one of"),
-    ("--epochs 0", 2, "epochs: expected at least 1, got 0"),
-    ("--batch-size 0", 2, "batch_size: expected at least 1"),
-    ("--lr inf", 2, "lr: expected a finite number"),
-    ("--seed -1", 2, "seed: expected at least 0"),
-    ("--data-dir /tmp", 2, "data_dir: expected none, as demo is generated"),
-    ("--bogus", 2, "No such option"),
-    ("--lr 1e308", 2, "lr: expected a finite number of at least 0, at most 1e+30"),
-    ("--dense-lr nan", 2, "dense_lr: expected a finite number"),
-    ("--epochs 1000000000", 2, "epochs: expected at most 10000, got 1e+09"),
-    ("--epochs 1.5", 2, "--epochs"),
-    ("--batch-size 99999999999999999999", 2, "batch_size: expected at most"),
-    ("--max-length 7", 2, "max_length: expected at least 8"),
-    ("--max-length 99999999999", 2, "max_length: expected at most"),
-    ("--pad-to-multiple 0", 2, "pad_to_multiple: expected at least 1"),
-    ("--ranking-rows -3", 2, "ranking_rows: expected at least 1"),
-    ("--checkpoint-every -1", 2, "checkpoint_every: expected at least 0"),
-    ("--max-train-samples 0", 2, "max_train_samples: expected at least 1"),
-    ("--seed 99999999999999999999999", 2, "seed: expected at most"),
-    ("--flops 1e308", 2, "budget flops: expected a share"),
-    ("--flops inf", 2, "budget flops: expected a share"),
-    ("--device cuda", 2, "device: expected one this machine has, got cuda"),
-    ("--device tpu", 2, "device: expected one of auto, cpu, cuda"),
-    ("--method-option warmup=nan", 2, "warmup: expected a share of the steps"),
-    ("--method-option warmup=1e999", 2, "warmup: expected a share of the steps"),
-    ("--method-option multiples=neurons:0", 2, "neurons: expected a count from 1"),
-    ("--method-option multiples=legs:4", 2, "multiples: expected kinds among"),
-    ("--method-option granularity=layers", 2, "granularity: expected one of"),
-    ("--method-option statistic=mode", 2, "statistic: expected one of"),
-    ("--task sst2 --data-dir /nowhere/glue", 1, "/nowhere/glue"),
-    ("--model /nowhere/model", 1, "model /nowhere/model: no such folder"),
-    ("--plan /nowhere/plan.json", 2, "budget: expected none beside a plan"),
-], ids=lambda v: v if isinstance(v, str) and v.startswith("--") else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("extra", "code", "said"),
+    [
+        ("--task sst3", 2, "task: expected one of cola, demo"),
+        ("--method magic", 2, "method: expected one of bitfit"),
+        ("--flops 0", 2, "budget flops: expected a share above 0 and at most 1, got 0"),
+        ("--flops -1", 2, "budget flops: expected a share above 0 and at most 1, got -1"),
+        ("--flops 1.5", 2, "budget flops: expected a share above 0 and at most 1, got 1.5"),
+        ("--flops nan", 2, "budget flops: expected a share"),
+        ("--flops half", 2, "--flops"),
+        ("--flops 0.01", 2, "(the smallest feasible for this model), got 0.01"),
+        ("--params 0.5", 2, "budget: expected exactly one of flops, params, step_time, units"),
+        ("--step-time 0.5", 2, "step_time, units, got ['flops', 'step_time']"),
+        ("--costs /nowhere/costs.json", 2, "costs: expected none without a step_time budget"),
+        ("--scope layer", 2, "budget scope: expected one of global, per_layer"),
+        ("--method bitfit", 2, "budget: expected none for method bitfit"),
+        ("--method-option colour=red", 2, "method-option: sensi-bert takes criterion"),
+        ("--method-option warmup", 2, "method-option: expected key=value"),
+        ("--method-option warmup=x", 2, "method-option warmup: expected a number, got 'x'"),
+        ("--method-option warmup=2", 2, "warmup: expected a share of the steps"),
+        ("--method-option criterion=luck", 2, "criterion: expected one of first-order"),
+        ("--dtype fp8", 2, "dtype: expected one of bf16, fp32"),
+        ("--embeddings none", 2, "embeddings: expected one of"),
+        ("--epochs 0", 2, "epochs: expected at least 1, got 0"),
+        ("--batch-size 0", 2, "batch_size: expected at least 1"),
+        ("--lr inf", 2, "lr: expected a finite number"),
+        ("--seed -1", 2, "seed: expected at least 0"),
+        ("--data-dir /tmp", 2, "data_dir: expected none, as demo is generated"),
+        ("--bogus", 2, "No such option"),
+        ("--lr 1e308", 2, "lr: expected a finite number of at least 0, at most 1e+30"),
+        ("--dense-lr nan", 2, "dense_lr: expected a finite number"),
+        ("--epochs 1000000000", 2, "epochs: expected at most 10000, got 1e+09"),
+        ("--epochs 1.5", 2, "--epochs"),
+        ("--batch-size 99999999999999999999", 2, "batch_size: expected at most"),
+        ("--max-length 7", 2, "max_length: expected at least 8"),
+        ("--max-length 99999999999", 2, "max_length: expected at most"),
+        ("--pad-to-multiple 0", 2, "pad_to_multiple: expected at least 1"),
+        ("--ranking-rows -3", 2, "ranking_rows: expected at least 1"),
+        ("--checkpoint-every -1", 2, "checkpoint_every: expected at least 0"),
+        ("--max-train-samples 0", 2, "max_train_samples: expected at least 1"),
+        ("--seed 99999999999999999999999", 2, "seed: expected at most"),
+        ("--flops 1e308", 2, "budget flops: expected a share"),
+        ("--flops inf", 2, "budget flops: expected a share"),
+        ("--device cuda", 2, "device: expected one this machine has, got cuda"),
+        ("--device tpu", 2, "device: expected one of auto, cpu, cuda"),
+        ("--method-option warmup=nan", 2, "warmup: expected a share of the steps"),
+        ("--method-option warmup=1e999", 2, "warmup: expected a share of the steps"),
+        ("--method-option multiples=neurons:0", 2, "neurons: expected a count from 1"),
+        ("--method-option multiples=legs:4", 2, "multiples: expected kinds among"),
+        ("--method-option granularity=layers", 2, "granularity: expected one of"),
+        ("--method-option statistic=mode", 2, "statistic: expected one of"),
+        ("--task sst2 --data-dir /nowhere/glue", 1, "/nowhere/glue"),
+        ("--model /nowhere/model", 1, "model /nowhere/model: no such folder"),
+        ("--plan /nowhere/plan.json", 2, "budget: expected none beside a plan"),
+    ],
+    ids=lambda v: v if isinstance(v, str) and v.startswith("--") else "",
+)
 def test_bad_input_is_one_line_and_leaves_nothing(call, tmp_path, monkeypatch, extra, code, said):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     got, out, err = call(extra)
@@ -156,13 +164,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(call, tmp_path, monkeypatch, e
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("units", "said"), [
-    ("heads", "units: expected pairs like"), ("heads=x", "units: expected a whole number"),
-    ("heads=" + "9" * 50, "units: expected a number of few digits"),
-    ("heads=-1", "budget units['heads']: expected a count of at least 0"),
-    ("heads=99", "budget units['heads']: expected at most 8, got 99"),
-    ("legs=4", "budget units: expected kinds among"), ("heads=0", "at least one kept unit"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("units", "said"),
+    [
+        ("heads", "units: expected pairs like"),
+        ("heads=x", "units: expected a whole number"),
+        ("heads=" + "9" * 50, "units: expected a number of few digits"),
+        ("heads=-1", "budget units['heads']: expected a count of at least 0"),
+        ("heads=99", "budget units['heads']: expected at most 8, got 99"),
+        ("legs=4", "budget units: expected kinds among"),
+        ("heads=0", "at least one kept unit"),
+    ],
+)
 def test_bad_units(call, tmp_path, units, said):
     code, _, err = call(f"--units {units}", base="--task demo --max-train-samples 64")
     assert code == 2
@@ -170,12 +183,15 @@ def test_bad_units(call, tmp_path, units, said):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("rows", "said"), [
-    ([*ROWS, "no label here"], "train.tsv:6: expected 2 tab-separated columns, got 1"),
-    ([*ROWS, "too\tmany\tcolumns"], "train.tsv:6: expected 2 tab-separated columns, got 3"),
-    ([*ROWS, "a film\t2"], "train.tsv:6: label: expected one of 0, 1, got '2'"),
-    ([], "train.tsv: no rows"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([*ROWS, "no label here"], "train.tsv:6: expected 2 tab-separated columns, got 1"),
+        ([*ROWS, "too\tmany\tcolumns"], "train.tsv:6: expected 2 tab-separated columns, got 3"),
+        ([*ROWS, "a film\t2"], "train.tsv:6: label: expected one of 0, 1, got '2'"),
+        ([], "train.tsv: no rows"),
+    ],
+)
 def test_bad_rows_are_named_by_line(call, glue, tmp_path, rows, said):
     code, _, err = call("--task sst2 --flops 0.7 " + glue(rows), base="")
     assert code == 1
@@ -241,8 +257,10 @@ def test_training_that_diverges(call, tmp_path):
     assert "training diverged" in one_line(err)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["finetune", "--help"], ["plan", "--help"],
-                                   ["bench", "--help"], ["doctor"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["finetune", "--help"], ["plan", "--help"], ["bench", "--help"], ["doctor"]],
+)
 def test_help_and_doctor(words, capsys):
     assert main(words) == 0
     out = capsys.readouterr().out
@@ -260,8 +278,16 @@ def test_no_arguments_show_the_help(capsys):
 
 
 def test_as_a_program(tmp_path):
-    command = [sys.executable, "-m", "sensikernels.cli", "finetune", "--task", "none",
-               "--output", str(tmp_path / "out")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "sensikernels.cli",
+        "finetune",
+        "--task",
+        "none",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert one_line(done.stderr)
@@ -289,8 +315,11 @@ STRANGERS = [
 @pytest.mark.parametrize(("command", "name"), STRANGERS, ids=[f"{c} {n}" for c, n in STRANGERS])
 def test_no_command_overwrites_a_strangers_file(tmp_path, capsys, monkeypatch, command, name):
     """Nor does it begin its work: whatever would be loaded or timed is not."""
-    for place in ("sensikernels.training.loop.prepare", "sensikernels.nn.tune._break_even",
-                  "sensikernels.bench.linear.run"):  # fmt: skip
+    for place in (
+        "sensikernels.training.loop.prepare",
+        "sensikernels.nn.tune._break_even",
+        "sensikernels.bench.linear.run",
+    ):
         monkeypatch.setattr(place, lambda *_, **__: pytest.fail("work began"))
     for content in (b"precious", b"{}", b"[1]", b""):
         (tmp_path / name).write_bytes(content)
@@ -301,19 +330,24 @@ def test_no_command_overwrites_a_strangers_file(tmp_path, capsys, monkeypatch, c
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {name: content}
 
 
-@pytest.mark.parametrize(("command", "said"), [
-    ("plan --task demo --flops 0.5 --output {}/p.safetensors", "another file than output's"),
-    ("plan --task demo --flops 0.5 --output {}", "expected a file, got the folder"),
-    ("bench linear --json {}/a.jsonl", "another file than json's"),
-    ("bench linear --json {}/a.json --picture {}/a.json", "another file than --json"),
-    ("bench linear --json {}/a.json --picture {}/b/../a.jsonl", "another file than --json"),
-    ("bench linear --json /proc/none/a.json", "expected a folder that can be written to"),
-    ("bench linear --seconds nan", "--seconds"),
-    ("bench linear --seconds inf", "seconds: expected a finite number"),
-    ("bench linear --rounds 0", "--rounds"), ("bench linear --rounds 99999999999", "--rounds"),
-    ("bench finetune --seeds -1", "--seeds"), ("bench finetune --samples 1e9", "--samples"),
-    ("bench linear --device tpu", "device: expected cpu or cuda"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("plan --task demo --flops 0.5 --output {}/p.safetensors", "another file than output's"),
+        ("plan --task demo --flops 0.5 --output {}", "expected a file, got the folder"),
+        ("bench linear --json {}/a.jsonl", "another file than json's"),
+        ("bench linear --json {}/a.json --picture {}/a.json", "another file than --json"),
+        ("bench linear --json {}/a.json --picture {}/b/../a.jsonl", "another file than --json"),
+        ("bench linear --json /proc/none/a.json", "expected a folder that can be written to"),
+        ("bench linear --seconds nan", "--seconds"),
+        ("bench linear --seconds inf", "seconds: expected a finite number"),
+        ("bench linear --rounds 0", "--rounds"),
+        ("bench linear --rounds 99999999999", "--rounds"),
+        ("bench finetune --seeds -1", "--seeds"),
+        ("bench finetune --samples 1e9", "--samples"),
+        ("bench linear --device tpu", "device: expected cpu or cuda"),
+    ],
+)
 def test_outputs_and_numbers_that_cannot_be(tmp_path, capsys, monkeypatch, command, said):
     monkeypatch.setattr("sensikernels.bench.linear.run", lambda **_: pytest.fail("work began"))
     if "/proc/none" in command:
@@ -326,8 +360,17 @@ def test_outputs_and_numbers_that_cannot_be(tmp_path, capsys, monkeypatch, comma
 def test_a_command_replaces_what_it_wrote_itself(tmp_path, monkeypatch):
     from sensikernels.bench.rows import Row
 
-    made = Row(suite="linear", case="c", candidate="a", baseline="b", candidate_ms=1.0,
-               baseline_ms=2.0, ratio=2.0, spread=0.1, n=3)  # fmt: skip
+    made = Row(
+        suite="linear",
+        case="c",
+        candidate="a",
+        baseline="b",
+        candidate_ms=1.0,
+        baseline_ms=2.0,
+        ratio=2.0,
+        spread=0.1,
+        n=3,
+    )
     monkeypatch.setattr("sensikernels.bench.linear.run", lambda **_: [made])
     monkeypatch.setattr("sensikernels.bench.roofline.draw", lambda rows, path: write_png(path))
     command = f"bench linear --json {tmp_path}/a.json --picture {tmp_path}/a.png".split()

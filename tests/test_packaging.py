@@ -171,12 +171,22 @@ for found in pkgutil.walk_packages(sensikernels.__path__, "sensikernels."):
 print(*sorted(ended))
 """
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11)
+        [sys.executable, "-P", "-c", code]
+        if sys.version_info >= (3, 11)
         else [sys.executable, "-c", code],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
-        "aot", "checkout", "compare", "import_results", "suite", "suite_bundle", "suite_probe",
-        "suite_report", "suite_steps",
-    ]  # fmt: skip
+        "aot",
+        "checkout",
+        "compare",
+        "import_results",
+        "suite",
+        "suite_bundle",
+        "suite_probe",
+        "suite_report",
+        "suite_steps",
+    ]

@@ -34,10 +34,15 @@ RATES = [
     {"name": "l2-read-24-mib", "value": 5500.0, "unit": "GB/s", "spread": 0.01, "n": 9},
 ]
 FACTS = {
-    "device": "nvidia-test", "cpu": "some cpu", "threads": 8, "python": "3.12.3", "dirty": False,
-    "commit": "0123456789abcdef", "versions": {"torch": "2.11.0"},
+    "device": "nvidia-test",
+    "cpu": "some cpu",
+    "threads": 8,
+    "python": "3.12.3",
+    "dirty": False,
+    "commit": "0123456789abcdef",
+    "versions": {"torch": "2.11.0"},
     "gpu": {"name": "NVIDIA Test", "driver": "580", "cuda": "13.0"},
-}  # fmt: skip
+}
 
 
 def python(name: str, code: str, **facts: Any) -> Step:
@@ -51,10 +56,22 @@ def report(tmp_path: Path, device: str = "cpu") -> Report:
 
 
 def row(suite_name: str, **facts: Any) -> dict[str, Any]:
-    usual = {"suite": suite_name, "case": "c", "candidate": "x", "baseline": "y", "pattern": "",
-             "density": 1.0, "block": "", "tokens": 4096, "in_features": 768, "ratio": 1.0,
-             "out_features": 3072, "dtype": "bfloat16", "direction": "forward",
-             "candidate_ms": 1.0}  # fmt: skip
+    usual = {
+        "suite": suite_name,
+        "case": "c",
+        "candidate": "x",
+        "baseline": "y",
+        "pattern": "",
+        "density": 1.0,
+        "block": "",
+        "tokens": 4096,
+        "in_features": 768,
+        "ratio": 1.0,
+        "out_features": 3072,
+        "dtype": "bfloat16",
+        "direction": "forward",
+        "candidate_ms": 1.0,
+    }
     return usual | facts
 
 
@@ -77,10 +94,13 @@ def test_a_failing_step_takes_nothing_down(tmp_path: Path):
         python("broken", "import sys; print('half way'); sys.exit(3)"),
         Step(name="missing", command=("no-such-program-here",)),
         Step(name="unfit", skip="no such device"),
-        python("last", f"open({str(tmp_path / 'work' / 'last.json')!r}, 'w').write('[1]')",
-               result=tmp_path / "work" / "last.json"),
+        python(
+            "last",
+            f"open({str(tmp_path / 'work' / 'last.json')!r}, 'w').write('[1]')",
+            result=tmp_path / "work" / "last.json",
+        ),
         python("late", "", needs=1e6),
-    ]  # fmt: skip
+    ]
     said: list[str] = []
     suite.run_all(todo, out.work, out, time.monotonic() + 100, said.append)
     states = {s["name"]: (s["status"], s["reason"]) for s in out.record["steps"]}
@@ -159,8 +179,9 @@ def test_the_roof_of_a_step():
 
 
 def test_the_worst_row_decides():
-    bar = suite_bars.Bar(what="w", suite="s", where={"tokens": lambda n: n > 1, "case": ("a", "b")},
-                         at_least=1.0)  # fmt: skip
+    bar = suite_bars.Bar(
+        what="w", suite="s", where={"tokens": lambda n: n > 1, "case": ("a", "b")}, at_least=1.0
+    )
     rows = [row("s", case=c, ratio=r) for c, r in (("a", 1.5), ("b", 1.1), ("c", 0.1))]
     verdict = suite_bars.judge(bar, rows, {})
     assert verdict is not None
@@ -186,9 +207,10 @@ def write_run(folder: Path, **facts: Any) -> Path:
     """An output folder as the suite leaves it."""
     folder.mkdir()
     results = {
-        "record": {"provenance": FACTS | facts}, "ceilings": RATES,
+        "record": {"provenance": FACTS | facts},
+        "ceilings": RATES,
         "tune": {"dispatch": {"device": "nvidia-test", "break_even": []}},
-    }  # fmt: skip
+    }
     record = {"kind": "cuda", "quick": True, "started": "", "steps": [], "results": results}
     (folder / RECORD).write_text(json.dumps(record))
     blocks = row("linear", candidate="block-sparse", block="64x64", density=0.25, gflops=200e3)
@@ -303,8 +325,10 @@ def test_a_gpu_sees_the_telling_cases_first():
 
 def test_a_journal_of_tests(tmp_path: Path):
     path = tmp_path / "tests.jsonl"
-    lines = [{"test": f"t{i}", "outcome": o, "why": "w", "seconds": i}
-             for i, o in enumerate(("passed", "failed", "skipped", "passed"))]  # fmt: skip
+    lines = [
+        {"test": f"t{i}", "outcome": o, "why": "w", "seconds": i}
+        for i, o in enumerate(("passed", "failed", "skipped", "passed"))
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
     found = suite_pytest.summary(path)
     assert (found["passed"], found["failed"], found["skipped"]) == (2, 1, 1)

@@ -28,64 +28,165 @@ _ClickError: Any = typer.BadParameter.__mro__[2]
 _MOST = 1_000_000
 _DATA, _BUDGET, _TRAINING, _RUN = "Task and model", "Method and budget", "Training", "Run"
 
-Task = Annotated[str, typer.Option(help="demo (embedded), or a GLUE task: sst2, mrpc, stsb, "
-    "qnli, qqp, mnli, mnli-mm, rte, cola, wnli.", rich_help_panel=_DATA)]  # fmt: skip
-DataDir = Annotated[Path | None, typer.Option(help="Folder that holds SST-2/, MRPC/, … in GLUE's "
-    "own layout; without it the hub is asked.", rich_help_panel=_DATA)]  # fmt: skip
-Model = Annotated[str, typer.Option(help="minilm (embedded weights), a folder, or a hub name.",
-    rich_help_panel=_DATA)]  # fmt: skip
-MaxTrain = Annotated[int | None, typer.Option(help="Train on this many rows, drawn by --seed.",
-    rich_help_panel=_DATA)]  # fmt: skip
-MethodName = Annotated[str, typer.Option("--method", help="dense, sensi-bert (rank and trim), "
-    "bitfit (biases only), freeze (upper layers only) or dps (the most moving entries).",
-    rich_help_panel=_BUDGET)]  # fmt: skip
-Flops = Annotated[float | None, typer.Option(help="Keep this share of the training step's FLOPs.",
-    rich_help_panel=_BUDGET)]  # fmt: skip
-Params = Annotated[float | None, typer.Option(help="Keep this share of the encoder's parameters.",
-    rich_help_panel=_BUDGET)]  # fmt: skip
-StepTime = Annotated[float | None, typer.Option(help="Keep this share of the dense step's time on "
-    "this device.", rich_help_panel=_BUDGET)]  # fmt: skip
-Costs = Annotated[Path | None, typer.Option(help="What widths cost, for --step-time, by "
-    "`sensikernels tune --costs`; else measured anew.", rich_help_panel=_BUDGET)]  # fmt: skip
-Units = Annotated[str | None, typer.Option(help="Keep these counts: heads=36,neurons=4608 (in the "
-    "whole model; in each layer with --scope per_layer).", rich_help_panel=_BUDGET)]  # fmt: skip
-Scope = Annotated[str, typer.Option(help="global: layers compete; per_layer: each meets it.",
-    rich_help_panel=_BUDGET)]  # fmt: skip
-PlanFile = Annotated[Path | None, typer.Option("--plan", help="Trim to this plan.json (of "
-    "`sensikernels plan`) instead of ranking.", rich_help_panel=_BUDGET)]  # fmt: skip
-Options = Annotated[list[str] | None, typer.Option("--method-option", metavar="KEY=VALUE",
-    help="A setting of the method, repeatable. sensi-bert: warmup, criterion, statistic, "
-    "granularity, ranking, multiples; bitfit: subsets; freeze: share, cache; dps: masked_share, "
-    "update_ratio, as_published.", rich_help_panel=_BUDGET)]  # fmt: skip
-Ranking = Annotated[int, typer.Option("--ranking-rows", help="Training rows that rank the units.",
-    rich_help_panel=_BUDGET)]  # fmt: skip
+Task = Annotated[
+    str,
+    typer.Option(
+        help="demo (embedded), or a GLUE task: sst2, mrpc, stsb, "
+        "qnli, qqp, mnli, mnli-mm, rte, cola, wnli.",
+        rich_help_panel=_DATA,
+    ),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that holds SST-2/, MRPC/, … in GLUE's "
+        "own layout; without it the hub is asked.",
+        rich_help_panel=_DATA,
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option(help="minilm (embedded weights), a folder, or a hub name.", rich_help_panel=_DATA),
+]
+MaxTrain = Annotated[
+    int | None,
+    typer.Option(help="Train on this many rows, drawn by --seed.", rich_help_panel=_DATA),
+]
+MethodName = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        help="dense, sensi-bert (rank and trim), "
+        "bitfit (biases only), freeze (upper layers only) or dps (the most moving entries).",
+        rich_help_panel=_BUDGET,
+    ),
+]
+Flops = Annotated[
+    float | None,
+    typer.Option(help="Keep this share of the training step's FLOPs.", rich_help_panel=_BUDGET),
+]
+Params = Annotated[
+    float | None,
+    typer.Option(help="Keep this share of the encoder's parameters.", rich_help_panel=_BUDGET),
+]
+StepTime = Annotated[
+    float | None,
+    typer.Option(
+        help="Keep this share of the dense step's time on this device.", rich_help_panel=_BUDGET
+    ),
+]
+Costs = Annotated[
+    Path | None,
+    typer.Option(
+        help="What widths cost, for --step-time, by "
+        "`sensikernels tune --costs`; else measured anew.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+Units = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep these counts: heads=36,neurons=4608 (in the "
+        "whole model; in each layer with --scope per_layer).",
+        rich_help_panel=_BUDGET,
+    ),
+]
+Scope = Annotated[
+    str,
+    typer.Option(help="global: layers compete; per_layer: each meets it.", rich_help_panel=_BUDGET),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        help="Trim to this plan.json (of `sensikernels plan`) instead of ranking.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method-option",
+        metavar="KEY=VALUE",
+        help="A setting of the method, repeatable. sensi-bert: warmup, criterion, statistic, "
+        "granularity, ranking, multiples; bitfit: subsets; freeze: share, cache; dps: masked_share, "
+        "update_ratio, as_published.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+Ranking = Annotated[
+    int,
+    typer.Option(
+        "--ranking-rows", help="Training rows that rank the units.", rich_help_panel=_BUDGET
+    ),
+]
 Epochs = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
 BatchSize = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
-Lr = Annotated[float | None, typer.Option(help="Peak learning rate; default: the method's own.",
-    rich_help_panel=_TRAINING)]  # fmt: skip
-DenseLr = Annotated[float | None, typer.Option(help="The baseline's; default: --lr, else 5e-5.",
-    rich_help_panel=_TRAINING)]  # fmt: skip
-Dtype = Annotated[str, typer.Option(help="fp32, or bf16 with fp32 master weights.",
-    rich_help_panel=_TRAINING)]  # fmt: skip
-Embeddings = Annotated[str, typer.Option(help="Word table: sparse (only rows that occur move), "
-    "frozen, or dense.", rich_help_panel=_TRAINING)]  # fmt: skip
-Dropout = Annotated[str, typer.Option(help="Masks from a counter (parallel, none stored) or "
-    "torch's own.", rich_help_panel=_TRAINING)]  # fmt: skip
-Packed = Annotated[bool, typer.Option("--packed/--no-packed", help="Train on packed tokens, or on "
-    "padded ones.", rich_help_panel=_TRAINING)]  # fmt: skip
-Padding = Annotated[int, typer.Option("--pad-to-multiple", help="Batch lengths are multiples of "
-    "this, so that shapes repeat.", rich_help_panel=_TRAINING)]  # fmt: skip
+Lr = Annotated[
+    float | None,
+    typer.Option(help="Peak learning rate; default: the method's own.", rich_help_panel=_TRAINING),
+]
+DenseLr = Annotated[
+    float | None,
+    typer.Option(help="The baseline's; default: --lr, else 5e-5.", rich_help_panel=_TRAINING),
+]
+Dtype = Annotated[
+    str, typer.Option(help="fp32, or bf16 with fp32 master weights.", rich_help_panel=_TRAINING)
+]
+Embeddings = Annotated[
+    str,
+    typer.Option(
+        help="Word table: sparse (only rows that occur move), frozen, or dense.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+Dropout = Annotated[
+    str,
+    typer.Option(
+        help="Masks from a counter (parallel, none stored) or torch's own.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+Packed = Annotated[
+    bool,
+    typer.Option(
+        "--packed/--no-packed",
+        help="Train on packed tokens, or on padded ones.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+Padding = Annotated[
+    int,
+    typer.Option(
+        "--pad-to-multiple",
+        help="Batch lengths are multiples of this, so that shapes repeat.",
+        rich_help_panel=_TRAINING,
+    ),
+]
 MaxLength = Annotated[int, typer.Option(help="Longer rows are cut.", rich_help_panel=_TRAINING)]
 Seed = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_RUN)]
-Parallel = Annotated[str, typer.Option(help="Under torchrun: ddp (copies of the model) or fsdp "
-    "(shards of it).", rich_help_panel=_RUN)]  # fmt: skip
-Compare = Annotated[bool, typer.Option("--compare-dense", help="Train the dense model in turn, "
-    "batch by batch: the honest baseline.", rich_help_panel=_RUN)]  # fmt: skip
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --output.",
-    rich_help_panel=_RUN)]  # fmt: skip
-Every = Annotated[int, typer.Option(help="Steps between checkpoints; 0: none.",
-    rich_help_panel=_RUN)]  # fmt: skip
+Parallel = Annotated[
+    str,
+    typer.Option(
+        help="Under torchrun: ddp (copies of the model) or fsdp (shards of it).",
+        rich_help_panel=_RUN,
+    ),
+]
+Compare = Annotated[
+    bool,
+    typer.Option(
+        "--compare-dense",
+        help="Train the dense model in turn, batch by batch: the honest baseline.",
+        rich_help_panel=_RUN,
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in --output.", rich_help_panel=_RUN)
+]
+Every = Annotated[
+    int, typer.Option(help="Steps between checkpoints; 0: none.", rich_help_panel=_RUN)
+]
 Output = Annotated[Path, typer.Option(help="A new or empty folder.", rich_help_panel=_RUN)]
 
 
@@ -225,7 +326,7 @@ def bench(
     ] = None,
     case: Annotated[
         list[str] | None,
-        typer.Option(help="A case by name, in full; repeatable (step only)."),  # fmt: skip
+        typer.Option(help="A case by name, in full; repeatable (step only)."),
     ] = None,
     only: Annotated[
         str | None, typer.Option(help="Contestants, separated by commas (step, finetune).")
@@ -241,18 +342,22 @@ def bench(
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(
-            help="Draw as PNG the roofline (linear), accuracy against time (finetune)."
-        ),  # fmt: skip
+        typer.Option(help="Draw as PNG the roofline (linear), accuracy against time (finetune)."),
     ] = None,
 ) -> None:
     """Time one part of the library against its baselines, interleaved."""
     from sensikernels.cli.suites import run_suite
 
     given = {
-        "data-dir": data_dir, "case": case or None, "rounds": rounds, "only": only,
-        "seeds": seeds, "samples": samples, "seconds": seconds, "picture": picture,
-    }  # fmt: skip
+        "data-dir": data_dir,
+        "case": case or None,
+        "rounds": rounds,
+        "only": only,
+        "seeds": seeds,
+        "samples": samples,
+        "seconds": seconds,
+        "picture": picture,
+    }
     run_suite(suite, device, quick, json, given)
 
 
@@ -273,7 +378,7 @@ def measure_dispatch(
     costs: Annotated[
         Path | None,
         typer.Option(help="Write instead what each width of a model costs, for --step-time."),
-    ] = None,  # fmt: skip
+    ] = None,
     task: Task = "demo",
     data_dir: DataDir = None,
     model: Model = "minilm",

@@ -71,8 +71,9 @@ def show_report(report: dict[str, Any], output: Path) -> None:
         "its tensors are bit-equal to the trained model's, compacted (largest difference of logits "
         f"{saved['max_difference_reloaded']:.1g}, to those in training "
         f"{saved['max_difference_to_trained']:.1g})",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        soft_wrap=True,
+    )
     names = [p.name for p in sorted(output.iterdir()) if p.is_file()]
     console.print(f"{output}: {', '.join(names)}", highlight=False, soft_wrap=True)
 
@@ -97,9 +98,14 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _row(
-    label: str, dense: float | None, planned: float | None, scale: float, form: str, *,
+    label: str,
+    dense: float | None,
+    planned: float | None,
+    scale: float,
+    form: str,
+    *,
     faster: bool = False,
-) -> tuple[str, str, str, str]:  # fmt: skip
+) -> tuple[str, str, str, str]:
     ratio = ""
     if dense and planned:
         gain = dense / planned
@@ -127,8 +133,9 @@ def _budget_line(report: dict[str, Any]) -> str:
 def show_plan(scores: Scores, plan: Plan) -> None:
     """The ranking of tensors, best first, and what is kept of each."""
     console = _console()
-    table = Table(title=f"ranking by {scores.criterion} over {scores.rows} rows",
-                  title_justify="left")  # fmt: skip
+    table = Table(
+        title=f"ranking by {scores.criterion} over {scores.rows} rows", title_justify="left"
+    )
     for name in ("rank", "tensors", "score per FLOP", "kept", "of", "share"):
         table.add_column(name, justify="left" if name == "tensors" else "right")
     units = {c.name: c.units for c in plan.couplings}
@@ -138,9 +145,13 @@ def show_plan(scores: Scores, plan: Plan) -> None:
     for place, item in enumerate(ranked, start=1):
         name = item["name"]
         table.add_row(
-            str(place), name, f"{item['score_per_flop'] / top:.4f}", str(kept[name]),
-            str(units[name]), f"{kept[name] / units[name]:.0%}",
-        )  # fmt: skip
+            str(place),
+            name,
+            f"{item['score_per_flop'] / top:.4f}",
+            str(kept[name]),
+            str(units[name]),
+            f"{kept[name] / units[name]:.0%}",
+        )
     console.print(table)
     console.print(str(plan).splitlines()[0], highlight=False, soft_wrap=True)
 
@@ -149,13 +160,19 @@ def show_rows(rows: Sequence[Any]) -> None:
     """Benchmark rows: candidate against baseline."""
     table = Table()
     for name in ("case", "candidate", "baseline", "ms", "baseline ms", "ratio", "spread"):
-        table.add_column(name, justify="left" if name in ("case", "candidate", "baseline") else
-                         "right")  # fmt: skip
+        table.add_column(
+            name, justify="left" if name in ("case", "candidate", "baseline") else "right"
+        )
     for row in rows:
         table.add_row(
-            row.case, row.candidate, row.baseline, f"{row.candidate_ms:.3f}",
-            f"{row.baseline_ms:.3f}", f"{row.ratio:.2f}", f"{row.spread:.0%}",
-        )  # fmt: skip
+            row.case,
+            row.candidate,
+            row.baseline,
+            f"{row.candidate_ms:.3f}",
+            f"{row.baseline_ms:.3f}",
+            f"{row.ratio:.2f}",
+            f"{row.spread:.0%}",
+        )
     _console().print(table)
 
 

@@ -85,10 +85,15 @@ def _check_machine(device: str, seconds: float) -> None:
 
 def _check_outputs(json: Path | None, picture: Path | None) -> None:
     """Every file that is written, also those beside the ones asked for."""
-    rows = {} if json is None else {
-        "json": json, "json's journal": json.with_suffix(".jsonl"),
-        "json's older journal": json.with_suffix(".jsonl.old"),
-    }  # fmt: skip
+    rows = (
+        {}
+        if json is None
+        else {
+            "json": json,
+            "json's journal": json.with_suffix(".jsonl"),
+            "json's older journal": json.with_suffix(".jsonl.old"),
+        }
+    )
     source = {} if json is None else {"json's provenance": json.with_suffix(".provenance.json")}
     drawn = {} if picture is None else {"picture": picture}
     for outputs, mine in ((rows, _is_rows), (source, _is_provenance), (drawn, _is_picture)):

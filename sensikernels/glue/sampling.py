@@ -21,12 +21,22 @@ class _Resumable(Sampler[list[int]]):
     """
 
     def __init__(
-        self, lengths: npt.ArrayLike, *, seed: int, epoch: int, start: int, bucket: int,
+        self,
+        lengths: npt.ArrayLike,
+        *,
+        seed: int,
+        epoch: int,
+        start: int,
+        bucket: int,
         shuffle: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.lengths: Lengths = np.asarray(lengths)
-        require(self.lengths.ndim == 1 and self.lengths.size > 0, "lengths", "[rows], rows >= 1",
-                f"shape {self.lengths.shape}")  # fmt: skip
+        require(
+            self.lengths.ndim == 1 and self.lengths.size > 0,
+            "lengths",
+            "[rows], rows >= 1",
+            f"shape {self.lengths.shape}",
+        )
         require(bucket >= 1, "bucket", "at least 1 batch", bucket)
         require(seed >= 0, "seed", "at least 0", seed)
         self.drop_last = False

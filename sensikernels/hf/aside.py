@@ -64,8 +64,12 @@ def check_linear(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Line
         )
     size = tuple(module.weight.shape)
     require(size == shape, f"plan: {name}", f"a weight {list(shape)}", list(size))
-    require(module.weight.is_floating_point(), f"module {name}", "a floating-point weight",
-            module.weight.dtype)  # fmt: skip
+    require(
+        module.weight.is_floating_point(),
+        f"module {name}",
+        "a floating-point weight",
+        module.weight.dtype,
+    )
     taken = _TAKEN & {*added(module)}
     if "forward" in vars(module) or taken:
         raise UsageError(
@@ -78,9 +82,7 @@ def check_linear(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Line
     return module
 
 
-def exchange(
-    name: str, linear: nn.Linear, plan: Plan, form: str, axis: int | None
-) -> Exchange:
+def exchange(name: str, linear: nn.Linear, plan: Plan, form: str, axis: int | None) -> Exchange:
     """Build what takes ``linear``'s place, ``linear`` untouched.
 
     ``axis``: the axis along which a coupling makes the layer compact, if one does.

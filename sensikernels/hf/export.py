@@ -91,8 +91,11 @@ def _pad(small: nn.Module) -> nn.Module:
     state = dict(small.state_dict())
     for layer in encoder_layers(small):
         width = config.widths[str(layer.index)]
-        split = {"query": width["qk_head_size"], "key": width["qk_head_size"],
-                 "value": width["vo_head_size"]}  # fmt: skip
+        split = {
+            "query": width["qk_head_size"],
+            "key": width["qk_head_size"],
+            "value": width["vo_head_size"],
+        }
         for part, had in split.items():
             for leaf in ("weight", "bias"):
                 name = f"{layer.name(part)}.{leaf}"

@@ -16,10 +16,14 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 WIDTHS = ("heads", "qk_head_size", "vo_head_size", "neurons")
 _DIGESTS_FORMAT = 1
 _SIZES: Mapping[str, int] = {
-    "vocab_size": 1 << 24, "hidden_size": 1 << 16, "num_hidden_layers": 512,
-    "num_attention_heads": 4096, "intermediate_size": 1 << 18, "max_position_embeddings": 1 << 20,
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 16,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 4096,
+    "intermediate_size": 1 << 18,
+    "max_position_embeddings": 1 << 20,
     "type_vocab_size": 1 << 16,
-}  # fmt: skip
+}
 """Whole numbers of a config, with the largest that is taken for one."""
 _SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 _HEADS = ("cls.", "classifier.", "qa_outputs.", "lm_head.", "generator_", "discriminator_")
@@ -180,8 +184,10 @@ def _check_amount(folder: Path, config: Mapping[str, Any], files: Iterable[Path]
     if config.get("model_type") == "bert":
         least += layers * (4 * hidden * hidden + 2 * hidden * neurons)
     elif trimmed:
-        rows = (w["heads"] * (w["qk_head_size"] + w["vo_head_size"]) + w["neurons"]
-                for w in trimmed.values())  # fmt: skip
+        rows = (
+            w["heads"] * (w["qk_head_size"] + w["vo_head_size"]) + w["neurons"]
+            for w in trimmed.values()
+        )
         least += 2 * hidden * sum(rows)
     held = sum(path.stat().st_size for path in files)
     if isinstance(least, int) and least > held:

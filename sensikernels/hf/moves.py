@@ -41,8 +41,15 @@ def cut_weight(name: str, old: nn.Parameter, new: nn.Parameter, layout: Layout) 
     data = new.detach()
     if isinstance(layout, PackedLayout):
         rows, columns = _taken(0, layout.rows), _taken(1, layout.columns)
-        return Move(name=name, old=old, new=new, data=data, rows=rows, columns=columns,
-                    entries=lambda full: columns(rows(full)))  # fmt: skip
+        return Move(
+            name=name,
+            old=old,
+            new=new,
+            data=data,
+            rows=rows,
+            columns=columns,
+            entries=lambda full: columns(rows(full)),
+        )
 
     def entries(full: Tensor) -> Tensor:
         return pack(full, to_device(layout, full.device))
@@ -57,8 +64,15 @@ def grow_weight(
     if isinstance(layout, PackedLayout):
         height, width = layout.shape
         rows, columns = _spread(0, layout.rows, height), _spread(1, layout.columns, width)
-        return Move(name=name, old=old, new=new, data=data, rows=rows, columns=columns,
-                    entries=lambda kept: columns(rows(kept)))  # fmt: skip
+        return Move(
+            name=name,
+            old=old,
+            new=new,
+            data=data,
+            rows=rows,
+            columns=columns,
+            entries=lambda kept: columns(rows(kept)),
+        )
 
     def entries(kept: Tensor) -> Tensor:
         return unpack(kept, to_device(layout, kept.device), compact=False)

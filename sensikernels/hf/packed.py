@@ -43,9 +43,15 @@ from sensikernels.hf.packed_layer import embed, run_layer, uncalled
 from sensikernels.hf.packed_tokens import MULTIPLE, Tokens, packed, unpadded
 
 _REFUSED = (
-    "inputs_embeds", "encoder_hidden_states", "encoder_attention_mask", "past_key_values",
-    "use_cache", "output_attentions", "output_hidden_states", "cu_seq_lens_q",
-)  # fmt: skip
+    "inputs_embeds",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "past_key_values",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "cu_seq_lens_q",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +109,13 @@ class PackedBert(Changed):
         packing, pooler = self.packing, self.pooler
         if cu_seqlens is None:
             tokens = unpadded(
-                input_ids, attention_mask, token_type_ids, position_ids,
-                multiple=packing.multiple, pooled=pooler is not None,
-            )  # fmt: skip
+                input_ids,
+                attention_mask,
+                token_type_ids,
+                position_ids,
+                multiple=packing.multiple,
+                pooled=pooler is not None,
+            )
         else:
             require(attention_mask is None, "attention_mask", "none beside cu_seqlens", "one")
             tokens = packed(input_ids, cu_seqlens, max_length, token_type_ids, position_ids)
@@ -251,9 +261,13 @@ def computed(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     if packing is None or "cu_seqlens" in batch:
         return batch
     tokens = unpadded(
-        batch["input_ids"], batch.get("attention_mask"), None, None,
-        multiple=packing.multiple, pooled=False,
-    )  # fmt: skip
+        batch["input_ids"],
+        batch.get("attention_mask"),
+        None,
+        None,
+        multiple=packing.multiple,
+        pooled=False,
+    )
     return {"input_ids": tokens.input_ids[None], "cu_seqlens": tokens.cu_seqlens}
 
 
@@ -290,14 +304,26 @@ def _packable(model: nn.Module) -> Any:
     require(own, "model", "BertModel's own forward", f"that of {type(bert).__name__}")
     for name, module in bert.named_modules():
         counts = isinstance(module, nn.Embedding) and module.scale_grad_by_freq
-        require(not counts, f"model: {name}",
-                "no scale_grad_by_freq, as the tokens that fill up count too", "it")  # fmt: skip
+        require(
+            not counts,
+            f"model: {name}",
+            "no scale_grad_by_freq, as the tokens that fill up count too",
+            "it",
+        )
         kinds = _AROUND.get(re.sub(r"\d+", "N", name))
         if kinds is not None:
-            require(type(module) in kinds, f"model: {name}", "HuggingFace's " + kinds[0].__name__,
-                    type(module).__name__)  # fmt: skip
-            require(not hooked(module), f"model: {name}",
-                    "no hooks, as packed tokens do not call it", "hooks")  # fmt: skip
+            require(
+                type(module) in kinds,
+                f"model: {name}",
+                "HuggingFace's " + kinds[0].__name__,
+                type(module).__name__,
+            )
+            require(
+                not hooked(module),
+                f"model: {name}",
+                "no hooks, as packed tokens do not call it",
+                "hooks",
+            )
     return bert
 
 

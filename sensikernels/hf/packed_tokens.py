@@ -116,8 +116,12 @@ def packed(
     ids = input_ids.flatten()
     require(len(ids) == input_ids.shape[-1], "input_ids", "[1, tokens]", list(input_ids.shape))
     kind = (cu_seqlens.dtype, cu_seqlens.dim())
-    require(kind == (torch.int32, 1), "cu_seqlens", "int32 [rows + 1]",
-            f"{kind[0]} {list(cu_seqlens.shape)}")  # fmt: skip
+    require(
+        kind == (torch.int32, 1),
+        "cu_seqlens",
+        "int32 [rows + 1]",
+        f"{kind[0]} {list(cu_seqlens.shape)}",
+    )
     if not isinstance(max_length, int):
         require(False, "max_length", "a Python int beside cu_seqlens", max_length)
         raise AssertionError

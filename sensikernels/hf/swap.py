@@ -223,7 +223,7 @@ def _follow(
 def _twin(name: str) -> str:
     """The name that a selective layer has for a weight, and the other way round."""
     stem, _, leaf = name.rpartition(".")
-    return f"{stem}.{ {'weight': 'values', 'values': 'weight'}.get(leaf, leaf)}"
+    return f"{stem}.{ {'weight': 'values', 'values': 'weight'}.get(leaf, leaf) }"
 
 
 def _freeze(model: nn.Module, plan: Plan) -> None:

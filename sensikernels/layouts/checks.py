@@ -99,9 +99,11 @@ def check_block_shapes(layout: Blocks) -> None:
     for name in ("col_idx", "row_idx", "row_idx_t", "perm_t"):
         check_index(getattr(layout, name), name, n, device)
     for name, size in (
-        ("row_ptr", rows + 1), ("row_ptr_t", columns + 1), ("row_order", rows),
+        ("row_ptr", rows + 1),
+        ("row_ptr_t", columns + 1),
+        ("row_order", rows),
         ("row_order_t", columns),
-    ):  # fmt: skip
+    ):
         check_index(getattr(layout, name), name, size, device)
     widths = (layout.out_width, layout.in_width)
     for name, lines, width, side in zip(
@@ -118,10 +120,16 @@ def check_blocks(layout: Blocks) -> None:
     ptr, col, row, ptr_t, row_t, perm, order, order_t = (
         getattr(layout, name).cpu().numpy().astype(np.int64)
         for name in (
-            "row_ptr", "col_idx", "row_idx", "row_ptr_t", "row_idx_t", "perm_t", "row_order",
+            "row_ptr",
+            "col_idx",
+            "row_idx",
+            "row_ptr_t",
+            "row_idx_t",
+            "perm_t",
+            "row_order",
             "row_order_t",
         )
-    )  # fmt: skip
+    )
     (rows, columns), n = layout.grid_shape, len(col)
     counts = _check_lines(ptr, "row_ptr", n)
     _require_same(row, np.repeat(np.arange(rows), counts), "row_idx", "each block's row")

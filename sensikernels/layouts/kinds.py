@@ -12,8 +12,15 @@ from torch import Tensor
 from sensikernels.layouts import checks
 
 BLOCK_TENSORS = (
-    "row_ptr", "col_idx", "row_idx", "row_ptr_t", "row_idx_t", "perm_t", "row_order", "row_order_t",
-)  # fmt: skip
+    "row_ptr",
+    "col_idx",
+    "row_idx",
+    "row_ptr_t",
+    "row_idx_t",
+    "perm_t",
+    "row_order",
+    "row_order_t",
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

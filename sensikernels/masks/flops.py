@@ -22,17 +22,29 @@ def _attention_forward(
 
 
 def _attention_backward(
-    grad_out: tuple[int, ...], query: tuple[int, ...], key: tuple[int, ...], value: Any,
-    *rest: Any, **named: Any,
-) -> int:  # fmt: skip
+    grad_out: tuple[int, ...],
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    value: Any,
+    *rest: Any,
+    **named: Any,
+) -> int:
     return 2 * _attention_forward(query, key, value)
 
 
 def _packed_backward(
-    grad_out: Tensor, out: Tensor, logsumexp: Tensor, state: Tensor,
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_query: Tensor | None, cu_seqlens: Tensor,
-    *_: Any, **__: Any,
-) -> int:  # fmt: skip
+    grad_out: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_query: Tensor | None,
+    cu_seqlens: Tensor,
+    *_: Any,
+    **__: Any,
+) -> int:
     queries = cu_seqlens if cu_seqlens_query is None else cu_seqlens_query
     pairs = int((queries.long().diff() * cu_seqlens.long().diff()).sum())
     return 4 * pairs * query.shape[1] * (query.shape[2] + value.shape[2])

@@ -97,10 +97,11 @@ class StepCosts:
             data = unsealed(read_json(path), FORMAT, "measure anew: sensikernels tune --costs")
             del data["format"]
             data["saved"] = {
-                where: {kind: {int(w): ms for w, ms in points.items()}
-                        for kind, points in kinds.items()}
+                where: {
+                    kind: {int(w): ms for w, ms in points.items()} for kind, points in kinds.items()
+                }
                 for where, kinds in data["saved"].items()
-            }  # fmt: skip
+            }
             return cls(**data)
         except OSError as error:
             raise DataError(f"costs {path}: cannot be read: {error.strerror}") from error

@@ -86,12 +86,13 @@ class Mask:
     def kept_entries(self) -> int:
         """Number of weight entries under kept tiles (edge tiles count what they cover)."""
         heights, widths = (
-            torch.full((tiles,), block, dtype=torch.int64)
-            .index_fill(0, torch.tensor([tiles - 1]), size - block * (tiles - 1))
+            torch.full((tiles,), block, dtype=torch.int64).index_fill(
+                0, torch.tensor([tiles - 1]), size - block * (tiles - 1)
+            )
             for tiles, block, size in zip(
                 self.grid.shape, self.block_shape, self.shape, strict=True
             )
-        )  # fmt: skip
+        )
         return int(((heights[:, None] * widths) * self.grid.cpu()).sum())
 
     @property

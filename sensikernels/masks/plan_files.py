@@ -66,8 +66,10 @@ def read_coupling(data: Any) -> Coupling:
 
 def read_shapes(data: Any) -> dict[str, tuple[int, int]]:
     """Weights' shapes by module name. Raises ValueError."""
-    return {_name(name, "shapes"): _sizes(shape, f"shape of {name}") for name, shape in
-            dict(data).items()}  # fmt: skip
+    return {
+        _name(name, "shapes"): _sizes(shape, f"shape of {name}")
+        for name, shape in dict(data).items()
+    }
 
 
 def read_names(data: Any) -> tuple[str, ...] | None:

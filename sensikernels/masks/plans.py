@@ -212,13 +212,18 @@ class Plan:
             "kept": self.kept_counts(),
             "couplings": [coupling_to_json(c) for c in self.couplings],
             "masks": [
-                {"kind": kind, "module": name, "block_shape": list(m.block_shape),
-                 "shape": list(m.shape), "density": m.density}
+                {
+                    "kind": kind,
+                    "module": name,
+                    "block_shape": list(m.block_shape),
+                    "shape": list(m.shape),
+                    "density": m.density,
+                }
                 for kind, name, m in self._masks()
             ],
             "origin": dict(self.origin),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-        }  # fmt: skip
+        }
 
     def _masks(self) -> list[tuple[str, str, Mask]]:
         kinds = ((WEIGHT_MASK, self.weight_masks), (UPDATE_MASK, self.update_masks))

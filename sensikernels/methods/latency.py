@@ -73,8 +73,9 @@ def measure_costs(
     for where, kind, width in points:
         progress(f"{where} layer, {width} of {units[kind]} {kind}")
         apply(cut, uniform(structure(cut), {f"layer.{ends[where]}.{kind}": width}))
-        pairs = _pairs(plain, _stepper(cut, make_optimizer, first.device), [batch],
-                       seconds / len(points))  # fmt: skip
+        pairs = _pairs(
+            plain, _stepper(cut, make_optimizer, first.device), [batch], seconds / len(points)
+        )
         restore(cut)
         saved[where][kind][width] = _difference(pairs)
     del twin, cut

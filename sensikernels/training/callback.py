@@ -226,8 +226,9 @@ class SensiCallback(TrainerCallback):
         return self.run
 
     def _identity(self) -> dict[str, Any]:
-        options = {k: list(v) if isinstance(v, tuple) else v
-                   for k, v in self.method.options().items()}  # fmt: skip
+        options = {
+            k: list(v) if isinstance(v, tuple) else v for k, v in self.method.options().items()
+        }
         budget = None if self.budget is None else self.budget.to_json()
         return {"method": self.method.name, "options": options, "budget": budget}
 
@@ -238,8 +239,9 @@ def _forget_best(args: Any, state: Any) -> None:
         if args.load_best_model_at_end:
             _log.warning(
                 "step %d: trimmed; best-model loading counts from here on, as %s was untrimmed",
-                state.global_step, state.best_model_checkpoint,
-            )  # fmt: skip
+                state.global_step,
+                state.best_model_checkpoint,
+            )
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
 

@@ -24,10 +24,15 @@ DEVICES = ("auto", "cpu", "cuda")
 PARALLELS = ("ddp", "fsdp")
 # Least and most of each whole number; beyond is a slip of the keyboard, and would never end.
 _COUNTS = {
-    "epochs": (1, 10_000), "batch_size": (1, 1 << 20), "pad_to_multiple": (1, 1 << 16),
-    "ranking_rows": (1, 1 << 31), "max_train_samples": (1, 1 << 31), "seed": (0, (1 << 63) - 1),
-    "checkpoint_every": (0, 1 << 31), "max_length": (8, 1 << 20),
-}  # fmt: skip
+    "epochs": (1, 10_000),
+    "batch_size": (1, 1 << 20),
+    "pad_to_multiple": (1, 1 << 16),
+    "ranking_rows": (1, 1 << 31),
+    "max_train_samples": (1, 1 << 31),
+    "seed": (0, (1 << 63) - 1),
+    "checkpoint_every": (0, 1 << 31),
+    "max_length": (8, 1 << 20),
+}
 _LARGEST = 1e30
 # What may differ between a run and its continuation.
 _FREE = ("output", "resume", "checkpoint_every", "data_dir", "device", "parallel")
@@ -106,8 +111,10 @@ class Settings:
         require(self.max_grad_norm > 0, "max_grad_norm", "above 0", self.max_grad_norm)
         require(
             task.folder is not None or self.data_dir is None,
-            "data_dir", f"none, as {task.name} is generated", self.data_dir,
-        )  # fmt: skip
+            "data_dir",
+            f"none, as {task.name} is generated",
+            self.data_dir,
+        )
         self._check_budget()
 
     def _check_budget(self) -> None:
@@ -189,9 +196,10 @@ def parse_options(method_name: str, pairs: Iterable[str]) -> dict[str, Any]:
     require_one_of(method_name, "method", METHODS)
     signature = inspect.signature(METHODS[method_name].__init__)
     known = {
-        name: p.default for name, p in signature.parameters.items()
+        name: p.default
+        for name, p in signature.parameters.items()
         if p.kind is inspect.Parameter.KEYWORD_ONLY
-    }  # fmt: skip
+    }
     options: dict[str, Any] = {}
     for pair in pairs:
         key, separator, text = pair.partition("=")

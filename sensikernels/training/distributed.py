@@ -77,8 +77,12 @@ class World:
             raise SensiError(
                 f"processes: expected {started} (WORLD_SIZE) to meet on {kind}, got {size}"
             )
-        require(settings.batch_size >= size, "batch_size", f"a row for each of {size} processes",
-                settings.batch_size)  # fmt: skip
+        require(
+            settings.batch_size >= size,
+            "batch_size",
+            f"a row for each of {size} processes",
+            settings.batch_size,
+        )
         return cls(rank=state.process_index, size=size, parallel=settings.parallel)
 
     @property
@@ -255,9 +259,14 @@ def device_kind(settings: Settings) -> str:
 ALONE = World()
 # What a wrapper remembers of how it was made.
 _DDP_OPTIONS = (
-    "device_ids", "output_device", "dim", "process_group", "find_unused_parameters",
-    "gradient_as_bucket_view", "static_graph",
-)  # fmt: skip
+    "device_ids",
+    "output_device",
+    "dim",
+    "process_group",
+    "find_unused_parameters",
+    "gradient_as_bucket_view",
+    "static_graph",
+)
 
 
 @contextmanager

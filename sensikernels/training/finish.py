@@ -107,8 +107,12 @@ def finish(session: Session, step_time: float | None) -> dict[str, Any]:
     if scores is not None and plan is not None:
         with_name = output / "sensitivity.png"
         attempt(with_name.name, lambda: _draw(draw, scores, plan, with_name))
-    report = build(session, measured or Measurements(), {"trainable": trainable, **(saved or {})},
-                   failed=list(attempt))  # fmt: skip
+    report = build(
+        session,
+        measured or Measurements(),
+        {"trainable": trainable, **(saved or {})},
+        failed=list(attempt),
+    )
     write_json(output / REPORT, report)
     if attempt:
         raise SensiError("; ".join(attempt))
@@ -169,8 +173,9 @@ def step_time_ratio(session: Session) -> float | None:
     planned = copy.deepcopy(run.model)
     if alone:
         return time_ratio(dense, planned, batches, run.make_optimizer)
-    return time_ratio(dense, planned, batches, run.make_optimizer,
-                      gradients=run.gradients, gather=run.gather)  # fmt: skip
+    return time_ratio(
+        dense, planned, batches, run.make_optimizer, gradients=run.gradients, gather=run.gather
+    )
 
 
 def _save_model(session: Session, folder: Path) -> Any:
@@ -208,8 +213,10 @@ def _read_back(session: Session, small: Any, folder: Path, failed: list[str]) ->
     read, _ = predict(loaded.to(data.device), data)
     gap, limit = _gap(mine, read), rounding(data.device, DTYPES[settings.dtype], mine)
     if not gap <= limit:
-        failed.append(f"{folder}: expected its logits within {limit:.2g} of the trained model's, "
-                      f"got a difference of {gap:.3g}")  # fmt: skip
+        failed.append(
+            f"{folder}: expected its logits within {limit:.2g} of the trained model's, "
+            f"got a difference of {gap:.3g}"
+        )
     metric = data.task.main_metric
     return {
         "bit_equal": not other,

@@ -62,9 +62,14 @@ def _headline(scores: Scores, plan: Plan) -> str:
 
 
 def _scores_panel(
-    figure: Any, axes: Any, scores: Scores, plan: Plan, grid: Grid, kinds: list[str],
+    figure: Any,
+    axes: Any,
+    scores: Scores,
+    plan: Plan,
+    grid: Grid,
+    kinds: list[str],
     layers: list[int],
-) -> None:  # fmt: skip
+) -> None:
     per_tensor = scores.per_tensor()
     raw = np.array([[per_tensor[grid[i, k].name] for k in kinds] for i in layers])
     positive = raw[raw > 0]
@@ -77,8 +82,15 @@ def _scores_panel(
             coupling = grid[layer, kind]
             kept = int(plan.kept_units(coupling).sum())
             color = "white" if values[y, x] <= middle else INK
-            axes.text(x, y, f"{kept} of {coupling.units}", ha="center", va="center", fontsize=9,
-                      color=color)  # fmt: skip
+            axes.text(
+                x,
+                y,
+                f"{kept} of {coupling.units}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color=color,
+            )
     axes.set_xticks(range(len(kinds)), [TITLES[k] for k in kinds], fontsize=9)
     axes.set_yticks(range(len(layers)), [f"layer {i}" for i in layers], fontsize=9)
     axes.set_title("sensitivity per FLOP, and units kept", fontsize=10, color=INK)
@@ -107,16 +119,27 @@ def _units_panel(
     if units > MANY:
         for x, y in dropped:
             image[y, x] = np.nan
-    axes.imshow(image, aspect="auto", origin="lower", cmap=colors, vmin=-0.15, vmax=1.0,
-                interpolation="nearest")  # fmt: skip
+    axes.imshow(
+        image,
+        aspect="auto",
+        origin="lower",
+        cmap=colors,
+        vmin=-0.15,
+        vmax=1.0,
+        interpolation="nearest",
+    )
     if dropped and units <= MANY:
         across, up = zip(*dropped, strict=True)
         axes.scatter(across, up, marker="x", s=34 if units <= 16 else 14, c=DROPPED, linewidths=1.3)
-        axes.set_xticks(range(units), [str(i) if units <= 16 or i % 4 == 0 else "" for i in
-                                       range(units)], fontsize=8)  # fmt: skip
+        axes.set_xticks(
+            range(units),
+            [str(i) if units <= 16 or i % 4 == 0 else "" for i in range(units)],
+            fontsize=8,
+        )
     sign = "red" if units > MANY else "x"
-    axes.set_title(f"{kind}: darker scores higher in its layer, {sign} dropped", fontsize=10,
-                   color=INK)  # fmt: skip
+    axes.set_title(
+        f"{kind}: darker scores higher in its layer, {sign} dropped", fontsize=10, color=INK
+    )
     axes.set_xlabel("unit", fontsize=9)
     _bare(axes, len(layers), units if units <= MANY else 0)
 
@@ -142,8 +165,13 @@ def _share_panel(axes: Any, plan: Plan, grid: Grid, kinds: list[str], layers: li
     axes.set_xlim(0, 1.18)
     axes.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"], fontsize=8)
     axes.set_title("share kept", fontsize=10, color=INK)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.07), ncols=len(kinds), fontsize=8,
-                frameon=False)  # fmt: skip
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.07),
+        ncols=len(kinds),
+        fontsize=8,
+        frameon=False,
+    )
     _bare(axes)
 
 

@@ -60,8 +60,12 @@ def check_end(session: Session) -> None:
     compute(task, torch.zeros(2, task.num_labels), labels)
     ranks = session.runner.method.needs_budget and settings.plan is None
     drawn = find_spec("matplotlib") is not None
-    require(drawn or not ranks, "sensitivity.png", "matplotlib installed",
-            "none: pip install 'sensikernels[demo]'")  # fmt: skip
+    require(
+        drawn or not ranks,
+        "sensitivity.png",
+        "matplotlib installed",
+        "none: pip install 'sensikernels[demo]'",
+    )
     _try_saving(session.runner.model, session.data.tokenizer, settings.output)
     _check_room(session)
 
@@ -126,11 +130,19 @@ def _check_tables(settings: Settings, model: nn.Module, data: Data) -> None:
     first = 0 if positions.padding_idx is None else positions.padding_idx + 1
     room = positions.num_embeddings - first
     longest = max(int(np.max(encoded.lengths)) for encoded in rows)
-    require(longest <= room, "max_length", f"at most {room}, the model's positions",
-            f"{settings.max_length}, and a row of {longest} tokens")  # fmt: skip
+    require(
+        longest <= room,
+        "max_length",
+        f"at most {room}, the model's positions",
+        f"{settings.max_length}, and a row of {longest} tokens",
+    )
     padded = int(round_up(longest, settings.pad_to_multiple))
-    require(padded <= room, "pad_to_multiple", f"one that pads {longest} tokens to at most {room}, "
-            "the model's positions", settings.pad_to_multiple)  # fmt: skip
+    require(
+        padded <= room,
+        "pad_to_multiple",
+        f"one that pads {longest} tokens to at most {room}, the model's positions",
+        settings.pad_to_multiple,
+    )
 
 
 def check_labels(settings: Settings, model: nn.Module, data: Data) -> None:

@@ -254,9 +254,14 @@ def method_runner(settings: Settings, data: Data, model: nn.Module, max_steps: i
     run.make_optimizer = make_optimizer
     run.costs = None if settings.costs is None else StepCosts.load(settings.costs)
     return Runner(
-        name=method.name, run=run, method=method, learning_rate=rate, max_grad_norm=None,
-        seed=settings.seed, world=data.world,
-    )  # fmt: skip
+        name=method.name,
+        run=run,
+        method=method,
+        learning_rate=rate,
+        max_grad_norm=None,
+        seed=settings.seed,
+        world=data.world,
+    )
 
 
 def dense_runner(settings: Settings, data: Data, model: nn.Module, max_steps: int) -> Runner:
@@ -275,9 +280,13 @@ def dense_runner(settings: Settings, data: Data, model: nn.Module, max_steps: in
 
 
 def _run(
-    settings: Settings, data: Data, model: nn.Module, optimizer: Optimizer, max_steps: int,
+    settings: Settings,
+    data: Data,
+    model: nn.Module,
+    optimizer: Optimizer,
+    max_steps: int,
     budget: Budget | None,
-) -> Run:  # fmt: skip
+) -> Run:
     return Run(
         model=model,
         optimizer=optimizer,

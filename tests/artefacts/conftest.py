@@ -16,8 +16,14 @@ from tests.artefacts.damage import snapshot
 
 def tiny(**given: Any) -> torch.nn.Module:
     torch.manual_seed(0)
-    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "intermediate_size": 64, "max_position_embeddings": 32}  # fmt: skip
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 32,
+    }
     return random_bert(**{**shape, **given})
 
 

@@ -12,9 +12,27 @@ from typing import Any
 
 DEEP = 100_000
 BAD: tuple[Any, ...] = (
-    None, True, -1, 0, 1.5, -0.5, 1e308, 10**30, "", "x", "../../../etc/passwd", "/etc/passwd",
-    "a\nb", [], {}, [None], {"x": 1}, float("nan"), float("inf"), "\ud800",
-)  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    -0.5,
+    1e308,
+    10**30,
+    "",
+    "x",
+    "../../../etc/passwd",
+    "/etc/passwd",
+    "a\nb",
+    [],
+    {},
+    [None],
+    {"x": 1},
+    float("nan"),
+    float("inf"),
+    "\ud800",
+)
 Place = tuple[Any, ...]
 
 
@@ -71,8 +89,10 @@ def values(tree: Any, per_field: int, seed: int = 0) -> Iterator[tuple[str, Any]
             continue
         known.add(kind)
         for bad in rng.sample(BAD, per_field):
-            yield f"{place} = {bad!r:.20}", _changed(tree, place, lambda holder, key, b=bad:
-                                                     holder.__setitem__(key, b))  # fmt: skip
+            yield (
+                f"{place} = {bad!r:.20}",
+                _changed(tree, place, lambda holder, key, b=bad: holder.__setitem__(key, b)),
+            )
         yield f"{place} removed", _changed(tree, place, lambda holder, key: holder.__delitem__(key))
     if isinstance(tree, dict):
         yield "a field more", {**tree, "more": 1}

@@ -25,10 +25,17 @@ def stopped(tmp_path_factory):
     """Settings of a run that stopped after its second step, with a checkpoint of it."""
     root = tmp_path_factory.mktemp("run")
     asked = Settings(
-        task="demo", model=str(save_tiny(root / "model")), output=root / "out", device="cpu",
-        budget=Budget(flops=0.6), options={"warmup": 0.0}, max_train_samples=64, batch_size=16,
-        ranking_rows=32, checkpoint_every=2,
-    )  # fmt: skip
+        task="demo",
+        model=str(save_tiny(root / "model")),
+        output=root / "out",
+        device="cpu",
+        budget=Budget(flops=0.6),
+        options={"warmup": 0.0},
+        max_train_samples=64,
+        batch_size=16,
+        ranking_rows=32,
+        checkpoint_every=2,
+    )
 
     def stop(progress):
         if progress.step == 3:
@@ -118,20 +125,37 @@ def test_a_session_takes_no_state_that_is_not_its_own(stopped, folder, identity,
     )
     session, _ = identity
     for name, bad in (
-        ("epoch", -1), ("epoch", 7), ("epoch", "0"), ("batch", 10**9), ("batch", True),
-        ("tokens", []), ("tokens", [-1, 1]), ("tokens", "ab"), ("seconds", {}),
-        ("seconds", {"setup": -1.0, "wall": 0.0}), ("runners", []), ("runners", None),
-    ):  # fmt: skip
+        ("epoch", -1),
+        ("epoch", 7),
+        ("epoch", "0"),
+        ("batch", 10**9),
+        ("batch", True),
+        ("tokens", []),
+        ("tokens", [-1, 1]),
+        ("tokens", "ab"),
+        ("seconds", {}),
+        ("seconds", {"setup": -1.0, "wall": 0.0}),
+        ("runners", []),
+        ("runners", None),
+    ):
         with pytest.raises((ValueError, TypeError, AttributeError)):
             session._check_place(folder, {**state, name: bad})
     runner = session.runner
     (own,) = state["runners"]
     runner.check_state(own, 2)
     for name, bad in (
-        ("losses", [1.0]), ("losses", [1, 2]), ("step_ms", None), ("changed_at", 3), ("step", 5),
-        ("changed_at", -1), ("events", [1]), ("epochs", [{"accuracy": "high"}]), ("seconds", {}),
-        ("random", [{"cpu": torch.zeros(3)}]), ("random", 3),
-    ):  # fmt: skip
+        ("losses", [1.0]),
+        ("losses", [1, 2]),
+        ("step_ms", None),
+        ("changed_at", 3),
+        ("step", 5),
+        ("changed_at", -1),
+        ("events", [1]),
+        ("epochs", [{"accuracy": "high"}]),
+        ("seconds", {}),
+        ("random", [{"cpu": torch.zeros(3)}]),
+        ("random", 3),
+    ):
         with pytest.raises((ValueError, TypeError, AttributeError)):
             runner.check_state({**own, name: bad}, 2)
     with pytest.raises(ValueError, match="state: expected"):
@@ -148,8 +172,11 @@ def test_forged_tensors(stopped, folder, identity, what):
     body = json.loads(json.loads((folder / "state.json").read_text())["body"])
     tensors = load_file(folder / "state.safetensors")
     clocks = what == "row clocks"
-    name = next(n for n, t in sorted(tensors.items()) if t.is_floating_point() and t.ndim == 2
-                and (t.shape[1] == 5 or not clocks))  # fmt: skip
+    name = next(
+        n
+        for n, t in sorted(tensors.items())
+        if t.is_floating_point() and t.ndim == 2 and (t.shape[1] == 5 or not clocks)
+    )
     tensors[name] = {
         "nan": torch.full_like(tensors[name], float("nan")),
         "float64": tensors[name].double(),

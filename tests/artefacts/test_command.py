@@ -52,13 +52,15 @@ def swap(path):
 
 
 CASES = [
-    ("plan.json", "--plan {}/plan.json"), ("plan.safetensors", "--plan {}/plan.json"),
+    ("plan.json", "--plan {}/plan.json"),
+    ("plan.safetensors", "--plan {}/plan.json"),
     ("costs.json", "--step-time 0.7 --costs {}/costs.json"),
-    ("model/config.json", "--flops 0.6"), ("model/tokenizer.json", "--flops 0.6"),
+    ("model/config.json", "--flops 0.6"),
+    ("model/tokenizer.json", "--flops 0.6"),
     ("out/checkpoint/step-00000004/state.json", "--flops 0.6 --checkpoint-every 1 --resume"),
     ("out/checkpoint/step-00000004/state.safetensors", "--flops 0.6 --checkpoint-every 1 --resume"),
     ("out/checkpoint/step-00000004/plan.json", "--flops 0.6 --checkpoint-every 1 --resume"),
-]  # fmt: skip
+]
 
 
 # A word spelled otherwise is another vocabulary, and no damage that shows.

@@ -97,8 +97,13 @@ def test_digests_find_every_flip(folder, refused):
 
 
 # What a config may say otherwise and still be one: the model is another then, as it says.
-LEGITIMATE = ("hidden_act", "layer_norm_eps", "position_embedding_type", "problem_type",
-              "is_decoder")  # fmt: skip
+LEGITIMATE = (
+    "hidden_act",
+    "layer_norm_eps",
+    "position_embedding_type",
+    "problem_type",
+    "is_decoder",
+)
 
 
 def test_every_field_of_the_config(folder, refused):
@@ -114,8 +119,15 @@ def test_every_field_of_the_config(folder, refused):
         assert refused(lambda: load(folder), file, what) is None, what
 
 
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-         "intermediate_size", "max_position_embeddings", "type_vocab_size")  # fmt: skip
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -141,25 +153,54 @@ def test_widths_that_cannot_be(tmp_path, compacted, name):
         file.write_bytes(text_of({**body, "widths": widths}))
         with pytest.raises(DataError, match=r"config\.json"):
             load(folder)
-    for widths in ({}, {"0": body["widths"]["0"]}, {**body["widths"], "2": body["widths"]["0"]},
-                   {"-1": {}, "0": {}}, [], None, "0"):  # fmt: skip
+    for widths in (
+        {},
+        {"0": body["widths"]["0"]},
+        {**body["widths"], "2": body["widths"]["0"]},
+        {"-1": {}, "0": {}},
+        [],
+        None,
+        "0",
+    ):
         file.write_bytes(text_of({**body, "widths": widths}))
         with pytest.raises(DataError, match=r"config\.json: widths"):
             load(folder)
 
 
-@pytest.mark.parametrize(("spoil", "said"), [
-    (lambda t: t.pop("bert.pooler.dense.weight"), "missing: bert.pooler.dense.weight"),
-    (lambda t: t.pop("bert.encoder.layer.0.output.dense.bias"), "missing: bert.encoder.layer.0"),
-    (lambda t: t.pop("classifier.bias"), "half a classifier"),
-    (lambda t: t.update({"bert.encoder.layer.2.output.dense.bias": torch.ones(32)}), "no place"),
-    (lambda t: t.update({"other.weight": torch.ones(2)}), "no place for: other.weight"),
-    (lambda t: t["classifier.weight"].fill_(float("nan")), "not finite: classifier.weight"),
-    (lambda t: t["bert.embeddings.word_embeddings.weight"][3].fill_(float("inf")), "not finite"),
-    (lambda t: t.update({"bert.pooler.dense.bias": torch.ones(31)}), "another size"),
-    (lambda t: t.clear(), "model"),
-], ids=["pooler", "encoder", "half a head", "a layer more", "a stranger", "nan", "inf", "size",
-        "none"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda t: t.pop("bert.pooler.dense.weight"), "missing: bert.pooler.dense.weight"),
+        (
+            lambda t: t.pop("bert.encoder.layer.0.output.dense.bias"),
+            "missing: bert.encoder.layer.0",
+        ),
+        (lambda t: t.pop("classifier.bias"), "half a classifier"),
+        (
+            lambda t: t.update({"bert.encoder.layer.2.output.dense.bias": torch.ones(32)}),
+            "no place",
+        ),
+        (lambda t: t.update({"other.weight": torch.ones(2)}), "no place for: other.weight"),
+        (lambda t: t["classifier.weight"].fill_(float("nan")), "not finite: classifier.weight"),
+        (
+            lambda t: t["bert.embeddings.word_embeddings.weight"][3].fill_(float("inf")),
+            "not finite",
+        ),
+        (lambda t: t.update({"bert.pooler.dense.bias": torch.ones(31)}), "another size"),
+        (lambda t: t.clear(), "model"),
+    ],
+    ids=[
+        "pooler",
+        "encoder",
+        "half a head",
+        "a layer more",
+        "a stranger",
+        "nan",
+        "inf",
+        "size",
+        "none",
+    ],
+)
 def test_weights_that_are_not_the_models(tmp_path, stranger, spoil, said):
     folder = shutil.copytree(stranger, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")

@@ -105,10 +105,15 @@ def test_forged_grids(saved, refused, what):
     first = next(iter(grids))
     grid = grids[first]
     changed = {
-        "nan": torch.full(grid.shape, float("nan")), "twos": torch.full_like(grid, 2),
-        "int64": grid.long(), "bool": grid.bool(), "shape": grid.flatten()[:1].reshape(1, 1),
-        "missing": None, "more": grid.clone(), "one": 1 - grid,
-    }[what]  # fmt: skip
+        "nan": torch.full(grid.shape, float("nan")),
+        "twos": torch.full_like(grid, 2),
+        "int64": grid.long(),
+        "bool": grid.bool(),
+        "shape": grid.flatten()[:1].reshape(1, 1),
+        "missing": None,
+        "more": grid.clone(),
+        "one": 1 - grid,
+    }[what]
     if changed is None:
         del grids[first]
     else:
@@ -119,18 +124,30 @@ def test_forged_grids(saved, refused, what):
     assert refused(lambda: Plan.load(saved), saved, what) is None
 
 
-@pytest.mark.parametrize("other", [
-    {"num_hidden_layers": 3}, {"num_hidden_layers": 1}, {"intermediate_size": 128},
-    {"hidden_size": 64}, {"intermediate_size": 32, "num_hidden_layers": 3},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"num_hidden_layers": 3},
+        {"num_hidden_layers": 1},
+        {"intermediate_size": 128},
+        {"hidden_size": 64},
+        {"intermediate_size": 32, "num_hidden_layers": 3},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("method", ["sensi-bert", "bitfit", "freeze", "dps"])
 def test_a_plan_of_another_model_is_refused_before_anything(made, other, method):
     model = tiny(**other)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    plan = made if method == "sensi-bert" else Plan(
-        method=method, shapes=made.shapes,
-        trainable=tuple(name for name, _ in tiny().named_parameters() if "layer.0" in name),
-    )  # fmt: skip
+    plan = (
+        made
+        if method == "sensi-bert"
+        else Plan(
+            method=method,
+            shapes=made.shapes,
+            trainable=tuple(name for name, _ in tiny().named_parameters() if "layer.0" in name),
+        )
+    )
     with pytest.raises(UsageError, match="plan"):
         sk.apply(model, plan)
     after = model.state_dict()
@@ -140,10 +157,20 @@ def test_a_plan_of_another_model_is_refused_before_anything(made, other, method)
 
 def coupling() -> Coupling:
     members = (
-        Member(module="up", axis=0, shape=(8, 4)), Member(module="down", axis=1, shape=(4, 8)),
-    )  # fmt: skip
-    return Coupling(name="c", kind="neurons", layer=0, units=8, unit_size=1, members=members,
-                    linear_flops=16, attention_flops=0, params=9)  # fmt: skip
+        Member(module="up", axis=0, shape=(8, 4)),
+        Member(module="down", axis=1, shape=(4, 8)),
+    )
+    return Coupling(
+        name="c",
+        kind="neurons",
+        layer=0,
+        units=8,
+        unit_size=1,
+        members=members,
+        linear_flops=16,
+        attention_flops=0,
+        params=9,
+    )
 
 
 @pytest.mark.parametrize("spoil", ["other units", "none", "blocks", "shape"])

@@ -17,16 +17,23 @@ POINTS = {"heads": {4: 0.0, 2: 1.5, 1: 2.25}, "neurons": {64: 0.0, 32: 3.5, 16: 
 
 def save_costs(path):
     StepCosts(
-        device="cpu", dtype="float32", threads=1, tokens=64, layers=2, dense_ms=20.0,
-        units={"heads": 4, "neurons": 64}, saved={"inner": POINTS, "last": POINTS},
-    ).save(path)  # fmt: skip
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        tokens=64,
+        layers=2,
+        dense_ms=20.0,
+        units={"heads": 4, "neurons": 64},
+        saved={"inner": POINTS, "last": POINTS},
+    ).save(path)
 
 
 def save_dispatch(path):
     entries = [
         BreakEven(kind=kind, dtype="float32", block=32, tokens=tokens, density=0.5)
-        for kind in dispatch.KINDS for tokens in (1, 64)
-    ]  # fmt: skip
+        for kind in dispatch.KINDS
+        for tokens in (1, 64)
+    ]
     dispatch.write_table(path, entries, {"device": "cpu", "threads": 1})
 
 

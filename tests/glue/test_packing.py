@@ -66,8 +66,13 @@ def test_scores_and_absent_types():
 
 
 def feature(row, label, **extra) -> dict[str, Any]:
-    return {"input_ids": row.input_ids.tolist(), "token_type_ids": row.token_type_ids.tolist(),
-            "attention_mask": [1] * len(row.input_ids), "label": label, **extra}  # fmt: skip
+    return {
+        "input_ids": row.input_ids.tolist(),
+        "token_type_ids": row.token_type_ids.tolist(),
+        "attention_mask": [1] * len(row.input_ids),
+        "label": label,
+        **extra,
+    }
 
 
 def test_the_trainers_collator_agrees(encoded):
@@ -174,8 +179,10 @@ def test_geometry_is_that_of_the_batches(encoded, given):
     assert known.attended == known.real_tokens / known.tokens == 1 - known.padding
     twice = Geometry.total([known, known])
     assert (twice.batches, twice.rows, twice.tokens) == (
-        2 * known.batches, 2 * known.rows, 2 * known.tokens
-    )  # fmt: skip
+        2 * known.batches,
+        2 * known.rows,
+        2 * known.tokens,
+    )
     assert twice.mean_length == known.mean_length
 
 

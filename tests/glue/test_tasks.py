@@ -13,8 +13,18 @@ from sensikernels.glue.metrics import METRICS
 
 def test_names_are_those_of_the_command_line():
     assert sorted(TASKS) == [
-        "cola", "demo", "mnli", "mnli-mm", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli",
-    ]  # fmt: skip
+        "cola",
+        "demo",
+        "mnli",
+        "mnli-mm",
+        "mrpc",
+        "qnli",
+        "qqp",
+        "rte",
+        "sst2",
+        "stsb",
+        "wnli",
+    ]
     assert all(task.name == name for name, task in TASKS.items())
 
 
@@ -45,8 +55,11 @@ def test_declarations_are_consistent(task):
 def test_main_metrics():
     mains = {name: task.main_metric for name, task in TASKS.items()}
     assert mains == dict.fromkeys(TASKS, "accuracy") | {
-        "mrpc": "f1", "qqp": "f1", "cola": "matthews", "stsb": "spearman",
-    }  # fmt: skip
+        "mrpc": "f1",
+        "qqp": "f1",
+        "cola": "matthews",
+        "stsb": "spearman",
+    }
 
 
 def test_importing_stays_light():

@@ -66,8 +66,11 @@ def test_mnli_dev_under_either_name(tmp_path):
         read_split(TASKS["mnli-mm"], tmp_path, "dev")
 
 
-@pytest.mark.parametrize("change", [lambda row: row + "\tmore", lambda row: row.rpartition("\t")[0],
-                                    lambda row: ""], ids=["long", "short", "blank"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [lambda row: row + "\tmore", lambda row: row.rpartition("\t")[0], lambda row: ""],
+    ids=["long", "short", "blank"],
+)
 def test_malformed_line_is_named(tmp_path, glue_task, change):
     text = lines(glue_task)
     at = len(text)

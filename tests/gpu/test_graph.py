@@ -32,9 +32,14 @@ def plain_memory() -> None:
 
 def bert(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> Any:
     model = random_bert(
-        hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
-        vocab_size=500, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-    )  # fmt: skip
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=256,
+        vocab_size=500,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
     return model.to(DEVICE, dtype).train()
 
 
@@ -100,8 +105,12 @@ def packed(*lengths: int, tokens: int = 64) -> dict[str, Any]:
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     ids = torch.randint(5, 500, (1, tokens), generator=made)
     labels = torch.randint(0, 2, (len(lengths),), generator=made)
-    return {"input_ids": ids.to(DEVICE), "cu_seqlens": ends.to(DEVICE), "max_length": 32,
-            "labels": labels.to(DEVICE)}  # fmt: skip
+    return {
+        "input_ids": ids.to(DEVICE),
+        "cu_seqlens": ends.to(DEVICE),
+        "max_length": 32,
+        "labels": labels.to(DEVICE),
+    }
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -129,8 +138,11 @@ def test_the_learning_rate_is_read_anew():
     assert all(map(torch.equal, before, model.parameters()))
     optimizer.param_groups[0]["lr"] = 1e-2
     step(batches(1)[0])
-    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
-                   if a.dim() > 1 and len(a) < 500)  # fmt: skip
+    assert not any(
+        torch.equal(a, b)
+        for a, b in zip(before, model.parameters(), strict=True)
+        if a.dim() > 1 and len(a) < 500
+    )
     assert list(step._graphs.values()) == [captured]
 
 

@@ -59,9 +59,15 @@ def test_every_block_shape(block: tuple[int, int], tokens: int, dtype: torch.dty
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("block", "shape"),
-    [((32, 32), (100, 75)), ((64, 64), (65, 130)), ((48, 40), (96, 120)), ((8, 8), (50, 36)),
-     ((256, 192), (300, 200)), ((20, 3), (60, 31))],
-)  # fmt: skip
+    [
+        ((32, 32), (100, 75)),
+        ((64, 64), (65, 130)),
+        ((48, 40), (96, 120)),
+        ((8, 8), (50, 36)),
+        ((256, 192), (300, 200)),
+        ((20, 3), (60, 31)),
+    ],
+)
 @pytest.mark.parametrize("strides", ["contiguous", "sliced", "transposed"])
 def test_blocks_cut_by_the_edge_or_of_odd_size(
     block: tuple[int, int], shape: tuple[int, int], strides: str, dtype: torch.dtype

@@ -146,8 +146,13 @@ def problem(form: str) -> tuple[Tensor, dict[str, Any]]:
     elif form == "per segment":
         arguments |= {"k": sizes // 2, "scope": "per_segment"}
     elif form == "two kinds":
-        arguments |= {"costs": costs, "budget": 0.5 * float(costs.sum()), "kinds": kinds,
-                      "minimum": 1, "multiple": {0: 1, 1: 16}}  # fmt: skip
+        arguments |= {
+            "costs": costs,
+            "budget": 0.5 * float(costs.sum()),
+            "kinds": kinds,
+            "minimum": 1,
+            "multiple": {0: 1, 1: 16},
+        }
     else:
         costs = torch.randint(1, 5000, (48,))[segments].double()
         arguments |= {"costs": costs, "budget": (0.4 * float(costs.sum())) // 1, "multiple": 8}
@@ -161,8 +166,10 @@ FORMS = ("count", "multiples", "per segment", "two kinds", "greedy")
 def test_units_equal_the_host_replay_and_do_not_wait(form: str):
     scores, arguments = problem(form)
     want = select_kept(scores, **arguments)
-    given = {name: value.cuda() if isinstance(value, Tensor) else value
-             for name, value in arguments.items()}  # fmt: skip
+    given = {
+        name: value.cuda() if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
     on_device = scores.cuda()
 
     def run() -> list[Tensor]:

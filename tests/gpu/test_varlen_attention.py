@@ -57,10 +57,15 @@ def test_buckets_draw_the_masks_of_the_cpu() -> None:
     lengths = [5, 33, 12]
     given = operands(lengths, 2, (16, 16))
     on_gpu, on_cpu = (
-        run(*(x.to(device) for x in given), lengths, backend="buckets", dtype=torch.float32,
-            dropout=0.3)
+        run(
+            *(x.to(device) for x in given),
+            lengths,
+            backend="buckets",
+            dtype=torch.float32,
+            dropout=0.3,
+        )
         for device in ("cuda", "cpu")
-    )  # fmt: skip
+    )
     for got, expected in zip(on_gpu, on_cpu, strict=True):
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-3, atol=1e-3)
 
@@ -90,9 +95,15 @@ def test_choice() -> None:
     seed = seed_of(1, "cuda")
     with pytest.raises(UsageError, match="flash cannot serve this call: it draws dropout"):
         varlen_attention(
-            half, half, half, offsets([3], "cuda"), max_length=3, dropout=0.1, seed=seed,
+            half,
+            half,
+            half,
+            offsets([3], "cuda"),
+            max_length=3,
+            dropout=0.1,
+            seed=seed,
             backend="flash",
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

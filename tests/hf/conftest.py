@@ -36,8 +36,9 @@ def make_model(task: str = "classification", *, dropout: float = 0.0, **named: A
     return model
 
 
-def make_batch(task: str = "classification", *, rows: int = 4, length: int = 9, seed: int = 0
-               ) -> dict[str, Tensor]:  # fmt: skip
+def make_batch(
+    task: str = "classification", *, rows: int = 4, length: int = 9, seed: int = 0
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high: int, *shape: int) -> Tensor:

@@ -35,10 +35,18 @@ STEPS = {
     "commit to the optimizer": (following, "commit"),
 }
 BACK = {
-    **{name: STEPS[name] for name in ("stage the optimizer", "map a gradient", "settle a layer",
-                                      "set a layer", "commit to the optimizer")},
+    **{
+        name: STEPS[name]
+        for name in (
+            "stage the optimizer",
+            "map a gradient",
+            "settle a layer",
+            "set a layer",
+            "commit to the optimizer",
+        )
+    },
     "give requires_grad back": (swap, "_require_grad"),
-}  # fmt: skip
+}
 
 
 class Broken(Exception):

@@ -19,10 +19,16 @@ from tests.hf.test_module_state import snapshot
 transformers = pytest.importorskip("transformers")
 
 SIZES = {
-    "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "intermediate_size": 48, "max_position_embeddings": 64, "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3,
-}  # fmt: skip
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.3,
+}
 LIKE_BERT = {
     "BertForSequenceClassification": "BertConfig",
     "RobertaForSequenceClassification": "RobertaConfig",
@@ -32,18 +38,35 @@ LIKE_BERT = {
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "GPT2Model": {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 99},
-    "LlamaModel": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-                   "intermediate_size": 32, "vocab_size": 99},
-    "BartModel": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 99,
-                  "encoder_attention_heads": 2, "decoder_attention_heads": 2},
+    "LlamaModel": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 99,
+    },
+    "BartModel": {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "vocab_size": 99,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    },
     "T5Model": {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_ff": 32, "vocab_size": 99},
     "DistilBertModel": {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
-    "AlbertModel": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-                    "intermediate_size": 32, "embedding_size": 16, "vocab_size": 99},
+    "AlbertModel": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "embedding_size": 16,
+        "vocab_size": 99,
+    },
     "MPNetModel": SIZES,
     "DebertaV2Model": SIZES,
     "RobertaPreLayerNormModel": SIZES,
-}  # fmt: skip
+}
 
 
 def like_bert(name: str) -> nn.Module:
@@ -109,8 +132,13 @@ def test_a_decoder_keeps_its_order(shape: str) -> None:
     seen = (torch.arange(7) < torch.tensor([[7], [5]])).long()
     later = torch.ones(7, 7, dtype=torch.bool).triu(1)
     added = torch.zeros(2, 1, 7, 7).masked_fill(later, torch.finfo(torch.float32).min)
-    mask = {"no mask": None, "ones": torch.ones_like(ids), "padded": seen, "float": seen.float(),
-            "4-d": added}[shape]  # fmt: skip
+    mask = {
+        "no mask": None,
+        "ones": torch.ones_like(ids),
+        "padded": seen,
+        "float": seen.float(),
+        "4-d": added,
+    }[shape]
     wanted = model(ids, attention_mask=mask, use_cache=False).logits
     apply(model, parts=("dropout",))
     got = model(ids, attention_mask=mask, use_cache=False).logits
@@ -140,10 +168,16 @@ def test_a_decoder_with_a_cache_and_one_with_cross_attention() -> None:
 
 def test_a_decoder_is_not_ranked_trimmed_packed_or_compacted() -> None:
     model = decoder()
-    batch = {"input_ids": torch.ones(2, 5, dtype=torch.long),
-             "labels": torch.ones(2, 5, dtype=torch.long)}  # fmt: skip
-    made = plan(sensitivity(make_model(vocab_size=99), [], "magnitude"), Budget(flops=0.7),
-                multiples=SMALL, minimums=SMALL)  # fmt: skip
+    batch = {
+        "input_ids": torch.ones(2, 5, dtype=torch.long),
+        "labels": torch.ones(2, 5, dtype=torch.long),
+    }
+    made = plan(
+        sensitivity(make_model(vocab_size=99), [], "magnitude"),
+        Budget(flops=0.7),
+        multiples=SMALL,
+        minimums=SMALL,
+    )
     before = snapshot(model)
     for call in (
         lambda: sensitivity(model, [batch]),
@@ -198,8 +232,9 @@ def test_masks_of_every_form_are_as_stocks(implementation: str, kind: torch.dtyp
         apply(twin, parts=("dropout",))
         if failure is not None:
             continue
-        torch.testing.assert_close(twin(ids, attention_mask=mask).logits, wanted, rtol=1e-4,
-                                   atol=1e-5, msg=name)  # fmt: skip
+        torch.testing.assert_close(
+            twin(ids, attention_mask=mask).logits, wanted, rtol=1e-4, atol=1e-5, msg=name
+        )
 
 
 def test_attentions_are_given_where_stock_gives_them() -> None:
@@ -213,6 +248,9 @@ def test_attentions_are_given_where_stock_gives_them() -> None:
         torch.testing.assert_close(one, two)
     restore(model)
     assert model.config._attn_implementation == "eager"
-    apply(model, plan(sensitivity(model, [batch]), Budget(flops=0.7), multiples=SMALL,
-                      minimums=SMALL), parts=("dropout",))  # fmt: skip
+    apply(
+        model,
+        plan(sensitivity(model, [batch]), Budget(flops=0.7), multiples=SMALL, minimums=SMALL),
+        parts=("dropout",),
+    )
     assert len(compact(model)(**batch, output_attentions=True).attentions) == 2

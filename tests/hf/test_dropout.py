@@ -54,8 +54,9 @@ def test_works_with_a_plan_and_counts_the_same_flops() -> None:
     use_counter_dropout(model)
     assert training_flops(model, batch) == flops
     small = {"neurons": 4}
-    apply(model, plan(sensitivity(model, [batch]), Budget(flops=0.5), minimums=small,
-                      multiples=small))  # fmt: skip
+    apply(
+        model, plan(sensitivity(model, [batch]), Budget(flops=0.5), minimums=small, multiples=small)
+    )
     model(**batch).loss.backward()
     done = compact(model)
     assert done.config._attn_implementation != "sensikernels"

@@ -64,8 +64,9 @@ def without_us(folder: Path) -> list[float]:
         "print(logits.detach().double().flatten().tolist())\n"
         "assert not [n for n in sys.modules if n.startswith('sensikernels')]"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=folder, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     logits: list[float] = json.loads(done.stdout)
     return logits
@@ -127,11 +128,18 @@ AUTO = "from transformers import AutoConfig, AutoModelForSequenceClassification"
 ORDERS = {
     "before": ("import sensikernels", AUTO),
     "after": (AUTO, "import sensikernels"),
-    "config alone": ("import sensikernels", "from transformers import AutoConfig",
-                     "AutoConfig.from_pretrained(FOLDER)", AUTO),
-    "another model first": ("import sensikernels", "from transformers import DistilBertModel",
-                            AUTO),
-}  # fmt: skip
+    "config alone": (
+        "import sensikernels",
+        "from transformers import AutoConfig",
+        "AutoConfig.from_pretrained(FOLDER)",
+        AUTO,
+    ),
+    "another model first": (
+        "import sensikernels",
+        "from transformers import DistilBertModel",
+        AUTO,
+    ),
+}
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -143,8 +151,14 @@ def test_auto_classes_know_compact_models(order: str, checkpoint: Path) -> None:
         "model = AutoModelForSequenceClassification.from_pretrained(FOLDER)\n"
         "print(type(model).__module__, type(AutoConfig.from_pretrained(FOLDER)).__module__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
-                          stdin=subprocess.DEVNULL, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["sensikernels.hf.modeling"] * 2
     assert "trust_remote_code" not in done.stdout + done.stderr
@@ -159,6 +173,7 @@ def test_nothing_of_the_finder_stays() -> None:
         "assert not any('sensikernels' in name for name in loaders), loaders\n"
         "assert 'class BertModel' in inspect.getsource(BertModel)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
-                          timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     assert done.returncode == 0, done.stderr

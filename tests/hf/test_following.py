@@ -192,11 +192,16 @@ def test_what_a_plan_freezes_leaves_and_comes_back_to_its_group(name: str) -> No
     optimizer = PER_ENTRY[name]([{"params": rest}, {"params": plain, "weight_decay": 0.0}])
     groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
     step(model, optimizer)
-    apply(model, Plan(method="x", trainable=(f"{FIRST}.bias", "classifier.weight")),
-          optimizer=optimizer)  # fmt: skip
-    assert held(optimizer) == trained(model) == {
-        id(named[f"{FIRST}.bias"]), id(named["classifier.weight"])
-    }  # fmt: skip
+    apply(
+        model,
+        Plan(method="x", trainable=(f"{FIRST}.bias", "classifier.weight")),
+        optimizer=optimizer,
+    )
+    assert (
+        held(optimizer)
+        == trained(model)
+        == {id(named[f"{FIRST}.bias"]), id(named["classifier.weight"])}
+    )
     assert set(optimizer.state) == {named[f"{FIRST}.bias"], named["classifier.weight"]}
     step(model, optimizer, 1)
     restore(model, optimizer=optimizer)

@@ -56,14 +56,18 @@ def draw(head: str) -> dict[str, Tensor]:
         "BertModel": {},
         "BertForSequenceClassification": {"labels": ids(3, ROWS) - 1},
         "BertForTokenClassification": {"labels": ids(3, ROWS, LENGTH) - 1},
-        "BertForQuestionAnswering": {"start_positions": ids(4, ROWS),
-                                     "end_positions": ids(4, ROWS)},
+        "BertForQuestionAnswering": {
+            "start_positions": ids(4, ROWS),
+            "end_positions": ids(4, ROWS),
+        },
         "BertForMultipleChoice": {"labels": ids(CHOICES + 1, ROWS) - 1},
         "BertForNextSentencePrediction": {"labels": ids(3, ROWS) - 1},
         "BertForMaskedLM": {"labels": ids(97, ROWS, LENGTH)},
-        "BertForPreTraining": {"labels": ids(97, ROWS, LENGTH),
-                               "next_sentence_label": ids(3, ROWS) - 1},
-    }  # fmt: skip
+        "BertForPreTraining": {
+            "labels": ids(97, ROWS, LENGTH),
+            "next_sentence_label": ids(3, ROWS) - 1,
+        },
+    }
     batch |= labels[head]
     if batch.get("labels", mask[..., 0]).ndim == 2:  # stock counts the labels of padding, too
         batch["labels"] = torch.where(mask.bool(), batch["labels"], -100)
@@ -129,16 +133,20 @@ def test_the_fast_step_is_stocks(head: str) -> None:
     apply(fast, parts=("dropout", "packed", "cls", "fused"))
     got = fast(**batch)
     mask = batch["attention_mask"]
-    compare({k: v for k, v in got.items() if isinstance(v, Tensor)},
-            {k: v for k, v in wanted.items() if isinstance(v, Tensor)}, mask)  # fmt: skip
+    compare(
+        {k: v for k, v in got.items() if isinstance(v, Tensor)},
+        {k: v for k, v in wanted.items() if isinstance(v, Tensor)},
+        mask,
+    )
     if head == "BertModel":
         return
     wanted.loss.backward()
     got.loss.backward()
     for name, parameter in stock.named_parameters():
         if parameter.grad is not None and "loss" not in name:
-            torch.testing.assert_close(fast.get_parameter(name).grad, parameter.grad,
-                                       rtol=1e-4, atol=1e-5, msg=name)  # fmt: skip
+            torch.testing.assert_close(
+                fast.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=name
+            )
 
 
 @pytest.mark.parametrize("head", ["BertModel", "BertForMaskedLM"])
@@ -149,8 +157,9 @@ def test_a_bert_without_pooler(head: str, tmp_path: Path) -> None:
     else:
         model = transformers.BertForMaskedLM(config).eval()
     batch = {k: v for k, v in draw(head).items() if k != "labels"}
-    made = plan(sensitivity(model, [], "magnitude"), Budget(flops=0.7), multiples=SMALL,
-                minimums=SMALL)  # fmt: skip
+    made = plan(
+        sensitivity(model, [], "magnitude"), Budget(flops=0.7), multiples=SMALL, minimums=SMALL
+    )
     apply(model, made, parts=("packed", "fused"))
     wanted = outputs(model, batch)
     small = compact(model)
@@ -169,8 +178,9 @@ def test_batches_without_a_loss_are_refused(criterion: str) -> None:
         sensitivity(model, [bare], criterion)
     with pytest.raises(UsageError, match="batches: expected a loss"):
         sensitivity(make("BertModel"), [bare], criterion)
-    scores = sensitivity(model, [bare], criterion,
-                         compute_loss=lambda m, b: m(**b).logits.square().sum())  # fmt: skip
+    scores = sensitivity(
+        model, [bare], criterion, compute_loss=lambda m, b: m(**b).logits.square().sum()
+    )
     assert scores.rows == ROWS
 
 

@@ -251,14 +251,22 @@ def snapshot(model: nn.Module) -> list[Any]:
     return [
         {n: m.training for n, m in model.named_modules()},
         {n: type(m) for n, m in model.named_modules()},
-        {n: (p.requires_grad, p.detach().numpy().tobytes(), None if p.grad is None else
-             p.grad.to_dense().numpy().tobytes()) for n, p in model.named_parameters()},
-        {n: [len(getattr(m, h)) for h in vars(m) if h.endswith("_hooks")]
-         for n, m in model.named_modules()},
+        {
+            n: (
+                p.requires_grad,
+                p.detach().numpy().tobytes(),
+                None if p.grad is None else p.grad.to_dense().numpy().tobytes(),
+            )
+            for n, p in model.named_parameters()
+        },
+        {
+            n: [len(getattr(m, h)) for h in vars(m) if h.endswith("_hooks")]
+            for n, m in model.named_modules()
+        },
         {n: sorted(vars(m)) for n, m in model.named_modules()},
         torch.get_rng_state().numpy().tobytes(),
         model.config._attn_implementation,
-    ]  # fmt: skip
+    ]
 
 
 def test_compact_carries_what_was_switched_on() -> None:
@@ -374,8 +382,15 @@ def test_a_budget_of_a_restored_model_is_met_again() -> None:
         apply(model, made)
         wanted = model(**batch).logits
         restore(model)
-    apply(model, plan(sensitivity(model, [batch]), Budget(flops=0.9),
-                      multiples={"neurons": 4}, minimums={"neurons": 4}))  # fmt: skip
+    apply(
+        model,
+        plan(
+            sensitivity(model, [batch]),
+            Budget(flops=0.9),
+            multiples={"neurons": 4},
+            minimums={"neurons": 4},
+        ),
+    )
     restore(model)
     apply(model, made)
     assert torch.equal(model(**batch).logits, wanted)

@@ -16,8 +16,13 @@ from tests.hf.conftest import make_batch, make_model
 from tests.hf.packed_cases import grads
 from tests.hf.test_module_state import FIRST, pickled
 
-FUSED = (("packed",), ("packed", "fused"), ("packed", "cls", "fused"), ("packed", "fused", "words"),
-         ("dropout", "packed", "cls", "fused", "words"))  # fmt: skip
+FUSED = (
+    ("packed",),
+    ("packed", "fused"),
+    ("packed", "cls", "fused"),
+    ("packed", "fused", "words"),
+    ("dropout", "packed", "cls", "fused", "words"),
+)
 OUT = "bert.encoder.layer.0.output"
 
 
@@ -129,9 +134,11 @@ CHANGES: dict[str, Callable[[nn.Module], None]] = {
     "ReLU": relu,
     "no bias": no_bias,
     **{f"hook on {name}": hook(path) for name, path in LEAVES.items()},
-    **{f"backward hook on {name}": backward_hook(LEAVES[name])
-       for name in ("linear", "norm", "intermediate", "activation")},
-}  # fmt: skip
+    **{
+        f"backward hook on {name}": backward_hook(LEAVES[name])
+        for name in ("linear", "norm", "intermediate", "activation")
+    },
+}
 
 
 @pytest.mark.parametrize("features", FUSED)
@@ -164,9 +171,16 @@ def test_a_row_that_gets_no_gradient_gets_none() -> None:
         assert grad[1:].any()
 
 
-@pytest.mark.parametrize("path", ["bert.encoder", "bert.encoder.layer.1", "bert.embeddings",
-                                  "bert.encoder.layer.0.attention.self",
-                                  "bert.encoder.layer.1.output"])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "bert.encoder",
+        "bert.encoder.layer.1",
+        "bert.embeddings",
+        "bert.encoder.layer.0.attention.self",
+        "bert.encoder.layer.1.output",
+    ],
+)
 def test_hooks_on_what_is_not_called_are_refused(path: str) -> None:
     model = make_model()
     handle = model.get_submodule(path).register_forward_hook(scaled)

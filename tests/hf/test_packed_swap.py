@@ -30,8 +30,12 @@ transformers = pytest.importorskip("transformers")
 @pytest.mark.parametrize("form", ["packed", "masked"])
 def test_trimmed_packed_is_trimmed(granularity: str, order: str, form: str) -> None:
     model, batch = make().double(), draw("classification", LENGTHS["ragged"])
-    made = plan(sensitivity(model, [batch], granularity=granularity), Budget(flops=0.5),
-                multiples=SMALL, minimums=SMALL)  # fmt: skip
+    made = plan(
+        sensitivity(model, [batch], granularity=granularity),
+        Budget(flops=0.5),
+        multiples=SMALL,
+        minimums=SMALL,
+    )
     twin = copy.deepcopy(model)
     apply(twin, made, form=form)
     out, wanted = run(twin, batch)
@@ -56,8 +60,9 @@ def test_selective_layers_run_as_they_are(part: str) -> None:
     model, batch = make().double(), draw("classification", LENGTHS["ragged"])
     name = f"bert.encoder.layer.1.{part}"
     shape = tuple(model.get_submodule(name).weight.shape)
-    made = Plan(method="rows", update_masks={name: Mask.rows(torch.arange(shape[0]) % 3 == 0,
-                                                             shape)})  # fmt: skip
+    made = Plan(
+        method="rows", update_masks={name: Mask.rows(torch.arange(shape[0]) % 3 == 0, shape)}
+    )
     apply(model, made)
     out, wanted = run(model, batch)
     use_packed(model)
@@ -192,9 +197,15 @@ def test_what_cannot_be_done_is_said() -> None:
     with pytest.raises(UsageError, match="model: expected a BERT, got Linear"):
         use_packed(nn.Linear(2, 2))
     decoder = transformers.BertLMHeadModel(
-        transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-                                intermediate_size=8, vocab_size=9, is_decoder=True)
-    )  # fmt: skip
+        transformers.BertConfig(
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+            vocab_size=9,
+            is_decoder=True,
+        )
+    )
     with pytest.raises(UsageError, match="expected an encoder, got a decoder"):
         use_packed(decoder)
     use_packed(model)

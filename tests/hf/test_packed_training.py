@@ -38,8 +38,9 @@ def test_the_loss_is_huggingfaces(request: pytest.FixtureRequest) -> None:
     for padded, rows in zip(order, list(order.order)[:STEPS], strict=False):
         packed = collate_packed([encoded[i] for i in rows], pad_token_id=encoded.pad_token_id)
         losses = []
-        for model, batch, optimizer in zip((theirs, ours), (padded, packed), optimizers,
-                                           strict=True):  # fmt: skip
+        for model, batch, optimizer in zip(
+            (theirs, ours), (padded, packed), optimizers, strict=True
+        ):
             loss = model(**batch).loss
             loss.backward()
             optimizer.step()

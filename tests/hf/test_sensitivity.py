@@ -23,9 +23,7 @@ def mask_gradients(
         size = coupling.unit_size
         if coupling.kind == "qk":
             module = model.get_submodule(coupling.members[1].module)  # the key, not the query
-            handles.append(
-                module.register_forward_hook(lambda m, i, o, mask=mask: o * mask)
-            )  # fmt: skip
+            handles.append(module.register_forward_hook(lambda m, i, o, mask=mask: o * mask))
             continue
         module = model.get_submodule(coupling.members[-1].module)
         handles.append(

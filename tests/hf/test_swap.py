@@ -166,9 +166,11 @@ def test_compact_round_trips_bit_equal(
     assert type(back) is type(small)
     assert torch.equal(outputs(back, batch)[1], wanted[1])
     again = plan(
-        sensitivity(back, [batch], granularity="dimensions"), Budget(flops=0.8),
-        multiples={"neurons": 2, "dimensions": 1}, minimums={"neurons": 2, "dimensions": 1},
-    )  # fmt: skip
+        sensitivity(back, [batch], granularity="dimensions"),
+        Budget(flops=0.8),
+        multiples={"neurons": 2, "dimensions": 1},
+        minimums={"neurons": 2, "dimensions": 1},
+    )
     apply(back, again)
     assert sum(p.numel() for p in compact(back).parameters()) < sum(
         p.numel() for p in small.parameters()
@@ -204,14 +206,17 @@ def test_wrong_plans_change_nothing() -> None:
         restore(model)
 
 
-@pytest.mark.parametrize(("width", "heads", "neurons"), [(768, 12, 3072), (384, 12, 1536),
-                                                         (1024, 16, 4096)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("width", "heads", "neurons"), [(768, 12, 3072), (384, 12, 1536), (1024, 16, 4096)]
+)
 def test_real_widths_with_the_default_multiples(width: int, heads: int, neurons: int) -> None:
     """One layer of BERT-base, MiniLM and BERT-large, at the budget's defaults."""
     model = make_model(
-        hidden_size=width, num_attention_heads=heads, intermediate_size=neurons,
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=neurons,
         num_hidden_layers=1,
-    ).eval()  # fmt: skip
+    ).eval()
     batch = make_batch()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     made = plan(sensitivity(model, [batch]), Budget(flops=0.5))

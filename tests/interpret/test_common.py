@@ -115,8 +115,11 @@ def test_every_shipped_configuration_is_chosen_by_some_shape():
     assert blocks == {id(c) for c in triton_blocks.CONFIGS}
     packed = {
         id(triton_packed.select(t, n, dtype, 132, scattered=scattered))
-        for t in tokens for n in (64, 768, 3072) for dtype in dtypes for scattered in (False, True)
-    }  # fmt: skip
+        for t in tokens
+        for n in (64, 768, 3072)
+        for dtype in dtypes
+        for scattered in (False, True)
+    }
     assert packed == {id(c) for c in triton_packed.CONFIGS}
     rows = {id(triton_rows.select(a, b, dtype)) for a, b, dtype in pairs}
     assert rows == {id(c) for c in triton_rows.CONFIGS}

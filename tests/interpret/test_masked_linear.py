@@ -36,9 +36,15 @@ def test_every_block_shape(block: tuple[int, int]):
 
 @pytest.mark.parametrize(
     ("block", "shape"),
-    [((32, 32), (100, 75)), ((64, 64), (65, 130)), ((48, 40), (96, 120)), ((8, 8), (50, 36)),
-     ((160, 136), (300, 140)), ((20, 3), (60, 31))],
-)  # fmt: skip
+    [
+        ((32, 32), (100, 75)),
+        ((64, 64), (65, 130)),
+        ((48, 40), (96, 120)),
+        ((8, 8), (50, 36)),
+        ((160, 136), (300, 140)),
+        ((20, 3), (60, 31)),
+    ],
+)
 def test_blocks_cut_by_the_edge_or_of_odd_size(block: tuple[int, int], shape: tuple[int, int]):
     layout = checks.blocks("random", block, shape, "cpu")
     checks.check_masked_linear(layout, tokens=33, dtype=FP32, device="cpu", activation="gelu")

@@ -13,28 +13,39 @@ def make_structure(layers: int = 2, heads: int = 3, neurons: int = 8) -> Structu
     couplings: list[Coupling] = []
     for layer in range(layers):
         rows = tuple(
-            Member(module=f"{layer}.{part}", axis=0, shape=(heads * HEAD, WIDTH))
-            for part in "qkv"
-        )  # fmt: skip
+            Member(module=f"{layer}.{part}", axis=0, shape=(heads * HEAD, WIDTH)) for part in "qkv"
+        )
         columns = Member(module=f"{layer}.o", axis=1, shape=(WIDTH, heads * HEAD))
         couplings.append(
             Coupling(
-                name=f"layer.{layer}.heads", kind="heads", layer=layer, units=heads,
-                unit_size=HEAD, members=(*rows, columns), linear_flops=8 * WIDTH * HEAD,
-                attention_flops=4 * HEAD, params=HEAD * (4 * WIDTH + 3),
+                name=f"layer.{layer}.heads",
+                kind="heads",
+                layer=layer,
+                units=heads,
+                unit_size=HEAD,
+                members=(*rows, columns),
+                linear_flops=8 * WIDTH * HEAD,
+                attention_flops=4 * HEAD,
+                params=HEAD * (4 * WIDTH + 3),
             )
-        )  # fmt: skip
+        )
         members = (
             Member(module=f"{layer}.up", axis=0, shape=(neurons, WIDTH)),
             Member(module=f"{layer}.down", axis=1, shape=(WIDTH, neurons)),
         )
         couplings.append(
             Coupling(
-                name=f"layer.{layer}.neurons", kind="neurons", layer=layer, units=neurons,
-                unit_size=1, members=members, linear_flops=4 * WIDTH, attention_flops=0,
+                name=f"layer.{layer}.neurons",
+                kind="neurons",
+                layer=layer,
+                units=neurons,
+                unit_size=1,
+                members=members,
+                linear_flops=4 * WIDTH,
+                attention_flops=0,
                 params=2 * WIDTH + 1,
             )
-        )  # fmt: skip
+        )
     return Structure(
         couplings=tuple(couplings), fixed_token_flops=0, fixed_sequence_flops=64, fixed_params=100
     )

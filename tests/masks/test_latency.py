@@ -27,14 +27,19 @@ def make_costs(*, seed: int = 0, layers: int = 2, staircase: bool = False) -> St
         return {units: 0.0} | {units - 1 - i: float(s) for i, s in enumerate(np.cumsum(steps))}
 
     saved = {
-        where: {"heads": falling(HEADS), "neurons": falling(NEURONS)}
-        for where in ("inner", "last")
-    }  # fmt: skip
+        where: {"heads": falling(HEADS), "neurons": falling(NEURONS)} for where in ("inner", "last")
+    }
     return StepCosts(
-        device="cpu", dtype="float32", threads=1, tokens=10, layers=layers,
-        units={"heads": HEADS, "neurons": NEURONS}, dense_ms=100.0, saved=saved,
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        tokens=10,
+        layers=layers,
+        units={"heads": HEADS, "neurons": NEURONS},
+        dense_ms=100.0,
+        saved=saved,
         staircase=staircase,
-    )  # fmt: skip
+    )
 
 
 def share(costs: StepCosts, made: Plan) -> float:
@@ -82,9 +87,16 @@ def test_a_staircase_takes_the_widest_of_equal_cost() -> None:
     points = {"heads": {3: 0.0}, "neurons": {8: 0.0, 4: 10.0}}
     saved = {"inner": points, "last": points}
     steps = StepCosts(
-        device="cuda", dtype="bfloat16", threads=0, tokens=1, layers=2, dense_ms=100.0,
-        units={"heads": 3, "neurons": 8}, saved=saved, staircase=True,
-    )  # fmt: skip
+        device="cuda",
+        dtype="bfloat16",
+        threads=0,
+        tokens=1,
+        layers=2,
+        dense_ms=100.0,
+        units={"heads": 3, "neurons": 8},
+        saved=saved,
+        staircase=True,
+    )
     assert steps.share_saved(coupling, np.arange(1, 9)).tolist() == [0.1] * 4 + [0.0] * 4
 
 
@@ -92,9 +104,15 @@ def test_noise_leaves_costs_falling() -> None:
     coupling = make_structure(heads=HEADS, neurons=NEURONS).couplings[1]
     points = {"heads": {3: 0.0}, "neurons": {8: 0.0, 6: -3.0, 4: 9.0, 2: 4.0}}
     table = StepCosts(
-        device="cpu", dtype="float32", threads=1, tokens=1, layers=2, dense_ms=10.0,
-        units={"heads": 3, "neurons": 8}, saved={"inner": points, "last": points},
-    )  # fmt: skip
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        tokens=1,
+        layers=2,
+        dense_ms=10.0,
+        units={"heads": 3, "neurons": 8},
+        saved={"inner": points, "last": points},
+    )
     saved = table.share_saved(coupling, np.arange(1, 9))
     assert (np.diff(saved) <= 0).all()
     assert saved[-1] == 0

@@ -30,9 +30,12 @@ def test_pattern_is_the_tile(mask: Mask, pattern: str, density: float) -> None:
 
 
 @given(
-    out=st.integers(1, 40), into=st.integers(1, 40), bm=st.integers(1, 16), bn=st.integers(1, 16),
+    out=st.integers(1, 40),
+    into=st.integers(1, 40),
+    bm=st.integers(1, 16),
+    bn=st.integers(1, 16),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 def test_density_counts_cut_tiles(out: int, into: int, bm: int, bn: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     grid = torch.rand(-(-out // bm), -(-into // bn), generator=generator) < 0.5
@@ -59,7 +62,8 @@ def test_equal_compares_tiles_and_shape() -> None:
         (torch.ones(2, 2).bool(), (2, 2), (4, -1), "shape: expected two positive sizes"),
     ],
 )
-def test_wrong_shapes_are_named(grid: torch.Tensor, block: tuple[int, int],
-                                shape: tuple[int, int], message: str) -> None:  # fmt: skip
+def test_wrong_shapes_are_named(
+    grid: torch.Tensor, block: tuple[int, int], shape: tuple[int, int], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         Mask(grid=grid, block_shape=block, shape=shape)

@@ -54,8 +54,10 @@ def test_the_allocation_is_the_optimum(seed: int, share: float) -> None:
 def test_counts_are_multiples_and_budgets_hold(seed: int, share: float) -> None:
     scores = make_scores(make_structure(layers=3), seed)
     for budget in (
-        Budget(flops=share), Budget(params=share), Budget(flops=share, scope="per_layer")
-    ):  # fmt: skip
+        Budget(flops=share),
+        Budget(params=share),
+        Budget(flops=share, scope="per_layer"),
+    ):
         made = plan(scores, budget, multiples=SMALL, minimums=SMALL)
         ratio = made.params_ratio if budget.params else made.flops_ratio
         assert ratio <= share + 1e-9
@@ -64,10 +66,13 @@ def test_counts_are_multiples_and_budgets_hold(seed: int, share: float) -> None:
             assert kept >= SMALL[coupling.kind]
             assert kept % SMALL[coupling.kind] == 0
     layer_flops = {
-        layer: sum(c.flops(10.0) * int(made.kept_units(c).sum()) for c in made.couplings
-                   if c.layer == layer)
+        layer: sum(
+            c.flops(10.0) * int(made.kept_units(c).sum())
+            for c in made.couplings
+            if c.layer == layer
+        )
         for layer in range(3)
-    }  # fmt: skip
+    }
     assert max(layer_flops.values()) <= share * scores.structure.flops(10.0) / 3
 
 
@@ -109,9 +114,17 @@ def test_infeasible_budget_names_the_smallest() -> None:
 
 @pytest.mark.parametrize(
     "budget",
-    [{"flops": 0.0}, {"flops": -1.0}, {"flops": 1.5}, {"params": 0.0}, {}, {"units": {"heads": -1}},
-     {"flops": 0.5, "params": 0.5}, {"flops": 0.5, "scope": "per_tensor"}],
-)  # fmt: skip
+    [
+        {"flops": 0.0},
+        {"flops": -1.0},
+        {"flops": 1.5},
+        {"params": 0.0},
+        {},
+        {"units": {"heads": -1}},
+        {"flops": 0.5, "params": 0.5},
+        {"flops": 0.5, "scope": "per_tensor"},
+    ],
+)
 def test_bad_budgets(budget: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="budget"):
         Budget(**budget)  # type: ignore[arg-type]

@@ -14,9 +14,7 @@ from tests.masks.conftest import make_scores, make_structure
 @pytest.fixture
 def made() -> Plan:
     small = {"neurons": 2}
-    return plan(
-        make_scores(make_structure()), Budget(flops=0.5), multiples=small, minimums=small
-    )  # fmt: skip
+    return plan(make_scores(make_structure()), Budget(flops=0.5), multiples=small, minimums=small)
 
 
 def test_round_trip(made: Plan, tmp_path: Path) -> None:

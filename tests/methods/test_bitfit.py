@@ -15,21 +15,32 @@ from tests.hf.conftest import make_batch, make_model
 
 SHAPES = {
     "base": {},
-    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-              "intermediate_size": 4096},
-    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
-               "intermediate_size": 1536},
-}  # fmt: skip
+    "large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+    "minilm": {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+}
 
 
 @pytest.mark.parametrize(
     ("shape", "subsets", "count"),
     [
-        ("base", ["all"], 102_912), ("large", ["all"], 272_384), ("minilm", ["all"], 26_112),
-        ("base", ["query", "intermediate"], 46_848), ("minilm", ["query", "intermediate"], 11_904),
+        ("base", ["all"], 102_912),
+        ("large", ["all"], 272_384),
+        ("minilm", ["all"], 26_112),
+        ("base", ["query", "intermediate"], 46_848),
+        ("minilm", ["query", "intermediate"], 11_904),
         ("base", ["frozen"], 0),
     ],
-)  # fmt: skip
+)
 def test_counts(shape: str, subsets: list[str], count: int) -> None:
     with torch.device("meta"):
         model = BertForSequenceClassification(BertConfig(**SHAPES[shape]))
@@ -40,9 +51,16 @@ def test_counts(shape: str, subsets: list[str], count: int) -> None:
 
 @pytest.mark.parametrize(
     ("subset", "matches"),
-    [("output", 4), ("output_layernorm", 4), ("attention_layernorm", 2), ("query", 2),
-     ("key", 2), ("value", 2), ("intermediate", 2)],
-)  # fmt: skip
+    [
+        ("output", 4),
+        ("output_layernorm", 4),
+        ("attention_layernorm", 2),
+        ("query", 2),
+        ("key", 2),
+        ("value", 2),
+        ("intermediate", 2),
+    ],
+)
 def test_subsets_match_like_the_papers_code(subset: str, matches: int) -> None:
     names = [n for n, _ in make_model().named_parameters()]
     always = {"bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}

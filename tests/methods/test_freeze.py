@@ -54,9 +54,10 @@ def test_a_kept_prefix_drops_nothing_and_counts_as_memory() -> None:
     Freeze(share=0.5, cache=True).begin(run)
     rates = {n: m.p for n, m in run.model.named_modules() if isinstance(m, nn.Dropout)}
     assert {n for n, p in rates.items() if p == 0} == {
-        n for n in rates if n.startswith(("bert.embeddings", "bert.encoder.layer.0.",
-                                          "bert.encoder.layer.1."))
-    }  # fmt: skip
+        n
+        for n in rates
+        if n.startswith(("bert.embeddings", "bert.encoder.layer.0.", "bert.encoder.layer.1."))
+    }
     batch = make_batch()
     cost = training_flops(run.model, batch)
     cache = run.model.bert.prefix_cache  # type: ignore[union-attr]

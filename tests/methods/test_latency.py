@@ -137,8 +137,11 @@ def test_timing_leaves_the_run_alone() -> None:
     costs = latency.measure_costs(run.model, run.batches(), make_optimizer, seconds=0.0)
     run.costs = costs
     assert costs.dense_ms > 0
-    planned = latency.by_the_clock(run, lambda budget: latency.uniform(
-        latency.structure(run.model), {"layer.0.neurons": 16}), Budget(step_time=0.9))  # fmt: skip
+    planned = latency.by_the_clock(
+        run,
+        lambda budget: latency.uniform(latency.structure(run.model), {"layer.0.neurons": 16}),
+        Budget(step_time=0.9),
+    )
     assert planned.budget == Budget(step_time=0.9)
     assert planned.origin["step_time"]["met"] > 0
     assert applied(run.model) is None

@@ -53,8 +53,9 @@ def test_blocks_of_different_columns_train_as_one():
     grids = [torch.zeros(3, 3, dtype=torch.bool) for _ in range(3)]
     for grid, kept in zip(grids, ([0, 4], [1, 5], [3, 7]), strict=True):
         grid.view(-1)[kept] = True
-    group = [SelectiveLinear.from_linear(nn.Linear(H, H), Mask.blocks(g, (8, 8), (H, H)))
-             for g in grids]  # fmt: skip
+    group = [
+        SelectiveLinear.from_linear(nn.Linear(H, H), Mask.blocks(g, (8, 8), (H, H))) for g in grids
+    ]
     twin = copy.deepcopy(group)
     batches = list(torch.randn(4, 2, 5, H))
     assert explain_group(batches[0], group) is None
@@ -93,8 +94,10 @@ def test_a_group_follows_its_layers_elsewhere():
     assert explain_group(x, group) is None
     moved = [copy.deepcopy(one).double() for one in group]
     assert explain_group(x.double(), moved) is None
-    swapped = [group[0], SelectiveLinear.from_linear(
-        nn.Linear(H, H), Mask.columns(torch.rand(H) < 0.5, (H, H)))]  # fmt: skip
+    swapped = [
+        group[0],
+        SelectiveLinear.from_linear(nn.Linear(H, H), Mask.columns(torch.rand(H) < 0.5, (H, H))),
+    ]
     assert "columns" in (explain_group(x, swapped) or "")
     assert explain_group(x, group) is None
 

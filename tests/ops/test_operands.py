@@ -134,9 +134,12 @@ def test_attention():
         shapes = (tokens, heads, size), (tokens, heads, size), (tokens, heads, out)
         qkv = laid_out(rng, *(torch.randn(shape).to(dtype) for shape in shapes))
         call = partial(
-            varlen_attention, cu_seqlens=strided(cu), max_length=max(lengths, default=0),
-            dropout=rng.choice([0.0, 0.3]), seed=torch.tensor(7),
-        )  # fmt: skip
+            varlen_attention,
+            cu_seqlens=strided(cu),
+            max_length=max(lengths, default=0),
+            dropout=rng.choice([0.0, 0.3]),
+            seed=torch.tensor(7),
+        )
         check(call, qkv, rng, tolerance)
 
 
@@ -173,8 +176,9 @@ def test_reductions():
         weights = laid_out(rng, *(torch.randn(s) for s in shapes))
         grads = laid_out(rng, *(torch.randn(s) for s in shapes))
         ids = [torch.randint(-1, 2, (s[0] if s else 1,)).int() for s in shapes]
-        groups = [rng.choice(["tensor", "row", "column", ("block", 2, 2), ("ids", i, 2)])
-                  for i in ids]  # fmt: skip
+        groups = [
+            rng.choice(["tensor", "row", "column", ("block", 2, 2), ("ids", i, 2)]) for i in ids
+        ]
         names = ["sum_abs_wg", "sum_wg", "max_abs_grad"]
         want, got = (
             group_reduce(weights, grads, names, groups=groups, backend=b).arena

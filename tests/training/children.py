@@ -24,10 +24,15 @@ OPERATION, LATE, TIME = "operation", "late operation", "time"
 _OPERATIONS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
 
 _server: Any = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload([
-    "tests.training.children", "sensikernels.training.loop", "sensikernels.training.picture",
-    "transformers.models.bert", "sklearn.metrics",
-])  # fmt: skip
+_server.set_forkserver_preload(
+    [
+        "tests.training.children",
+        "sensikernels.training.loop",
+        "sensikernels.training.picture",
+        "transformers.models.bert",
+        "sklearn.metrics",
+    ]
+)
 
 
 def run(settings: Settings, kill: tuple[str, int] | None = None) -> int:

@@ -32,10 +32,13 @@ def make(tiny, tmp_path):
     tokenizer = load_tokenizer(tiny)
     encoded = encode(load("demo", split="train").take(np.arange(ROWS)), tokenizer)
     rows = [
-        {"input_ids": r.input_ids.tolist(), "attention_mask": [1] * len(r.input_ids),
-         "labels": int(r.label)}
+        {
+            "input_ids": r.input_ids.tolist(),
+            "attention_mask": [1] * len(r.input_ids),
+            "labels": int(r.label),
+        }
         for r in (encoded[i] for i in range(ROWS))
-    ]  # fmt: skip
+    ]
 
     def trainer(callback, *, name="out", optimizer=None, packing=None, dropout=0.1, **given):
         torch.manual_seed(0)
@@ -47,16 +50,26 @@ def make(tiny, tmp_path):
             use_packed(model)
         collator = DataCollatorPacked(pad_token_id=tokenizer.pad_token_id)
         arguments = TrainingArguments(
-            output_dir=str(tmp_path / name), num_train_epochs=1, use_cpu=True, report_to="none",
-            per_device_train_batch_size=BATCH, logging_steps=1, save_steps=3, disable_tqdm=True,
-            seed=0, **given,
-        )  # fmt: skip
+            output_dir=str(tmp_path / name),
+            num_train_epochs=1,
+            use_cpu=True,
+            report_to="none",
+            per_device_train_batch_size=BATCH,
+            logging_steps=1,
+            save_steps=3,
+            disable_tqdm=True,
+            seed=0,
+            **given,
+        )
         made = None if optimizer is None else optimizer(model.parameters())
         return Trainer(
-            model=model, args=arguments, train_dataset=rows, callbacks=[callback],
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            callbacks=[callback],
             data_collator=collator if packing == "packed" else DataCollatorWithPadding(tokenizer),
             optimizers=(made, None),
-        )  # fmt: skip
+        )
 
     return trainer
 
@@ -198,9 +211,15 @@ def test_bitfit_and_dps_train_under_trainer(make):
 def test_a_step_time_budget_is_met_by_the_clock(make, packing):
     saved = {"heads": {1: 10.0, 4: 0.0}, "neurons": {16: 20.0, 128: 0.0}}
     costs = StepCosts(
-        device="cpu", dtype="float32", threads=1, tokens=100, layers=2,
-        units={"heads": 4, "neurons": 128}, dense_ms=100.0, saved={"inner": saved, "last": saved},
-    )  # fmt: skip
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        tokens=100,
+        layers=2,
+        units={"heads": 4, "neurons": 128},
+        dense_ms=100.0,
+        saved={"inner": saved, "last": saved},
+    )
     watcher = SensiCallback(
         "sensi-bert", budget=Budget(step_time=0.9), warmup=0.35, ranking_rows=64, costs=costs
     )

@@ -44,21 +44,40 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def sensi(**named: Any) -> SensiCallback:
-    given = {"budget": Budget(flops=0.7), "warmup": TRIM / STEPS, "ranking_rows": 16,
-             "multiples": SMALL} | named  # fmt: skip
+    given = {
+        "budget": Budget(flops=0.7),
+        "warmup": TRIM / STEPS,
+        "ranking_rows": 16,
+        "multiples": SMALL,
+    } | named
     return SensiCallback("sensi-bert", **given)
 
 
 @pytest.fixture
 def make(tmp_path: Any) -> Any:
-    def trainer(callback: Any, *, kind: Any = None, dataset: Any = None, model: Any = None,
-                optimizers: Any = (None, None), evaluated: Any = None, metrics: Any = None,
-                loss: Any = None, **named: Any) -> Any:  # fmt: skip
+    def trainer(
+        callback: Any,
+        *,
+        kind: Any = None,
+        dataset: Any = None,
+        model: Any = None,
+        optimizers: Any = (None, None),
+        evaluated: Any = None,
+        metrics: Any = None,
+        loss: Any = None,
+        **named: Any,
+    ) -> Any:
         given = {
-            "output_dir": str(tmp_path / "out"), "max_steps": STEPS, "use_cpu": True,
-            "per_device_train_batch_size": 4, "report_to": "none", "logging_steps": 1,
-            "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-3,
-        } | named  # fmt: skip
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": STEPS,
+            "use_cpu": True,
+            "per_device_train_batch_size": 4,
+            "report_to": "none",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "learning_rate": 1e-3,
+        } | named
         return (kind or transformers.Trainer)(
             model=model or make_model(),
             args=transformers.TrainingArguments(**given),
@@ -226,8 +245,12 @@ def test_a_second_train_of_every_method(make: Any, method: str) -> None:
 
 def test_another_plan_in_force_is_refused_at_once(make: Any) -> None:
     model = make_model()
-    apply(model, plan(sensitivity(model, [], "magnitude"), Budget(flops=0.8), multiples=SMALL,
-                      minimums=SMALL))  # fmt: skip
+    apply(
+        model,
+        plan(
+            sensitivity(model, [], "magnitude"), Budget(flops=0.8), multiples=SMALL, minimums=SMALL
+        ),
+    )
     trainer = make(SensiCallback("bitfit"), model=model)
     with pytest.raises(UsageError, match="expected no plan, or one of bitfit"):
         trainer.train()
@@ -260,17 +283,27 @@ def test_the_best_model_is_the_best_trimmed_one(make: Any, early: bool, caplog: 
         return {"score": float(-len(calls) if early else len(calls))}
 
     trainer = make(
-        sensi(warmup=0.5), evaluated=rows(16), metrics=metrics, save_strategy="steps",
-        save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
-        metric_for_best_model="score", model=make_model(initializer_range=0.3),
-    )  # fmt: skip
+        sensi(warmup=0.5),
+        evaluated=rows(16),
+        metrics=metrics,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        model=make_model(initializer_range=0.3),
+    )
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert "best-model loading counts from here on" in caplog.text
     step = int(trainer.state.best_model_checkpoint.split("-")[-1])
     assert step == (6 if early else 8)
-    then = [e["eval_loss"] for e in trainer.state.log_history
-            if e.get("step") == step and "eval_loss" in e]  # fmt: skip
+    then = [
+        e["eval_loss"]
+        for e in trainer.state.log_history
+        if e.get("step") == step and "eval_loss" in e
+    ]
     assert math.isclose(trainer.evaluate()["eval_loss"], then[0], rel_tol=1e-5)
     trimmed(trainer)
 

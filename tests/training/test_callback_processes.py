@@ -32,10 +32,18 @@ def _train(
     rank: int, size: int, port: int, model: Path, output: Path, name: str, given: dict[str, Any]
 ) -> None:
     """What a user's script does, in one process of ``size``; its findings as JSON."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    } if size > 1 else {}  # fmt: skip
+    os.environ |= (
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        if size > 1
+        else {}
+    )
     torch.set_num_threads(1)
     import numpy as np
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
@@ -47,10 +55,13 @@ def _train(
     tokenizer = load_tokenizer(model)
     encoded = encode(load("demo", split="train").take(np.arange(ROWS)), tokenizer)
     rows = [
-        {"input_ids": r.input_ids.tolist(), "attention_mask": [1] * len(r.input_ids),
-         "labels": int(r.label)}
+        {
+            "input_ids": r.input_ids.tolist(),
+            "attention_mask": [1] * len(r.input_ids),
+            "labels": int(r.label),
+        }
         for r in (encoded[i] for i in range(ROWS))
-    ]  # fmt: skip
+    ]
     packed, resumed = given.pop("packed", False), given.pop("resume", None)
     torch.manual_seed(0)
     stock = load_model(model, labels=2)
@@ -59,17 +70,29 @@ def _train(
     options = METHODS[name]
     callback = SensiCallback(**{"method_": name, "ranking_rows": 96, **options})
     arguments = TrainingArguments(
-        output_dir=str(output), num_train_epochs=1, use_cpu=True, report_to="none",
-        per_device_train_batch_size=GLOBAL_BATCH // size // given.get(
-            "gradient_accumulation_steps", 1
-        ), logging_steps=1, save_steps=3, disable_tqdm=True, seed=0, **given,
-    )  # fmt: skip
+        output_dir=str(output),
+        num_train_epochs=1,
+        use_cpu=True,
+        report_to="none",
+        per_device_train_batch_size=GLOBAL_BATCH
+        // size
+        // given.get("gradient_accumulation_steps", 1),
+        logging_steps=1,
+        save_steps=3,
+        disable_tqdm=True,
+        seed=0,
+        **given,
+    )
     optimizer = SubsetAdamW(stock.parameters(), lr=5e-5) if name == "dps" else None
     collator = DataCollatorPacked() if packed else DataCollatorWithPadding(tokenizer)
     trainer = Trainer(
-        model=stock, args=arguments, train_dataset=rows, callbacks=[callback],
-        data_collator=collator, optimizers=(optimizer, None),
-    )  # fmt: skip
+        model=stock,
+        args=arguments,
+        train_dataset=rows,
+        callbacks=[callback],
+        data_collator=collator,
+        optimizers=(optimizer, None),
+    )
     if resumed is not None:
         callback.prepare(stock, resumed)
     trainer.train(resume_from_checkpoint=resumed)
@@ -116,13 +139,17 @@ def assert_alike(one: dict[str, Any], many: list[dict[str, Any]], steps: int | N
     assert first["grad_norms"] == pytest.approx(one["grad_norms"][start:], rel=1e-3)
 
 
-@pytest.mark.parametrize(("name", "given"), [
-    ("sensi-bert", {}),
-    ("at once", {"packed": True}),
-    pytest.param("sensi-bert", {"gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
-    ("bitfit", {}),
-    pytest.param("dps", {}, marks=pytest.mark.slow),
-], ids=["padded", "packed", "accumulated", "bitfit", "dps"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("sensi-bert", {}),
+        ("at once", {"packed": True}),
+        pytest.param("sensi-bert", {"gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
+        ("bitfit", {}),
+        pytest.param("dps", {}, marks=pytest.mark.slow),
+    ],
+    ids=["padded", "packed", "accumulated", "bitfit", "dps"],
+)
 def test_two_processes_lose_what_one_does(still, tmp_path, name, given):
     (one,) = train(still, tmp_path / "one", name, **given)
     two = train(still, tmp_path / "two", name, 2, **given)

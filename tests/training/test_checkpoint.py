@@ -19,9 +19,13 @@ from sensikernels.training import checkpoint, finetune
 from sensikernels.training.output import output_folder, write_json, writing
 
 LEAVES = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.text(),
     st.sampled_from([torch.ones(2), torch.ones(2, 3, dtype=torch.bfloat16), torch.empty(0)]),
-)  # fmt: skip
+)
 TREES = st.recursive(
     LEAVES,
     lambda inner: st.one_of(
@@ -102,12 +106,20 @@ def empty(path):
     path.write_text("{}")
 
 
-@pytest.mark.parametrize(("name", "damage"), [
-    ("state.safetensors", truncate), ("state.safetensors", flip),
-    ("state.safetensors", lambda p: p.unlink()), ("state.json", truncate), ("state.json", edit),
-    ("state.json", empty), ("state.json", lambda p: p.unlink()), ("plan.json", empty),
-    ("plan.safetensors", truncate),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("state.safetensors", truncate),
+        ("state.safetensors", flip),
+        ("state.safetensors", lambda p: p.unlink()),
+        ("state.json", truncate),
+        ("state.json", edit),
+        ("state.json", empty),
+        ("state.json", lambda p: p.unlink()),
+        ("plan.json", empty),
+        ("plan.safetensors", truncate),
+    ],
+)
 def test_a_corrupt_checkpoint_is_refused(stopped, name, damage):
     before = (path := checkpoint.latest(stopped.output) / name).read_bytes()
     damage(path)
@@ -118,8 +130,11 @@ def test_a_corrupt_checkpoint_is_refused(stopped, name, damage):
 
 
 def test_a_run_trimmed_by_dimensions_resumes(settings, tmp_path):
-    given = {"options": {"warmup": 0.0, "granularity": "dimensions"}, "checkpoint_every": 2,
-             "budget": Budget(flops=0.7)}  # fmt: skip
+    given = {
+        "options": {"warmup": 0.0, "granularity": "dimensions"},
+        "checkpoint_every": 2,
+        "budget": Budget(flops=0.7),
+    }
 
     def stop(progress):
         if progress.step == 3:
@@ -133,11 +148,20 @@ def test_a_run_trimmed_by_dimensions_resumes(settings, tmp_path):
     assert again["kept"] == whole["kept"]
 
 
-@pytest.mark.parametrize("changed", [
-    {"lr": 1e-3}, {"seed": 1}, {"epochs": 2}, {"budget": Budget(flops=0.7)},
-    {"compare_dense": True}, {"dtype": "bf16"}, {"options": {"warmup": 0.5}},
-    {"max_train_samples": 80},
-], ids=lambda c: next(iter(c)))  # fmt: skip
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"lr": 1e-3},
+        {"seed": 1},
+        {"epochs": 2},
+        {"budget": Budget(flops=0.7)},
+        {"compare_dense": True},
+        {"dtype": "bf16"},
+        {"options": {"warmup": 0.5}},
+        {"max_train_samples": 80},
+    ],
+    ids=lambda c: next(iter(c)),
+)
 def test_other_settings_are_refused_by_name(stopped, settings, changed):
     named = {"checkpoint_every": 2, "options": {"warmup": 0.0}, "resume": True, **changed}
     with pytest.raises(CheckpointError, match=f"{next(iter(changed))}: expected .*, got"):
@@ -160,10 +184,15 @@ def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("what", [
-    "safetensors.torch.save_file", "sensikernels.masks.Plan.save",
-    "sensikernels._files._sync", "pathlib.Path.mkdir",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "what",
+    [
+        "safetensors.torch.save_file",
+        "sensikernels.masks.Plan.save",
+        "sensikernels._files._sync",
+        "pathlib.Path.mkdir",
+    ],
+)
 def test_a_full_disk_leaves_the_older_checkpoint(stopped, monkeypatch, what):
     kept = checkpoint.latest(stopped.output)
     monkeypatch.setattr(what, full_disk)

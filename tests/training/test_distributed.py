@@ -73,8 +73,9 @@ def test_parts_are_the_batch_and_their_weights_its_mean(asked, size):
     asked = asked("out", batch_size=6)
     alone, *members = (
         Data.load(asked, torch.device("cpu"), World(rank=rank, size=many))
-        for many in (1, size) for rank in range(many)
-    )  # fmt: skip
+        for many in (1, size)
+        for rank in range(many)
+    )
     whole = list(alone.parts(1, 2))
     for global_batch, *parts in zip(whole, *(m.parts(1, 2) for m in members), strict=True):
         labels = global_batch.batch["labels"].double()
@@ -100,15 +101,24 @@ def test_what_several_processes_refuse(asked, monkeypatch):
     assert asked("out", parallel="fsdp").identity() == asked("out").identity()
 
 
-@pytest.mark.parametrize(("name", "value", "error", "said"), [
-    ("WORLD_SIZE", "3", SensiError, r"processes: expected 3 \(WORLD_SIZE\) to meet on cpu, got 1"),
-    ("WORLD_SIZE", "two", UsageError, "WORLD_SIZE: expected a whole number, got 'two'"),
-    ("WORLD_SIZE", "-2", UsageError, "WORLD_SIZE: expected a whole number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value", "error", "said"),
+    [
+        (
+            "WORLD_SIZE",
+            "3",
+            SensiError,
+            r"processes: expected 3 \(WORLD_SIZE\) to meet on cpu, got 1",
+        ),
+        ("WORLD_SIZE", "two", UsageError, "WORLD_SIZE: expected a whole number, got 'two'"),
+        ("WORLD_SIZE", "-2", UsageError, "WORLD_SIZE: expected a whole number"),
+    ],
+)
 def test_processes_that_do_not_meet(asked, monkeypatch, name, value, error, said):
     """Each would run alone, and all into one folder."""
-    monkeypatch.setattr("accelerate.PartialState", lambda **_: SimpleNamespace(
-        num_processes=1, process_index=0))  # fmt: skip
+    monkeypatch.setattr(
+        "accelerate.PartialState", lambda **_: SimpleNamespace(num_processes=1, process_index=0)
+    )
     monkeypatch.setenv(name, value)
     with pytest.raises(error, match=said):
         finetune(asked("out"))
@@ -125,9 +135,15 @@ def test_a_group_that_cannot_be_formed_is_one_line(asked, monkeypatch):
         finetune(asked("out"))
 
 
-@pytest.mark.parametrize(("asked_for", "found", "kind"), [
-    ("auto", False, "cpu"), ("auto", True, "cuda"), ("cpu", True, "cpu"), ("cuda", True, "cuda"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked_for", "found", "kind"),
+    [
+        ("auto", False, "cpu"),
+        ("auto", True, "cuda"),
+        ("cpu", True, "cpu"),
+        ("cuda", True, "cuda"),
+    ],
+)
 def test_the_group_is_formed_on_the_device_that_is_used(asked, monkeypatch, asked_for, found, kind):
     formed = []
 
@@ -152,11 +168,15 @@ def test_two_processes_lose_what_one_does(asked, method):
         assert other == 0 or (method == "dps" and other <= max(2, a.numel() / 1000))
 
 
-@pytest.mark.parametrize("given", [
-    slow({"packed": False, "compare_dense": True}),
-    slow({"embeddings": "dense", "dtype": "bf16"}),
-    {"batch_size": 8, "max_train_samples": 25},  # the last batch has one row for two processes
-], ids=["padded", "bf16", "left over"])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        slow({"packed": False, "compare_dense": True}),
+        slow({"embeddings": "dense", "dtype": "bf16"}),
+        {"batch_size": 8, "max_train_samples": 25},  # the last batch has one row for two processes
+    ],
+    ids=["padded", "bf16", "left over"],
+)
 def test_other_steps(asked, given):
     one, two = asked("one", "dense", **given), asked("two", "dense", **given)
     assert run(one) == 0
@@ -181,9 +201,15 @@ def test_reports_differ_in_times_alone(asked):
     assert {p.name for p in one.output.iterdir()} == {p.name for p in two.output.iterdir()}
 
 
-@pytest.mark.parametrize(("method", "before"), [
-    ("sensi-bert", 2), slow("sensi-bert", 1), slow("dps", 1), slow("dps", 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "before"),
+    [
+        ("sensi-bert", 2),
+        slow("sensi-bert", 1),
+        slow("dps", 1),
+        slow("dps", 2),
+    ],
+)
 def test_a_checkpoint_moves_between_one_process_and_two(asked, method, before):
     whole = asked("whole", method)
     first, again = (
@@ -215,8 +241,19 @@ def torchrun(*arguments, device=("--device", "cpu")):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="processes would share this machine's GPU")
 def test_torchrun_runs_the_command_and_tells_once(still, tmp_path):
-    process = torchrun("--model", still, "--flops", 0.6, "--max-train-samples", 64,
-                       "--ranking-rows", 64, "--output", tmp_path / "out", device=())  # fmt: skip
+    process = torchrun(
+        "--model",
+        still,
+        "--flops",
+        0.6,
+        "--max-train-samples",
+        64,
+        "--ranking-rows",
+        64,
+        "--output",
+        tmp_path / "out",
+        device=(),
+    )
     told, complained = process.communicate(timeout=120)
     assert process.returncode == 0, complained
     assert told.count("trimmed to FLOPs") == 1
@@ -236,8 +273,18 @@ def test_an_error_of_the_first_process_ends_all(still, tmp_path):
 @pytest.mark.slow
 def test_a_killed_process_ends_the_command(still, tmp_path):
     output = tmp_path / "out"
-    process = torchrun("--model", still, "--method", "dense", "--epochs", 1000,
-                       "--checkpoint-every", 2, "--output", output)  # fmt: skip
+    process = torchrun(
+        "--model",
+        still,
+        "--method",
+        "dense",
+        "--epochs",
+        1000,
+        "--checkpoint-every",
+        2,
+        "--output",
+        output,
+    )
     while latest(output) is None and process.poll() is None:
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -259,12 +306,16 @@ def test_two_killed_processes_resume_to_the_bit_with_dropout(asked, tiny):
     assert torch.equal(losses_of(first), losses_of(whole))
 
 
-@pytest.mark.parametrize(("method", "given"), [
-    slow("dense", {}),
-    ("sensi-bert", {}),
-    slow("bitfit", {"packed": False}),
-    slow("dense", {"embeddings": "dense", "dtype": "bf16"}),
-], ids=["dense", "sensi-bert", "bitfit padded", "bf16"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        slow("dense", {}),
+        ("sensi-bert", {}),
+        slow("bitfit", {"packed": False}),
+        slow("dense", {"embeddings": "dense", "dtype": "bf16"}),
+    ],
+    ids=["dense", "sensi-bert", "bitfit padded", "bf16"],
+)
 def test_shards_lose_what_one_process_does(asked, method, given):
     one, two = asked("one", method, **given), asked("two", method, **given, parallel="fsdp")
     assert run(one) == 0

@@ -51,8 +51,9 @@ def test_what_fails_at_the_end_is_said_and_finished_later(settings, monkeypatch,
     monkeypatch.setattr(place, fails)
     if place.endswith("Plan.save"):  # the checkpoint's own goes through it too
         real = monkeypatch._setattr[-1][2]
-        monkeypatch.setattr(place, lambda plan, path: fails() if path.parent == asked.output
-                            else real(plan, path))  # fmt: skip
+        monkeypatch.setattr(
+            place, lambda plan, path: fails() if path.parent == asked.output else real(plan, path)
+        )
     monkeypatch.setattr(ready, "compute", compute)
     with pytest.raises(SensiError, match="broken in two lines") as caught:
         finetune(asked)
@@ -113,8 +114,11 @@ def test_a_model_that_comes_back_another_is_kept_and_said(settings, monkeypatch,
 def test_the_tolerance_is_roundings_not_damage(dtype):
     logits = torch.tensor([[0.5, -2.0]])
     limit = rounding(torch.device("cpu"), dtype, logits)
-    eps = torch.finfo(torch.bfloat16).eps if torch.cpu._is_amx_tile_supported() else (
-        torch.finfo(dtype).eps)  # fmt: skip
+    eps = (
+        torch.finfo(torch.bfloat16).eps
+        if torch.cpu._is_amx_tile_supported()
+        else (torch.finfo(dtype).eps)
+    )
     assert torch.finfo(dtype).eps * 64 <= limit <= max(eps, torch.finfo(dtype).eps) * 200
 
 
@@ -132,7 +136,8 @@ def test_a_poisoned_step_is_not_saved_over_the_last_good_one(
         if self.run.step == step:
             with torch.no_grad():
                 next(p for n, p in self.model.named_parameters() if "LayerNorm.weight" in n)[3] = (
-                    float("nan"))  # fmt: skip
+                    float("nan")
+                )
         return loss
 
     monkeypatch.setattr(Runner, "_eager", poisoned)
@@ -149,7 +154,10 @@ def test_a_poisoned_step_is_not_saved_over_the_last_good_one(
 def test_every_run_has_a_checkpoint_at_the_trim_and_at_its_end(settings, monkeypatch):
     saved = []
     save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda output, step, *a, **k: (
-        saved.append(step), save(output, step, *a, **k)))  # fmt: skip
+    monkeypatch.setattr(
+        checkpoint,
+        "save",
+        lambda output, step, *a, **k: (saved.append(step), save(output, step, *a, **k)),
+    )
     finetune(settings(checkpoint_every=0, options={"warmup": 0.5}))
     assert saved == [4, 6]

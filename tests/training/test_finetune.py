@@ -114,11 +114,15 @@ def test_bitfit_moves_biases_and_the_classifier_only(settings, tiny):
     assert 0.6 < report["budget"]["flops_ratio_measured"] < 0.75
 
 
-@pytest.mark.parametrize("budget", [
-    Budget(params=0.7),
-    Budget(units={"heads": 4, "neurons": 160}),
-    Budget(flops=0.7, scope="per_layer"),
-], ids=["params", "units", "per_layer"])  # fmt: skip
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(params=0.7),
+        Budget(units={"heads": 4, "neurons": 160}),
+        Budget(flops=0.7, scope="per_layer"),
+    ],
+    ids=["params", "units", "per_layer"],
+)
 def test_other_budgets(settings, budget):
     report = finetune(settings(budget=budget))
     assert report["budget"]["requested"] == budget.requested
@@ -144,8 +148,12 @@ def test_an_infeasible_budget_names_the_smallest_and_leaves_nothing(settings):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_run_keeps_its_prefix_and_trains_as_without(settings, tmp_path, monkeypatch, dtype):
-    common = {"method": "freeze", "options": {"share": 0.5, "cache": True}, "epochs": 3,
-              "dtype": dtype}  # fmt: skip
+    common = {
+        "method": "freeze",
+        "options": {"share": 0.5, "cache": True},
+        "epochs": 3,
+        "dtype": dtype,
+    }
     kept = finetune(settings(**common))
     assert kept["events"][0] == "step 0: embeddings and 1 layers frozen, their output kept"
     assert kept["budget"]["flops_ratio_measured"] < 1

@@ -172,8 +172,14 @@ def test_writing_in_place_moves_nothing():
 @pytest.mark.parametrize("method", ["dense", "sensi-bert", "bitfit"])
 def test_a_run_captures_its_steps(settings, still, tmp_path, monkeypatch, method):
     # One shape of batch: its third step is the first replay.
-    common = {"model": str(still), "method": method, "embeddings": "dense", "epochs": 2,
-              "packed": False, "pad_to_multiple": 32}  # fmt: skip
+    common = {
+        "model": str(still),
+        "method": method,
+        "embeddings": "dense",
+        "epochs": 2,
+        "packed": False,
+        "pad_to_multiple": 32,
+    }
     wanted = finetune(settings(**common, output=tmp_path / "eager"))
     made: list[GraphedStep] = []
 

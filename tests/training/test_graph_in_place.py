@@ -56,11 +56,13 @@ def batches(count: int, *lengths: int) -> list[Batch]:
     """Few words, most of them repeated, others never seen."""
     made = torch.Generator().manual_seed(4)
     return [
-        {"ids": torch.randint(0, WORDS // 2, (3, n), generator=made) // 2 * 2,
-         "labels": torch.randint(0, 2, (3, n), generator=made)}
+        {
+            "ids": torch.randint(0, WORDS // 2, (3, n), generator=made) // 2 * 2,
+            "labels": torch.randint(0, 2, (3, n), generator=made),
+        }
         for _ in range(count)
         for n in lengths
-    ]  # fmt: skip
+    ]
 
 
 def pair(model: nn.Module, **options: Any) -> list[tuple[nn.Module, SubsetAdamW, GraphedStep]]:
@@ -147,14 +149,20 @@ def choice(kind: str, seed: int, count: int) -> tuple[Any, ...]:
 def vectors(count: int) -> list[Batch]:
     made = torch.Generator().manual_seed(6)
     return [
-        {"ids": torch.randn(1, 6, 12, generator=made),
-         "labels": torch.randint(0, 2, (1, 6), generator=made)}
+        {
+            "ids": torch.randn(1, 6, 12, generator=made),
+            "labels": torch.randint(0, 2, (1, 6), generator=made),
+        }
         for _ in range(count)
-    ]  # fmt: skip
+    ]
 
 
-COUNTS = {"rows": (9, 9, 5, 9, 1, 8), "blocks": (7, 7, 3, 7, 0, 6), "columns": (5,) * 6,
-          "elements": (100, 100, 31, 100, 0, 99)}  # fmt: skip
+COUNTS = {
+    "rows": (9, 9, 5, 9, 1, 8),
+    "blocks": (7, 7, 3, 7, 0, 6),
+    "columns": (5,) * 6,
+    "elements": (100, 100, 31, 100, 0, 99),
+}
 
 
 @pytest.mark.parametrize("mode", ["hard_freeze", "as_published"])

@@ -40,8 +40,11 @@ def killed(settings, kills, **given):
 
 
 def options(method):
-    named = {"sensi-bert": {"warmup": 0.35}, "dps": {"update_ratio": 0.25},
-             "freeze": {"share": 0.5, "cache": True}}  # fmt: skip
+    named = {
+        "sensi-bert": {"warmup": 0.35},
+        "dps": {"update_ratio": 0.25},
+        "freeze": {"share": 0.5, "cache": True},
+    }
     return named.get(method, {})
 
 
@@ -68,8 +71,12 @@ def where(method, dtype, compared, when):
 
 def check(settings, tmp_path, case):
     method, dtype, compared, _ = case
-    given = {"method": method, "dtype": dtype, "compare_dense": compared,
-             "options": options(method)}  # fmt: skip
+    given = {
+        "method": method,
+        "dtype": dtype,
+        "compare_dense": compared,
+        "options": options(method),
+    }
     whole = kept_alive(settings, tmp_path, **given)
     assert len(whole["planned"]) == STEPS
     assert killed(settings, where(*case), **given) == whole
@@ -99,12 +106,14 @@ def test_the_command_killed_from_outside_resumes(settings, tiny, tmp_path):
     assert run(whole) == 0
     output = tmp_path / "out"
     command = [
-        sys.executable, "-c", "import torch; torch.set_num_threads(1); "
+        sys.executable,
+        "-c",
+        "import torch; torch.set_num_threads(1); "
         "torch.use_deterministic_algorithms(True, warn_only=True); "
         "from sensikernels.cli import main; raise SystemExit(main())",
         *f"finetune --task demo --model {tiny} --flops 0.6 --max-train-samples 96 --batch-size 16 "
         f"--epochs 3 --device cpu --checkpoint-every 1 --output {output}".split(),
-    ]  # fmt: skip
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while latest(output) is None and process.poll() is None:
         time.sleep(0.01)

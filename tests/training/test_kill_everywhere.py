@@ -17,27 +17,40 @@ from tests.training.processes import run_together
 from tests.training.reports import assert_same_end
 
 OPTIONS = {
-    "sensi-bert": {"warmup": 0.35}, "dps": {"update_ratio": 0.25},
+    "sensi-bert": {"warmup": 0.35},
+    "dps": {"update_ratio": 0.25},
     "freeze": {"share": 0.5, "cache": True},
-}  # fmt: skip
+}
 STEPS = 12
-WAYS = [(method, every, packed) for method in sorted(METHODS) for every in (2, 0)
-        for packed in (True, False)]  # fmt: skip
+WAYS = [
+    (method, every, packed)
+    for method in sorted(METHODS)
+    for every in (2, 0)
+    for packed in (True, False)
+]
 
 
 def given_of(method, every, packed):
     options = dict(OPTIONS.get(method, {}))
     if not packed:
         options.pop("cache", None)
-    return {"method": method, "options": options, "checkpoint_every": every, "packed": packed,
-            "epochs": 2}  # fmt: skip
+    return {
+        "method": method,
+        "options": options,
+        "checkpoint_every": every,
+        "packed": packed,
+        "epochs": 2,
+    }
 
 
 def moments(method, every, packed):
     """A step, a file operation and a time, drawn anew for every way to train."""
     rng = random.Random(f"{method} {every} {packed}")
-    return [(STEP, rng.randrange(1, STEPS + 1)), (OPERATION, rng.randrange(2, 60)),
-            (TIME, rng.randrange(200, 4000))]  # fmt: skip
+    return [
+        (STEP, rng.randrange(1, STEPS + 1)),
+        (OPERATION, rng.randrange(2, 60)),
+        (TIME, rng.randrange(200, 4000)),
+    ]
 
 
 def check(settings, tmp_path, way, kills):

@@ -101,8 +101,13 @@ def test_of_a_finished_run_the_refusal_says_so(settings):
 
 
 def test_tidying_takes_what_is_half_written_and_nothing_else(tmp_path):
-    own = [".model.tmp/x", f".{REPORT}.tmp", ".plan.json.tmp", ".unfinished/z",
-           f"{CHECKPOINTS}/.step-00000002.tmp/y"]  # fmt: skip
+    own = [
+        ".model.tmp/x",
+        f".{REPORT}.tmp",
+        ".plan.json.tmp",
+        ".unfinished/z",
+        f"{CHECKPOINTS}/.step-00000002.tmp/y",
+    ]
     others = ["mine", ".mine.tmp", f"{CHECKPOINTS}/step-00000001/state.json", "model/config.json"]
     for name in (*own, *others):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

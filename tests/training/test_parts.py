@@ -21,12 +21,14 @@ from sensikernels.training.runner import groups, schedule
 
 def test_options_take_the_type_of_their_default():
     assert parse_options("sensi-bert", ["warmup=0.2", "multiples=heads:2,neurons:8"]) == {
-        "warmup": 0.2, "multiples": {"heads": 2, "neurons": 8},
-    }  # fmt: skip
+        "warmup": 0.2,
+        "multiples": {"heads": 2, "neurons": 8},
+    }
     assert parse_options("bitfit", ["subsets=query, value"]) == {"subsets": ("query", "value")}
     assert parse_options("dps", ["as-published=true", "masked_share=0.5"]) == {
-        "as_published": True, "masked_share": 0.5,
-    }  # fmt: skip
+        "as_published": True,
+        "masked_share": 0.5,
+    }
     with pytest.raises(UsageError, match="as_published: expected true or false"):
         parse_options("dps", ["as_published=yes"])
     assert parse_counts("heads=3, neurons=16") == {"heads": 3, "neurons": 16}

@@ -50,14 +50,23 @@ def test_rows_longer_than_the_models_positions(refused, tmp_path, packed, where)
     rows = {"train": ["a film"] * 32, "dev": ["a film"] * 4}
     rows[where][1] = LONG
     given = write_rows(tmp_path / "glue", **rows)
-    refused(UsageError, "max_length: expected at most 64, the model's positions, got 128",
-            packed=packed, **given)  # fmt: skip
+    refused(
+        UsageError,
+        "max_length: expected at most 64, the model's positions, got 128",
+        packed=packed,
+        **given,
+    )
 
 
 def test_padding_beyond_the_models_positions(refused, tmp_path):
     given = write_rows(tmp_path / "glue", ["a film"] * 32, [LONG] * 2)
-    refused(UsageError, "pad_to_multiple: expected one that pads 60 tokens to at most 64",
-            max_length=60, pad_to_multiple=50, **given)  # fmt: skip
+    refused(
+        UsageError,
+        "pad_to_multiple: expected one that pads 60 tokens to at most 64",
+        max_length=60,
+        pad_to_multiple=50,
+        **given,
+    )
 
 
 def altered(tiny, folder, **config):
@@ -77,8 +86,10 @@ def test_a_tokenizer_of_more_words_than_the_model(refused, tiny, tmp_path):
 
 
 def test_a_head_with_the_labels_in_another_order(refused, settings, tiny, tmp_path):
-    names = {"id2label": {"0": "Positive", "1": "negative"},
-             "label2id": {"Positive": 0, "negative": 1}}  # fmt: skip
+    names = {
+        "id2label": {"0": "Positive", "1": "negative"},
+        "label2id": {"Positive": 0, "negative": 1},
+    }
     path = altered(tiny, tmp_path, **names)
     refused(DataError, "labels: expected negative, positive in the task's order", model=str(path))
 
@@ -100,21 +111,35 @@ def test_a_model_that_cannot_be_compacted(refused, tiny, tmp_path, packed):
 
     path = tmp_path / "roberta"
     words = json.loads((tiny / "config.json").read_text())["vocab_size"]
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "intermediate_size": 128, "max_position_embeddings": 66}  # fmt: skip
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "max_position_embeddings": 66,
+    }
     RobertaForSequenceClassification(RobertaConfig(vocab_size=words, **shape)).save_pretrained(path)
     for file in tiny.glob("tokenizer*"):
         shutil.copy(file, path)
-    refused(UsageError, "model: expected", model=str(path), packed=packed,
-            dropout="counter" if packed else "torch")  # fmt: skip
+    refused(
+        UsageError,
+        "model: expected",
+        model=str(path),
+        packed=packed,
+        dropout="counter" if packed else "torch",
+    )
 
 
 def test_a_plan_of_another_model_names_its_file(refused, settings, tmp_path):
     other = save_tiny(tmp_path / "other", layers=3)
     _, plan, _ = rank(settings(model=str(other)))
     plan.save(tmp_path / "plan.json")
-    refused(UsageError, r"plan .*plan\.json: plan: expected a model with a module bert",
-            plan=tmp_path / "plan.json", budget=None)  # fmt: skip
+    refused(
+        UsageError,
+        r"plan .*plan\.json: plan: expected a model with a module bert",
+        plan=tmp_path / "plan.json",
+        budget=None,
+    )
     assert Plan.load(tmp_path / "plan.json").kept_counts()
 
 
@@ -150,11 +175,17 @@ def test_a_tokenizer_that_cannot_be_saved(refused, monkeypatch):
     refused(DataError, "config or tokenizer cannot be saved: no state second line")
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"criterion": "luck"}, "criterion"), ({"statistic": "mode"}, "statistic"),
-    ({"granularity": "layers"}, "granularity"), ({"multiples": {"neurons": 0}}, "neurons"),
-    ({"multiples": {"neurons": 1 << 40}}, "neurons"), ({"warmup": float("nan")}, "warmup"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"criterion": "luck"}, "criterion"),
+        ({"statistic": "mode"}, "statistic"),
+        ({"granularity": "layers"}, "granularity"),
+        ({"multiples": {"neurons": 0}}, "neurons"),
+        ({"multiples": {"neurons": 1 << 40}}, "neurons"),
+        ({"warmup": float("nan")}, "warmup"),
+    ],
+)
 def test_options_that_only_ranking_would_read(refused, options, said):
     refused(UsageError, said, options={"warmup": 0.5, **options})
 
@@ -170,13 +201,19 @@ def test_ranking_an_untrained_head_is_said(settings):
 
 
 BAD = {
-    "epochs": (0, -1, 10**9, 1.5, True, None), "batch_size": (0, -1, 10**12, "8"),
-    "seed": (-1, 2**64, 0.5), "max_length": (0, 7, 10**9), "ranking_rows": (0, 10**12),
-    "max_train_samples": (0, -5, 10**12, 1.5), "pad_to_multiple": (0, 10**9),
-    "checkpoint_every": (-1, 10**12, None), "lr": (-1.0, float("nan"), float("inf"), 1e308),
-    "dense_lr": (-1.0, float("nan")), "weight_decay": (-1.0, float("inf"), 1e300),
+    "epochs": (0, -1, 10**9, 1.5, True, None),
+    "batch_size": (0, -1, 10**12, "8"),
+    "seed": (-1, 2**64, 0.5),
+    "max_length": (0, 7, 10**9),
+    "ranking_rows": (0, 10**12),
+    "max_train_samples": (0, -5, 10**12, 1.5),
+    "pad_to_multiple": (0, 10**9),
+    "checkpoint_every": (-1, 10**12, None),
+    "lr": (-1.0, float("nan"), float("inf"), 1e308),
+    "dense_lr": (-1.0, float("nan")),
+    "weight_decay": (-1.0, float("inf"), 1e300),
     "max_grad_norm": (0.0, -1.0, float("nan"), float("inf")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in BAD.items() for v in vs], ids=str)

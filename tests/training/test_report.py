@@ -23,11 +23,19 @@ def case(request, tiny, tmp_path_factory):
     """Settings, report, and the tensors of the model before and after."""
     method = request.param
     asked = Settings(
-        task="demo", model=str(tiny), output=tmp_path_factory.mktemp("run") / "out", method=method,
-        options=OPTIONS.get(method, {}), epochs=2, compare_dense=True, max_train_samples=96,
-        batch_size=16, ranking_rows=64, device="cpu",
+        task="demo",
+        model=str(tiny),
+        output=tmp_path_factory.mktemp("run") / "out",
+        method=method,
+        options=OPTIONS.get(method, {}),
+        epochs=2,
+        compare_dense=True,
+        max_train_samples=96,
+        batch_size=16,
+        ranking_rows=64,
+        device="cpu",
         budget=Budget(flops=0.6) if method == "sensi-bert" else None,
-    )  # fmt: skip
+    )
     report = finetune(asked)
     assert report == json.loads((asked.output / "report.json").read_text())
     saved = load_file(asked.output / "model" / "model.safetensors")
@@ -90,9 +98,12 @@ def flops_by_hand(widths, data, method):
         pairs = data["real"] if last else data["squares"]
         every = 2 * HIDDEN * across * data["tokens"]
         parts = {
-            "query": 2 * HIDDEN * across * once, "key": every, "value": every,
-            "out": 2 * HIDDEN * across * once, "ffn": 4 * HIDDEN * neurons * once,
-        }  # fmt: skip
+            "query": 2 * HIDDEN * across * once,
+            "key": every,
+            "value": every,
+            "out": 2 * HIDDEN * across * once,
+            "ffn": 4 * HIDDEN * neurons * once,
+        }
         products = sum(parts.values())
         attention = 4 * across * pairs
         frozen = method == "freeze" and layer == 0

@@ -104,9 +104,18 @@ def bias_gelu_backward(
     partial = x.new_empty((chunks, width) if summed else 1, dtype=torch.float32)
     shift = x if bias is None else bias.contiguous()
     bias_gelu_backward_kernel[(strips, chunks)](
-        dy, x, shift, dx, partial, tokens, width, each,
-        BIAS=bias is not None, SUM=summed, **BACKWARD.options,
-    )  # fmt: skip
+        dy,
+        x,
+        shift,
+        dx,
+        partial,
+        tokens,
+        width,
+        each,
+        BIAS=bias is not None,
+        SUM=summed,
+        **BACKWARD.options,
+    )
     return dx, sum_partials(partial, dbias) if summed else dbias
 
 
@@ -119,7 +128,10 @@ def _cases():
                 "name": f"bias_gelu/{dtype}-{bias}/{FORWARD.name}",
                 "kernel": bias_gelu_kernel,
                 "signature": {
-                    "x": f"*{dtype}", "bias": f"*{bias}", "y": f"*{dtype}", "tokens": "i32",
+                    "x": f"*{dtype}",
+                    "bias": f"*{bias}",
+                    "y": f"*{dtype}",
+                    "tokens": "i32",
                     "width": "i32",
                 },
                 "divisible": ["x", "bias", "y", "width"],
@@ -127,20 +139,26 @@ def _cases():
                 "num_warps": FORWARD.warps,
                 "num_stages": FORWARD.stages,
                 "gemm": False,
-            }  # fmt: skip
+            }
             yield {
                 "name": f"bias_gelu_backward/{dtype}-{bias}/{BACKWARD.name}",
                 "kernel": bias_gelu_backward_kernel,
                 "signature": {
-                    "dy": f"*{dtype}", "x": f"*{dtype}", "bias": f"*{bias}", "dx": f"*{dtype}",
-                    "partial": "*fp32", "tokens": "i32", "width": "i32", "rows_each": "i32",
+                    "dy": f"*{dtype}",
+                    "x": f"*{dtype}",
+                    "bias": f"*{bias}",
+                    "dx": f"*{dtype}",
+                    "partial": "*fp32",
+                    "tokens": "i32",
+                    "width": "i32",
+                    "rows_each": "i32",
                 },
                 "divisible": ["dy", "x", "bias", "dx", "partial", "width"],
                 "constexprs": {"BIAS": True, "SUM": True, **BACKWARD.tile},
                 "num_warps": BACKWARD.warps,
                 "num_stages": BACKWARD.stages,
                 "gemm": False,
-            }  # fmt: skip
+            }
 
 
 AOT_CASES = list(_cases())

@@ -159,9 +159,19 @@ def gather_columns(sources: Sequence[Tensor], columns: Sequence[Tensor | None]) 
         grid = (triton.cdiv(padded, block_n), triton.cdiv(tokens, block_t))
         fill = MOST_READ - len(srcs)
         gather_columns_kernel[grid](
-            *srcs, *[x] * fill, *index, *[index[0]] * fill, packed, tokens, *counts, *[0] * fill,
-            *(s.stride(0) for s in srcs), *[0] * fill, padded, **GATHER.options,
-        )  # fmt: skip
+            *srcs,
+            *[x] * fill,
+            *index,
+            *[index[0]] * fill,
+            packed,
+            tokens,
+            *counts,
+            *[0] * fill,
+            *(s.stride(0) for s in srcs),
+            *[0] * fill,
+            padded,
+            **GATHER.options,
+        )
     return packed[:, :total]
 
 
@@ -186,14 +196,27 @@ def repack(
     tiles_i = triton.cdiv(height, block_i)
     fill = MOST_PACKED - len(srcs)
     repack_kernel[(triton.cdiv(width, block_j), count * tiles_i, len(srcs))](
-        *srcs, *srcs[:1] * fill, *dsts, *dsts[:1] * fill,
+        *srcs,
+        *srcs[:1] * fill,
+        *dsts,
+        *dsts[:1] * fill,
         none if layout.rows is None else layout.rows,
         none if layout.columns is None else layout.columns,
-        layout.row_idx if blocks else none, layout.col_idx if blocks else none,
-        count, height, width, tiles_i, out_rows, out_cols, srcs[0].stride(0),
-        COUNT=len(srcs), HAS_ROWS=layout.rows is not None, HAS_COLS=layout.columns is not None,
-        BLOCKS=blocks, **REPACK.options,
-    )  # fmt: skip
+        layout.row_idx if blocks else none,
+        layout.col_idx if blocks else none,
+        count,
+        height,
+        width,
+        tiles_i,
+        out_rows,
+        out_cols,
+        srcs[0].stride(0),
+        COUNT=len(srcs),
+        HAS_ROWS=layout.rows is not None,
+        HAS_COLS=layout.columns is not None,
+        BLOCKS=blocks,
+        **REPACK.options,
+    )
     return dsts
 
 
@@ -226,13 +249,16 @@ def _cases():
             "signature": signature,
             "divisible": [name for name in signature if name not in plain],
             "constexprs": {
-                "COUNT": 4, "HAS_ROWS": form == "rows", "HAS_COLS": form == "columns",
-                "BLOCKS": form == "blocks", **REPACK.tile,
+                "COUNT": 4,
+                "HAS_ROWS": form == "rows",
+                "HAS_COLS": form == "columns",
+                "BLOCKS": form == "blocks",
+                **REPACK.tile,
             },
             "num_warps": REPACK.warps,
             "num_stages": REPACK.stages,
             "gemm": False,
-        }  # fmt: skip
+        }
 
 
 AOT_CASES = list(_cases())

@@ -120,9 +120,18 @@ def column_sum(dy: Tensor, preactivation: Tensor | None) -> tuple[Tensor, Tensor
     chunks = triton.cdiv(tokens, each)
     partial = dy.new_empty((chunks, width), dtype=torch.float32)
     column_sum_kernel[(strips, chunks)](
-        dy, pre, dpre, partial, tokens, width, dy.stride(0), pre.stride(0), each,
-        GELU=preactivation is not None, **COLUMN_SUM.options,
-    )  # fmt: skip
+        dy,
+        pre,
+        dpre,
+        partial,
+        tokens,
+        width,
+        dy.stride(0),
+        pre.stride(0),
+        each,
+        GELU=preactivation is not None,
+        **COLUMN_SUM.options,
+    )
     return dpre, sum_partials(partial, bias)
 
 
@@ -133,8 +142,14 @@ def _cases():
                 "name": f"{'gelu_backward' if used else 'column_sum'}/{name}/{COLUMN_SUM.name}",
                 "kernel": column_sum_kernel,
                 "signature": {
-                    "dy": f"*{name}", "pre": f"*{name}", "dpre": f"*{name}", "partial": "*fp32",
-                    "tokens": "i32", "width": "i32", "stride_dy": "i32", "stride_pre": "i32",
+                    "dy": f"*{name}",
+                    "pre": f"*{name}",
+                    "dpre": f"*{name}",
+                    "partial": "*fp32",
+                    "tokens": "i32",
+                    "width": "i32",
+                    "stride_dy": "i32",
+                    "stride_pre": "i32",
                     "rows_each": "i32",
                 },
                 "divisible": ["dy", "pre", "dpre", "partial", "width", "stride_dy", "stride_pre"],
@@ -142,7 +157,7 @@ def _cases():
                 "num_warps": COLUMN_SUM.warps,
                 "num_stages": COLUMN_SUM.stages,
                 "gemm": False,
-            }  # fmt: skip
+            }
         yield {
             "name": f"sum_partials/{name}/{SUM_PARTIALS.name}",
             "kernel": sum_partials_kernel,

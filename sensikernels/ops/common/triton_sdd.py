@@ -216,13 +216,22 @@ def _launch(x: Tensor, dys: list[Tensor], layouts: Sequence[BlockLayout], arena:
         *(layouts[i].col_idx for i in padded),
         out,
         *counts,
-        tokens, each, splits, x.shape[1],
+        tokens,
+        each,
+        splits,
+        x.shape[1],
         *(dys[i].shape[1] for i in padded),
         x.stride(0),
         *(dys[i].stride(0) for i in padded),
-        BM=height, BN=width, TENSORS=len(dys), DESCRIPTORS=descriptors, EVEN=whole,
-        PRECISION=launch.precision(x.dtype), UPCAST=launch.upcast(x.dtype), **config.options,
-    )  # fmt: skip
+        BM=height,
+        BN=width,
+        TENSORS=len(dys),
+        DESCRIPTORS=descriptors,
+        EVEN=whole,
+        PRECISION=launch.precision(x.dtype),
+        UPCAST=launch.upcast(x.dtype),
+        **config.options,
+    )
     if splits > 1:
         sum_partials(out, arena)
 
@@ -251,14 +260,20 @@ def _case(config: Config, dtype: str, *, tensors: int = 1, bulk: bool = False, e
         "signature": signature,
         "divisible": divisible,
         "constexprs": {
-            "BM": block[0], "BN": block[1], "TENSORS": tensors, "DESCRIPTORS": bulk, "EVEN": even,
-            "PRECISION": "tf32" if dtype == "fp32" else "ieee", "UPCAST": False, **config.tile,
+            "BM": block[0],
+            "BN": block[1],
+            "TENSORS": tensors,
+            "DESCRIPTORS": bulk,
+            "EVEN": even,
+            "PRECISION": "tf32" if dtype == "fp32" else "ieee",
+            "UPCAST": False,
+            **config.tile,
         },
         "num_warps": config.warps,
         "num_stages": config.stages,
         "gemm": True,
         "targets": {"bulk": launch.BULK, "pointers": launch.POINTERS}.get(form, launch.ONE),
-    }  # fmt: skip
+    }
 
 
 def _cases():

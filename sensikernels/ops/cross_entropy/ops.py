@@ -40,9 +40,14 @@ def forward(
 
 
 def backward(
-    dloss: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, scale: Tensor,
-    ignore_index: int, backend: str,
-) -> Tensor:  # fmt: skip
+    dloss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
     dlogits: Tensor = kernels(backend).cross_entropy_backward(
         dloss, logits.contiguous(), labels.contiguous(), stats.contiguous(), scale, ignore_index
     )
@@ -59,9 +64,14 @@ def _forward(
 
 
 def _backward(
-    dloss: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, scale: Tensor,
-    ignore_index: int, backend: str,
-) -> Tensor:  # fmt: skip
+    dloss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
     checks.check_backward(dloss, logits, labels, stats, scale)
     chosen = resolve(logits, backend)
     checks.check_labels(labels, logits.shape[1], ignore_index, chosen)
@@ -86,9 +96,14 @@ def _(
 
 @torch.library.register_fake("sensikernels::cross_entropy_backward")
 def _(
-    dloss: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, scale: Tensor,
-    ignore_index: int, backend: str,
-) -> Tensor:  # fmt: skip
+    dloss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
     checks.check_backward(dloss, logits, labels, stats, scale)
     resolve(logits, backend)
     return logits.new_empty(logits.shape)

@@ -124,31 +124,44 @@ def _cases():
             "name": f"cross_entropy/{dtype}/{options['BLOCK']}",
             "kernel": cross_entropy_kernel,
             "signature": {
-                "x": f"*{dtype}", "labels": "*i64", "losses": "*fp32", "stats": "*fp32", **scalars,
+                "x": f"*{dtype}",
+                "labels": "*i64",
+                "losses": "*fp32",
+                "stats": "*fp32",
+                **scalars,
             },
             **common,
-        }  # fmt: skip
+        }
         yield {
             "name": f"cross_entropy_backward/{dtype}/{options['BLOCK']}",
             "kernel": cross_entropy_backward_kernel,
             "signature": {
-                "dloss": "*fp32", "x": f"*{dtype}", "labels": "*i64", "stats": "*fp32",
-                "scale": "*fp32", "dx": f"*{dtype}", **scalars,
+                "dloss": "*fp32",
+                "x": f"*{dtype}",
+                "labels": "*i64",
+                "stats": "*fp32",
+                "scale": "*fp32",
+                "dx": f"*{dtype}",
+                **scalars,
             },
             **common,
-        }  # fmt: skip
+        }
     yield {
         "name": f"cross_entropy_mean/{MEAN.name}",
         "kernel": mean_kernel,
         "signature": {
-            "losses": "*fp32", "labels": "*i64", "loss": "*fp32", "scale": "*fp32", "rows": "i32",
+            "losses": "*fp32",
+            "labels": "*i64",
+            "loss": "*fp32",
+            "scale": "*fp32",
+            "rows": "i32",
             "ignored": "i32",
         },
         "constexprs": {**MEAN.tile},
         "num_warps": MEAN.warps,
         "num_stages": MEAN.stages,
         "gemm": False,
-    }  # fmt: skip
+    }
 
 
 AOT_CASES = list(_cases())

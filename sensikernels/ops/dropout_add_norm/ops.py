@@ -47,9 +47,15 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``(y, sum, moments)``: the sum is None unless ``save``."""
     y, total, moments = kernels(backend).forward(
-        _rows(x), _rows(residual), weight.contiguous(), bias.contiguous(), seed, threshold, eps,
+        _rows(x),
+        _rows(residual),
+        weight.contiguous(),
+        bias.contiguous(),
+        seed,
+        threshold,
+        eps,
         save,
-    )  # fmt: skip
+    )
     return y if x.ndim == 2 else y.view(x.shape), total, moments
 
 
@@ -67,9 +73,15 @@ def launch_backward(
     """``(dx, dresidual, daffine)``: no dx without a seed (it is dresidual), daffine if needed."""
     shift = None if bias is None else bias.contiguous()
     dx, dresidual, daffine = kernels(backend).backward(
-        _rows(dy), _rows(before), moments.contiguous(), weight.contiguous(), shift, seed, threshold,
+        _rows(dy),
+        _rows(before),
+        moments.contiguous(),
+        weight.contiguous(),
+        shift,
+        seed,
+        threshold,
         affine_needed,
-    )  # fmt: skip
+    )
     if dy.ndim != 2:
         dx, dresidual = None if dx is None else dx.view(dy.shape), dresidual.view(dy.shape)
     return dx, dresidual, daffine

@@ -136,10 +136,22 @@ def forward(
     moments = x.new_empty((rows, 2), dtype=torch.float32)
     if x.numel():
         dropout_add_norm_kernel[(rows,)](
-            x, residual, weight, bias, moments if seed is None else seed, y,
-            y if total is None else total, moments, hidden, threshold, scale_of(threshold), eps,
-            DROPS=seed is not None, SAVE=save, **row_options(hidden),
-        )  # fmt: skip
+            x,
+            residual,
+            weight,
+            bias,
+            moments if seed is None else seed,
+            y,
+            y if total is None else total,
+            moments,
+            hidden,
+            threshold,
+            scale_of(threshold),
+            eps,
+            DROPS=seed is not None,
+            SAVE=save,
+            **row_options(hidden),
+        )
     return y, total, moments
 
 
@@ -164,12 +176,25 @@ def backward(
     chunks = triton.cdiv(rows, each)
     partial = moments.new_empty((chunks, 2, hidden) if affine_needed else 1)
     dropout_add_norm_backward_kernel[(chunks,)](
-        dy, before, moments, weight, weight if bias is None else bias,
-        moments if seed is None else seed, dresidual if dx is None else dx, dresidual, partial,
-        rows, each, hidden, threshold, scale_of(threshold),
-        DROPS=seed is not None, OUTPUT=bias is not None, AFFINE=affine_needed,
+        dy,
+        before,
+        moments,
+        weight,
+        weight if bias is None else bias,
+        moments if seed is None else seed,
+        dresidual if dx is None else dx,
+        dresidual,
+        partial,
+        rows,
+        each,
+        hidden,
+        threshold,
+        scale_of(threshold),
+        DROPS=seed is not None,
+        OUTPUT=bias is not None,
+        AFFINE=affine_needed,
         **row_options(hidden),
-    )  # fmt: skip
+    )
     return dx, dresidual, None if daffine is None else sum_partials(partial, daffine)
 
 
@@ -199,13 +224,17 @@ def _cases():
                     "name": f"dropout_add_norm_backward/{dtype}/{hidden}" + "/output" * output,
                     "kernel": dropout_add_norm_backward_kernel,
                     "signature": {
-                        **data, **rows, "partial": "*fp32", **scalars, "rows": "i32",
+                        **data,
+                        **rows,
+                        "partial": "*fp32",
+                        **scalars,
+                        "rows": "i32",
                         "rows_each": "i32",
                     },
                     "divisible": [*data, *rows, "partial", "hidden"],
                     "constexprs": {"DROPS": True, "OUTPUT": output, "AFFINE": True, **options},
                     **shared,
-                }  # fmt: skip
+                }
 
 
 AOT_CASES = list(_cases())

@@ -52,9 +52,16 @@ class EmbedNorm(torch.autograd.Function):
         run = ops.backward if plain else _OPS.embed_norm_backward
         add_rows = ops.add_rows if plain else _OPS.add_rows
         dsum, daffine = run(
-            dy, ids, tables, moments, weight, seed, ctx.threshold, needed[6] or needed[7],
+            dy,
+            ids,
+            tables,
+            moments,
+            weight,
+            seed,
+            ctx.threshold,
+            needed[6] or needed[7],
             ctx.backend,
-        )  # fmt: skip
+        )
         grads: list[Tensor | None] = [None] * 3
         for n, (index, table) in enumerate(zip(ids, tables, strict=True)):
             if not needed[3 + n]:

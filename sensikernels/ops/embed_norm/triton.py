@@ -185,10 +185,21 @@ def forward(
     moments = y.new_empty((tokens, 2), dtype=torch.float32)
     if y.numel():
         embed_norm_kernel[(tokens,)](
-            *ids, *tables, weight, bias, moments if seed is None else seed, y, moments,
-            *(len(table) for table in tables), hidden, threshold, scale_of(threshold), eps,
-            DROPS=seed is not None, **row_options(hidden),
-        )  # fmt: skip
+            *ids,
+            *tables,
+            weight,
+            bias,
+            moments if seed is None else seed,
+            y,
+            moments,
+            *(len(table) for table in tables),
+            hidden,
+            threshold,
+            scale_of(threshold),
+            eps,
+            DROPS=seed is not None,
+            **row_options(hidden),
+        )
     return y, moments
 
 
@@ -213,10 +224,24 @@ def backward(
     chunks = triton.cdiv(tokens, each)
     partial = moments.new_empty((chunks, 2, hidden) if affine_needed else 1)
     embed_norm_backward_kernel[(chunks,)](
-        dy, *ids, *tables, moments, weight, moments if seed is None else seed, dsum, partial,
-        tokens, each, *(len(table) for table in tables), hidden, threshold, scale_of(threshold),
-        DROPS=seed is not None, AFFINE=affine_needed, **row_options(hidden),
-    )  # fmt: skip
+        dy,
+        *ids,
+        *tables,
+        moments,
+        weight,
+        moments if seed is None else seed,
+        dsum,
+        partial,
+        tokens,
+        each,
+        *(len(table) for table in tables),
+        hidden,
+        threshold,
+        scale_of(threshold),
+        DROPS=seed is not None,
+        AFFINE=affine_needed,
+        **row_options(hidden),
+    )
     return dsum, sum_partials(partial, daffine) if affine_needed else daffine
 
 
@@ -247,15 +272,19 @@ def _cases():
             "name": f"add_rows/{dtype}/{ADD_ROWS.name}",
             "kernel": add_rows_kernel,
             "signature": {
-                "rows": f"*{dtype}", "index": "*i64", "partial": "*fp32", "tokens": "i32",
-                "tokens_each": "i32", "hidden": "i32",
+                "rows": f"*{dtype}",
+                "index": "*i64",
+                "partial": "*fp32",
+                "tokens": "i32",
+                "tokens_each": "i32",
+                "hidden": "i32",
             },
             "divisible": ["rows", "index", "partial", "hidden"],
             "constexprs": {**ADD_ROWS.tile},
             "num_warps": ADD_ROWS.warps,
             "num_stages": ADD_ROWS.stages,
             "gemm": False,
-        }  # fmt: skip
+        }
         for hidden in (384, 768, 1024):
             options = row_options(hidden)
             shared = {
@@ -278,13 +307,17 @@ def _cases():
                 "name": f"embed_norm_backward/{dtype}/{hidden}",
                 "kernel": embed_norm_backward_kernel,
                 "signature": {
-                    **data, **rows, "partial": "*fp32", **scalars, "tokens": "i32",
+                    **data,
+                    **rows,
+                    "partial": "*fp32",
+                    **scalars,
+                    "tokens": "i32",
                     "tokens_each": "i32",
                 },
                 "divisible": [*data, *rows, "partial", "hidden"],
                 "constexprs": {"DROPS": True, "AFFINE": True, **options},
                 **shared,
-            }  # fmt: skip
+            }
 
 
 AOT_CASES = list(_cases())

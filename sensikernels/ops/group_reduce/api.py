@@ -77,11 +77,13 @@ def choose_backend(
     device = weights[0].device.type if weights else "cpu"
     other = list({t.dtype for t in (*weights, *(grads or ()))} - DTYPE_CODE.keys())
     refusals = {
-        "native": f"{other[0]} is served by the reference only" if other
+        "native": f"{other[0]} is served by the reference only"
+        if other
         else ops.native_refusal(device),
-        "triton": f"{other[0]} is served by the reference only" if other
+        "triton": f"{other[0]} is served by the reference only"
+        if other
         else ops.triton_refusal(device),
-    }  # fmt: skip
+    }
     if asked != "auto":
         if refusals[asked]:
             raise UsageError(f"backend: {asked} cannot serve this call: {refusals[asked]}")

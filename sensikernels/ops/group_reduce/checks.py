@@ -51,9 +51,10 @@ def check_tables(
     check_tensor(chunks, "chunks", sized, torch.int64, device)
     require(starts.numel() > 0, "starts", "[groups + 1]", list(starts.shape))
     for name, t, dtype in (
-        ("starts", starts, torch.int64), ("order", order, torch.int32),
+        ("starts", starts, torch.int64),
+        ("order", order, torch.int32),
         ("members", members, torch.int64),
-    ):  # fmt: skip
+    ):
         check_tensor(t, name, (t.numel(),), dtype, device)
     check_tensor(host, "host_descriptors", (n, 6), torch.int64, torch.device("cpu"))
     if descriptors is not None:

@@ -57,11 +57,13 @@ def bind(
                 if flat[i] or tensors[i].dim() != 2 or tensors[i].stride(1) != 1:
                     tensors[i] = tensors[i].contiguous()
                     copies.append(tensors[i])
-        columns.append((
-            [t.data_ptr() for t in tensors],
-            [0 if whole else t.stride(0) for t, whole in zip(tensors, flat, strict=True)],
-            [DTYPE_CODE[t.dtype] for t in tensors],
-        ))  # fmt: skip
+        columns.append(
+            (
+                [t.data_ptr() for t in tensors],
+                [0 if whole else t.stride(0) for t, whole in zip(tensors, flat, strict=True)],
+                [DTYPE_CODE[t.dtype] for t in tensors],
+            )
+        )
     (w, w_ld, w_type), (g, g_ld, g_type) = columns
     rows = np.array([w, g, w_ld, g_ld, w_type, g_type], dtype=np.int64).reshape(6, -1)
     fresh = torch.from_numpy(np.ascontiguousarray(rows.T))
@@ -167,10 +169,22 @@ def launch(
     plain = unwatched(weights[0] if weights else table.chunks)
     run = _group_reduce if plain else torch.ops.sensikernels.group_reduce
     out: Tensor = run(
-        list(weights), list(grads or ()), list(table.layout.flat), table.chunks, table.starts,
-        table.order, table.members, table.host_descriptors, table.descriptors,
-        table.partials(len(statistics)), bits, running, ema, decay, backend,
-    )  # fmt: skip
+        list(weights),
+        list(grads or ()),
+        list(table.layout.flat),
+        table.chunks,
+        table.starts,
+        table.order,
+        table.members,
+        table.host_descriptors,
+        table.descriptors,
+        table.partials(len(statistics)),
+        bits,
+        running,
+        ema,
+        decay,
+        backend,
+    )
     return out
 
 
@@ -186,7 +200,16 @@ def launch_bound(
     bits = sum(1 << STATISTICS.index(name) for name in statistics)
     out = torch.empty(len(statistics), table.layout.groups, device=table.device)
     native.group_reduce(
-        descriptors, table.chunks, table.starts, table.order, table.members, bits,
-        table.partials(len(statistics)), out, running, ema, decay,
-    )  # fmt: skip
+        descriptors,
+        table.chunks,
+        table.starts,
+        table.order,
+        table.members,
+        bits,
+        table.partials(len(statistics)),
+        out,
+        running,
+        ema,
+        decay,
+    )
     return out

@@ -44,8 +44,12 @@ def per_sample_grad_squared(x: Tensor, grad_y: Tensor, *, groups: Group = "eleme
     ok = x.dim() in (2, 3) and grad_y.dim() == x.dim() and x.shape[:-1] == grad_y.shape[:-1]
     require(ok, "grad_y", f"shape {(*x.shape[:-1], 'out_features')}", tuple(grad_y.shape))
     for name, t in (("x", x), ("grad_y", grad_y)):
-        require(t.is_floating_point() and t.device == x.device, name,
-                f"a floating tensor on {x.device}", f"{t.dtype} on {t.device}")  # fmt: skip
+        require(
+            t.is_floating_point() and t.device == x.device,
+            name,
+            f"a floating tensor on {x.device}",
+            f"{t.dtype} on {t.device}",
+        )
     in_features, out_features = x.shape[-1], grad_y.shape[-1]
     shape = (out_features, in_features)
     if groups == "element":

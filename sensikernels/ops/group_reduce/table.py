@@ -37,8 +37,16 @@ STRIP_ROWS: Final = 128
 STRIP_COLS: Final = 2048
 DTYPE_CODE: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CHUNK_FIELDS: Final = (
-    "kind", "tensor", "row0", "rows", "col0", "cols", "block", "pitch", "partial0",
-)  # fmt: skip
+    "kind",
+    "tensor",
+    "row0",
+    "rows",
+    "col0",
+    "cols",
+    "block",
+    "pitch",
+    "partial0",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +114,12 @@ def block_of(group: Group, shape: Sequence[int], where: str) -> tuple[int, int, 
         require(bm > 0 and bn > 0, where, "positive block sizes", (bm, bn))
         return bm, bn, (-(-rows // bm), -(-cols // bn))
     require(
-        False, where,
+        False,
+        where,
         "'tensor', 'row', 'column', ('head', dim[, axis]), ('block', bm, bn) or "
-        "('ids', ids, count)", repr(group),
-    )  # fmt: skip
+        "('ids', ids, count)",
+        repr(group),
+    )
     raise AssertionError
 
 
@@ -214,8 +224,12 @@ def group_ids(group: Group, shape: Sequence[int], where: str) -> tuple[np.ndarra
     require(isinstance(count, int) and count >= 0, where, "a number of groups >= 0", count)
     flat = ids.detach().cpu().numpy().reshape(-1).astype(np.int64)
     inside = flat.size == 0 or bool(flat.max() < count and flat.min() >= -1)
-    require(inside, where, f"ids in [-1, {count})", f"[{flat.min()}, {flat.max()}]"
-            if flat.size else "none")  # fmt: skip
+    require(
+        inside,
+        where,
+        f"ids in [-1, {count})",
+        f"[{flat.min()}, {flat.max()}]" if flat.size else "none",
+    )
     return flat, count
 
 

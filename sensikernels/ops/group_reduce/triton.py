@@ -79,8 +79,20 @@ def _store(MASK: tl.constexpr, out, stride, inside, a0, a1, a2, a3, a4, a5, a6, 
 
 @triton.jit
 def _store_sum(MASK: tl.constexpr, out, stride, a0, a1, a2, a3, a4, a5, a6, a7):
-    _store(MASK, out, stride, True, tl.sum(a0), tl.sum(a1), tl.sum(a2), tl.sum(a3), tl.sum(a4),
-           tl.sum(a5), tl.sum(a6), tl.max(a7))  # fmt: skip
+    _store(
+        MASK,
+        out,
+        stride,
+        True,
+        tl.sum(a0),
+        tl.sum(a1),
+        tl.sum(a2),
+        tl.sum(a3),
+        tl.sum(a4),
+        tl.sum(a5),
+        tl.sum(a6),
+        tl.max(a7),
+    )
 
 
 @triton.jit
@@ -149,10 +161,21 @@ def reduce_chunks(
 
 @triton.jit
 def finish_groups(
-    starts, order, partials, out, running, ema, stride, groups, decay,
-    LARGEST: tl.constexpr, ORDERED: tl.constexpr, RUNNING: tl.constexpr, EMA: tl.constexpr,
+    starts,
+    order,
+    partials,
+    out,
+    running,
+    ema,
+    stride,
+    groups,
+    decay,
+    LARGEST: tl.constexpr,
+    ORDERED: tl.constexpr,
+    RUNNING: tl.constexpr,
+    EMA: tl.constexpr,
     GROUPS: tl.constexpr,
-):  # fmt: skip
+):
     """Groups from their partial sums, in order, in float64; ``LARGEST`` is the maximum's slot."""
     slot = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
@@ -205,16 +228,33 @@ def group_reduce(
     largest = slots - 1 if statistics >> STATISTICS.index("max_abs_grad") & 1 else -1
     if len(chunks):
         reduce_chunks[(len(chunks),)](
-            descriptors, chunks, members, partials, partials.stride(0),
-            MASK=statistics, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+            descriptors,
+            chunks,
+            members,
+            partials,
+            partials.stride(0),
+            MASK=statistics,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
     if groups:
         finish_groups[(triton.cdiv(groups, GROUPS), slots)](
-            starts, order, partials, out, out if running is None else running,
-            out if ema is None else ema, partials.size(1), groups, decay,
-            LARGEST=largest, ORDERED=order.numel() > 0, RUNNING=running is not None,
-            EMA=ema is not None, GROUPS=GROUPS, num_warps=4,
-        )  # fmt: skip
+            starts,
+            order,
+            partials,
+            out,
+            out if running is None else running,
+            out if ema is None else ema,
+            partials.size(1),
+            groups,
+            decay,
+            LARGEST=largest,
+            ORDERED=order.numel() > 0,
+            RUNNING=running is not None,
+            EMA=ema is not None,
+            GROUPS=GROUPS,
+            num_warps=4,
+        )
 
 
 _TABLES = {"descriptors": "*i64", "chunks": "*i64", "members": "*i64"}
@@ -233,14 +273,25 @@ AOT_CASES = [
         "kernel": finish_groups,
         "gemm": False,
         "signature": {
-            "starts": "*i64", "order": "*i32", "partials": "*fp32", "out": "*fp32",
-            "running": "*fp32", "ema": "*fp32", "stride": "i64", "groups": "i64", "decay": "fp32",
+            "starts": "*i64",
+            "order": "*i32",
+            "partials": "*fp32",
+            "out": "*fp32",
+            "running": "*fp32",
+            "ema": "*fp32",
+            "stride": "i64",
+            "groups": "i64",
+            "decay": "fp32",
         },
         "constexprs": {
-            "LARGEST": 1, "ORDERED": True, "RUNNING": True, "EMA": True, "GROUPS": GROUPS,
+            "LARGEST": 1,
+            "ORDERED": True,
+            "RUNNING": True,
+            "EMA": True,
+            "GROUPS": GROUPS,
         },
         "num_warps": 4,
         "num_stages": 3,
     }
-]  # fmt: skip
+]
 """What the launcher above compiles, for compilation without a GPU."""

@@ -200,11 +200,22 @@ def block_linear(
         y,
         y if pre is None else pre,
         *index,
-        tokens, x.shape[1], out_width, lines, x.stride(0),
-        BM=height, BN=width, TRANSPOSED=transposed, HAS_BIAS=bias is not None, GELU=gelu,
-        DESCRIPTORS=descriptors, EVEN=whole and x.shape[1] % inner_size == 0,
-        PRECISION=launch.precision(x.dtype), UPCAST=launch.upcast(x.dtype), **config.options,
-    )  # fmt: skip
+        tokens,
+        x.shape[1],
+        out_width,
+        lines,
+        x.stride(0),
+        BM=height,
+        BN=width,
+        TRANSPOSED=transposed,
+        HAS_BIAS=bias is not None,
+        GELU=gelu,
+        DESCRIPTORS=descriptors,
+        EVEN=whole and x.shape[1] % inner_size == 0,
+        PRECISION=launch.precision(x.dtype),
+        UPCAST=launch.upcast(x.dtype),
+        **config.options,
+    )
     return y, pre
 
 
@@ -232,20 +243,28 @@ def _case(config: Config, dtype: str, form: str):
         "signature": signature,
         "divisible": divisible,
         "constexprs": {
-            "BM": height, "BN": width, "TRANSPOSED": transposed, "HAS_BIAS": not transposed,
-            "GELU": not transposed, "DESCRIPTORS": bulk, "EVEN": not form.endswith("edges"),
+            "BM": height,
+            "BN": width,
+            "TRANSPOSED": transposed,
+            "HAS_BIAS": not transposed,
+            "GELU": not transposed,
+            "DESCRIPTORS": bulk,
+            "EVEN": not form.endswith("edges"),
             "PRECISION": "tf32" if dtype == "fp32" and form != "exact" else "ieee",
-            "UPCAST": False, **config.tile,
+            "UPCAST": False,
+            **config.tile,
         },
         "num_warps": config.warps,
         "num_stages": config.stages,
         "gemm": True,
         "wgmma": not form.startswith("exact"),
         "targets": {
-            "forward": launch.POINTERS, "input": launch.POINTERS[:2], "forward-bulk": launch.BULK,
+            "forward": launch.POINTERS,
+            "input": launch.POINTERS[:2],
+            "forward-bulk": launch.BULK,
             "exact": launch.POINTERS[:1],
         }.get(form, launch.ONE),
-    }  # fmt: skip
+    }
 
 
 def _cases():

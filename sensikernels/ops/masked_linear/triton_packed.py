@@ -186,16 +186,29 @@ def packed_linear(
     packed_linear_kernel[(min(tiles, launch.programs(x, config)),)](
         launch.describe(x, t, k) if descriptors else x,
         (launch.describe(w, k, o) if inner_first else launch.describe(w, o, k))
-        if descriptors else w,
+        if descriptors
+        else w,
         y if bias is None else bias,
         y,
         y if pre is None else pre,
         x.new_empty(0, dtype=torch.int32) if scatter is None else scatter,
-        tokens, kept, kept.bit_length(), inner, out_width, x.stride(0), w.stride(0),
-        SCATTER=scatter is not None, INNER_FIRST=inner_first,
-        HAS_BIAS=bias is not None, GELU=gelu, DESCRIPTORS=descriptors, EVEN=inner % k == 0,
-        PRECISION=launch.precision(x.dtype), UPCAST=launch.upcast(x.dtype), **config.options,
-    )  # fmt: skip
+        tokens,
+        kept,
+        kept.bit_length(),
+        inner,
+        out_width,
+        x.stride(0),
+        w.stride(0),
+        SCATTER=scatter is not None,
+        INNER_FIRST=inner_first,
+        HAS_BIAS=bias is not None,
+        GELU=gelu,
+        DESCRIPTORS=descriptors,
+        EVEN=inner % k == 0,
+        PRECISION=launch.precision(x.dtype),
+        UPCAST=launch.upcast(x.dtype),
+        **config.options,
+    )
     return y, pre
 
 
@@ -222,17 +235,24 @@ def _case(config: Config, dtype: str, form: str):
         "divisible": divisible,
         "constexprs": {
             "SCATTER": form.startswith(("scatter", "input")),
-            "INNER_FIRST": inner_first, "HAS_BIAS": not inner_first, "GELU": not inner_first,
-            "DESCRIPTORS": bulk, "EVEN": not form.endswith("edges"),
-            "PRECISION": "tf32" if dtype == "fp32" else "ieee", "UPCAST": False, **config.tile,
+            "INNER_FIRST": inner_first,
+            "HAS_BIAS": not inner_first,
+            "GELU": not inner_first,
+            "DESCRIPTORS": bulk,
+            "EVEN": not form.endswith("edges"),
+            "PRECISION": "tf32" if dtype == "fp32" else "ieee",
+            "UPCAST": False,
+            **config.tile,
         },
         "num_warps": config.warps,
         "num_stages": config.stages,
         "gemm": True,
         "targets": {
-            "direct": launch.POINTERS, "scatter": launch.POINTERS[:2], "direct-bulk": launch.BULK,
+            "direct": launch.POINTERS,
+            "scatter": launch.POINTERS[:2],
+            "direct-bulk": launch.BULK,
         }.get(form, launch.ONE),
-    }  # fmt: skip
+    }
 
 
 def _cases():

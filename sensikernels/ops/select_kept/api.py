@@ -168,9 +168,17 @@ def select_kept(
         mode = PER_SEGMENT if scope == "per_segment" else EQUAL if equal else BUDGET
         run = ops.launch_units if unwatched(scores) else torch.ops.sensikernels.select_units
         bits, indices, counts, least = run(
-            scores, costs, segments, kinds, limits, mode, list(minimums), list(multiples), prefix,
+            scores,
+            costs,
+            segments,
+            kinds,
+            limits,
+            mode,
+            list(minimums),
+            list(multiples),
+            prefix,
             count,
-        )  # fmt: skip
+        )
         if mode != PER_SEGMENT and float(least) > float(limits):
             raise reference.infeasible(float(least), float(limits))
         return Kept(bits=bits, indices=indices, counts=counts)
@@ -186,9 +194,14 @@ def select_kept(
         bits = reference.keep_within_budgets(chunks, ranking, limits, prefix=prefix)
         return reference.to_kept(bits, segments, count)
     bits = reference.keep_within_budget(
-        chunks, ranking, limits[0], prefix=prefix, equal=equal, segments=count,
+        chunks,
+        ranking,
+        limits[0],
+        prefix=prefix,
+        equal=equal,
+        segments=count,
         two_kinds=kinds is not None,
-    )  # fmt: skip
+    )
     return reference.to_kept(bits, segments, count)
 
 
@@ -271,9 +284,15 @@ def _per_segment_budget(
     kind_parts = [None] * len(sizes) if kinds is None else kinds.split(sizes)
     bits = [
         select_kept(
-            s, costs=c, budget=b, segments=o * 0, kinds=t, minimum=minimum, multiple=multiple,
+            s,
+            costs=c,
+            budget=b,
+            segments=o * 0,
+            kinds=t,
+            minimum=minimum,
+            multiple=multiple,
             backend=backend,
         ).bits
         for s, c, o, t, b in zip(*parts, kind_parts, limits, strict=True)
-    ]  # fmt: skip
+    ]
     return reference.to_kept(torch.cat(bits), segments, count)

@@ -145,17 +145,24 @@ def select_elements(
     require_one_of(score, "score", SCORES)
     require_one_of(scope, "scope", ("global", "per_tensor"))
     needs = score in NEEDS_GRAD
-    require(needs == (grads is not None), "grads",
-            f"gradients, which {score} needs" if needs else f"none, as {score} needs none",
-            "none" if grads is None else "gradients")  # fmt: skip
+    require(
+        needs == (grads is not None),
+        "grads",
+        f"gradients, which {score} needs" if needs else f"none, as {score} needs none",
+        "none" if grads is None else "gradients",
+    )
     pairs = list(grads) if grads is not None else list(tensors)
     require(len(pairs) == len(tensors), "grads", f"{len(tensors)} tensors", len(pairs))
     for i, (t, g) in enumerate(zip(tensors, pairs, strict=True)):
         require(t.is_floating_point(), f"tensors[{i}]", "a floating dtype", t.dtype)
         require(g.is_floating_point(), f"grads[{i}]", "a floating dtype", g.dtype)
         require(t.shape == g.shape, f"grads[{i}]", f"shape {tuple(t.shape)}", tuple(g.shape))
-        require(t.device == g.device == tensors[0].device, f"tensors[{i}]",
-                f"device {tensors[0].device}", f"{t.device}, {g.device}")  # fmt: skip
+        require(
+            t.device == g.device == tensors[0].device,
+            f"tensors[{i}]",
+            f"device {tensors[0].device}",
+            f"{t.device}, {g.device}",
+        )
     shapes = tuple(tuple(t.shape) for t in tensors)
     sizes = [t.numel() for t in tensors]
     wanted = counts_wanted(k, sizes, scope)

@@ -170,8 +170,11 @@ def fill_two_kinds(chunks: Chunks, left: Tensor) -> Tensor:
             buffer[n + 1 :].zero_()
             into.append(buffer[: n + 1].cumsum(0))
         available.append(mine.sum())
-        price.append(torch.where(chunks.units > 0, chunks.cost, 0.0)
-                     .masked_fill(chunks.kind != kind, 0.0).max())  # fmt: skip
+        price.append(
+            torch.where(chunks.units > 0, chunks.cost, 0.0)
+            .masked_fill(chunks.kind != kind, 0.0)
+            .max()
+        )
     n0 = torch.arange(n + 1, device=left.device)
     spent = n0 * price[0]
     feasible = (n0 <= available[0]) & (spent <= left)

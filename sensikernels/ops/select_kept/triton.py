@@ -59,8 +59,17 @@ def _tile(table, tiles, SCORE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _count(table, tiles, keys, histogram, SCORE: tl.constexpr, SHIFT: tl.constexpr,
-           WIDTH: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr):  # fmt: skip
+def _count(
+    table,
+    tiles,
+    keys,
+    histogram,
+    SCORE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    BINS: tl.constexpr,
+):
     row, _, inside, key = _tile(table, tiles, SCORE, TILE)
     selection = tl.load(row + 5)
     shared = key >> (SHIFT + WIDTH) == tl.load(keys + selection) >> (SHIFT + WIDTH)
@@ -80,8 +89,7 @@ def _ties(table, tiles, keys, ties, SCORE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _bits(table, tiles, keys, wanted, needs, before, kept, SCORE: tl.constexpr,
-          TILE: tl.constexpr):  # fmt: skip
+def _bits(table, tiles, keys, wanted, needs, before, kept, SCORE: tl.constexpr, TILE: tl.constexpr):
     row, at, inside, key = _tile(table, tiles, SCORE, TILE)
     selection = tl.load(row + 5)
     last = tl.load(keys + selection)
@@ -108,8 +116,13 @@ def _tables(
     owner = torch.tensor([tile[0] for tile in tiles], dtype=torch.int64)
     starts = torch.searchsorted(owner, owner) if len(k) > 1 else torch.zeros_like(owner)
     table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 7)
-    on_host = (table, torch.tensor(tiles, dtype=torch.int64).reshape(-1, 2), owner, starts,
-               torch.tensor(k, dtype=torch.int64))  # fmt: skip
+    on_host = (
+        table,
+        torch.tensor(tiles, dtype=torch.int64).reshape(-1, 2),
+        owner,
+        starts,
+        torch.tensor(k, dtype=torch.int64),
+    )
     return tuple(t.to(device) for t in on_host)
 
 
@@ -126,10 +139,17 @@ def select_elements(
     """Exact counts, ties to the lowest entry; one count for all tensors or one each."""
     base = arena.zero_().data_ptr()
     rows = tuple(
-        (t.data_ptr(), g.data_ptr(), CODES[t.dtype], CODES[g.dtype], t.numel(),
-         i if len(k) > 1 else 0, base + start)
+        (
+            t.data_ptr(),
+            g.data_ptr(),
+            CODES[t.dtype],
+            CODES[g.dtype],
+            t.numel(),
+            i if len(k) > 1 else 0,
+            base + start,
+        )
         for i, (t, g, start) in enumerate(zip(tensors, grads, offsets, strict=True))
-    )  # fmt: skip
+    )
     table, tiles, owner, starts, wanted = _tables(rows, tuple(k), arena.device)
     counts.zero_()
     threshold.fill_(torch.inf)
@@ -200,9 +220,17 @@ def fill_in_order(
     owner = segment.clamp(0, segments)
     free = free & (segment == owner) & (owner < segments) & (cost >= 0)
     _fill[(1,)](
-        cost.contiguous(), owner.contiguous(), free.contiguous().view(torch.uint8), left,
-        chosen.view(torch.uint8), ended, cost.numel(), prefix, FILL, num_warps=WARPS,
-    )  # fmt: skip
+        cost.contiguous(),
+        owner.contiguous(),
+        free.contiguous().view(torch.uint8),
+        left,
+        chosen.view(torch.uint8),
+        ended,
+        cost.numel(),
+        prefix,
+        FILL,
+        num_warps=WARPS,
+    )
     return chosen
 
 
@@ -225,9 +253,14 @@ AOT_CASES = [
     {
         **_case(_fill, "segment", PREFIX=True, FILL=FILL),
         "signature": {
-            "cost": "*fp64", "segment": "*i64", "free": "*u8", "left": "*fp64",
-            "chosen": "*u8", "ended": "*i32", "n": "i32",
+            "cost": "*fp64",
+            "segment": "*i64",
+            "free": "*u8",
+            "left": "*fp64",
+            "chosen": "*u8",
+            "ended": "*i32",
+            "n": "i32",
         },
     },
-]  # fmt: skip
+]
 """What the launchers above compile, for compilation without a GPU."""

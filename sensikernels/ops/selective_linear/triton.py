@@ -53,9 +53,11 @@ def selective_grad_values_grouped(
     _check(dys, x, layouts)
     if isinstance(layouts[0], BlockLayout):
         columns = layouts[0].columns
-        return block_gradients(_narrow(x, columns), [
-            _narrow(dy, layout.rows) for dy, layout in zip(dys, layouts, strict=True)
-        ], layouts)  # fmt: skip
+        return block_gradients(
+            _narrow(x, columns),
+            [_narrow(dy, layout.rows) for dy, layout in zip(dys, layouts, strict=True)],
+            layouts,
+        )
     counts = [layout.values_shape[0] for layout in layouts]
     rows = [
         None if layout.rows is None or dy.shape[1] == layout.rows.shape[0] else layout.rows

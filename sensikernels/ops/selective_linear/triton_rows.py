@@ -115,10 +115,21 @@ def row_gradient(dy: Tensor, x: Tensor) -> Tensor:
     row_gradient_kernel[(min(items * splits, launch.programs(x, config)),)](
         launch.describe(dy, t, m) if descriptors else dy,
         launch.describe(x, t, n) if descriptors else x,
-        out, tokens, each, splits, rows, launch.readable(dy), width, dy.stride(0), x.stride(0),
-        DESCRIPTORS=descriptors, EVEN=width % n == 0, PRECISION=launch.precision(x.dtype),
-        UPCAST=launch.upcast(x.dtype), **config.options,
-    )  # fmt: skip
+        out,
+        tokens,
+        each,
+        splits,
+        rows,
+        launch.readable(dy),
+        width,
+        dy.stride(0),
+        x.stride(0),
+        DESCRIPTORS=descriptors,
+        EVEN=width % n == 0,
+        PRECISION=launch.precision(x.dtype),
+        UPCAST=launch.upcast(x.dtype),
+        **config.options,
+    )
     return grad if splits == 1 else sum_partials(out, grad)
 
 
@@ -141,14 +152,17 @@ def _case(config: Config, dtype: str, form: str):
         "signature": signature,
         "divisible": divisible,
         "constexprs": {
-            "DESCRIPTORS": form == "bulk", "EVEN": form != "edges",
-            "PRECISION": "tf32" if dtype == "fp32" else "ieee", "UPCAST": False, **config.tile,
+            "DESCRIPTORS": form == "bulk",
+            "EVEN": form != "edges",
+            "PRECISION": "tf32" if dtype == "fp32" else "ieee",
+            "UPCAST": False,
+            **config.tile,
         },
         "num_warps": config.warps,
         "num_stages": config.stages,
         "gemm": True,
         "targets": {"bulk": launch.BULK, "pointers": launch.POINTERS}.get(form, launch.ONE),
-    }  # fmt: skip
+    }
 
 
 def _cases():

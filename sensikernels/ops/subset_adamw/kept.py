@@ -175,9 +175,7 @@ class KeptLayout:
         return True
 
 
-_SAVED: Final = (
-    "kind", "index", "block_shape", "offsets", "count", "units", "room", "lasting"
-)  # fmt: skip
+_SAVED: Final = ("kind", "index", "block_shape", "offsets", "count", "units", "room", "lasting")
 _FIXED: Final = ("kind", "block_shape", "index", "offsets", "room")
 
 

@@ -17,11 +17,31 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KIND = {"all": 0, "rows": 1, "columns": 2, "blocks": 3, "elements": 4}
 MASKED, TOUCHED = 5, 6
 FIELDS = (
-    "param", "grad", "exp_avg", "exp_avg_sq", "master", "step", "index", "offsets",
-    "cohort", "cohort_start", "sum_abs", "sum_squared", "clock", "row_clock",
-    "kind", "param_dtype", "grad_dtype", "rows", "columns", "units", "cohorts",
-    "block_rows", "block_columns", "group",
-)  # fmt: skip
+    "param",
+    "grad",
+    "exp_avg",
+    "exp_avg_sq",
+    "master",
+    "step",
+    "index",
+    "offsets",
+    "cohort",
+    "cohort_start",
+    "sum_abs",
+    "sum_squared",
+    "clock",
+    "row_clock",
+    "kind",
+    "param_dtype",
+    "grad_dtype",
+    "rows",
+    "columns",
+    "units",
+    "cohorts",
+    "block_rows",
+    "block_columns",
+    "group",
+)
 """Columns of the int64 table, in the order of ``enum Field`` in csrc."""
 CHUNK = {"cpu": 32768, "cuda": 4096}
 """Entries a thread, on a GPU a warp, takes at a time."""
@@ -126,10 +146,12 @@ class Plan:
             self._dtypes = int(np.bitwise_or.reduce(1 << pairs))
             self._items = items
         pointers = np.array(
-            [(item.param.data_ptr(), grad.data_ptr() if host or item.entries is None else 0)
-             for item, grad in zip(items, grads, strict=True)],
+            [
+                (item.param.data_ptr(), grad.data_ptr() if host or item.entries is None else 0)
+                for item, grad in zip(items, grads, strict=True)
+            ],
             dtype=np.int64,
-        ).reshape(len(grads), 2)  # fmt: skip
+        ).reshape(len(grads), 2)
         moved = stale or not np.array_equal(self._table[:, :2], pointers)
         self._table[:, :2] = pointers
         resized = stale
@@ -168,10 +190,20 @@ class Plan:
             # On a device all, as a later change of who joined when is in place.
             cohorts = starts.numel() if not host else _in_use(starts)
         pointers = (
-            item.param, item.grad, item.exp_avg, item.exp_avg_sq, item.master, item.step,
-            index, offsets, cohort if cohorts else None, starts, *item.sums,
-            None if clock is None else clock.now, None if clock is None else clock.rows,
-        )  # fmt: skip
+            item.param,
+            item.grad,
+            item.exp_avg,
+            item.exp_avg_sq,
+            item.master,
+            item.step,
+            index,
+            offsets,
+            cohort if cohorts else None,
+            starts,
+            *item.sums,
+            None if clock is None else clock.now,
+            None if clock is None else clock.rows,
+        )
         lines = layout.kind in ("rows", "columns", "blocks") and not item.masked
         return [
             *(0 if t is None else t.data_ptr() for t in pointers),

@@ -80,9 +80,13 @@ def _step(
                 master=masters[i] if masters and masters[i].numel() else None,
                 step=steps[i],
                 layout=_layout(
-                    param.shape, kinds[i], kept[i], blocks[2 * i : 2 * i + 2],
-                    exp_avgs[i].numel(), None if masked else i,
-                ),  # fmt: skip
+                    param.shape,
+                    kinds[i],
+                    kept[i],
+                    blocks[2 * i : 2 * i + 2],
+                    exp_avgs[i].numel(),
+                    None if masked else i,
+                ),
                 masked=masked and kinds[i] != 0,
             )
         )

@@ -127,9 +127,7 @@ def _update(
         torch.where(go != 0, after, before)
         for after, before in ((new, old), (first, exp_avg), (second, exp_avg_sq))
     )
-    for state, values in (
-        (item.exp_avg, first), (item.exp_avg_sq, second), (item.master, new)
-    ):  # fmt: skip
+    for state, values in ((item.exp_avg, first), (item.exp_avg_sq, second), (item.master, new)):
         if state is not None and rows is not None:
             state[rows] = values
         elif state is not None:
@@ -172,9 +170,15 @@ def missed_moves(
 
 
 def _made_up(
-    weight: Tensor, first: Tensor, second: Tensor, clock: Clock, rows: Tensor, hyper: Tensor,
-    steps: Tensor, terms: int = _TERMS,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    weight: Tensor,
+    first: Tensor,
+    second: Tensor,
+    clock: Clock,
+    rows: Tensor,
+    hyper: Tensor,
+    steps: Tensor,
+    terms: int = _TERMS,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weight and moments of ``rows`` (their clocks) as they are now."""
 
     def each(values: Tensor) -> Tensor:
@@ -215,18 +219,31 @@ def coalesce(entries: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def catch_up(
-    param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | None, clock: Clock,
-    hyper: Tensor, steps: Tensor, *, terms: int = _TERMS,
-) -> None:  # fmt: skip
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    master: Tensor | None,
+    clock: Clock,
+    hyper: Tensor,
+    steps: Tensor,
+    *,
+    terms: int = _TERMS,
+) -> None:
     """Bring every row of a table, none of which missed more than ``terms`` steps, up to date with
     ``clock.now``, in place."""
     whole = param if master is None else master
     for at in range(0, len(param), _ROWS):  # the terms of all rows at once would be large
         rows = slice(at, at + _ROWS)
         weight, first, second = _made_up(
-            whole[rows].to(exp_avg.dtype), exp_avg[rows], exp_avg_sq[rows], clock,
-            clock.rows[rows], hyper, steps, terms,
-        )  # fmt: skip
+            whole[rows].to(exp_avg.dtype),
+            exp_avg[rows],
+            exp_avg_sq[rows],
+            clock,
+            clock.rows[rows],
+            hyper,
+            steps,
+            terms,
+        )
         whole[rows], exp_avg[rows], exp_avg_sq[rows] = weight.to(whole.dtype), first, second
     if master is not None:
         param.copy_(master)

@@ -78,9 +78,15 @@ def catch_up(param: Tensor, state: dict[str, Any], line: Line) -> None:
     if clock is not None:
         numbers = [0.0, line.beta1, line.beta2, line.eps, line.weight_decay]
         reference.catch_up(
-            param, state["exp_avg"], state["exp_avg_sq"], state.get("master"), clock,
-            clock.now.new_tensor(numbers), state["step"], terms=line.steps,
-        )  # fmt: skip
+            param,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state.get("master"),
+            clock,
+            clock.now.new_tensor(numbers),
+            state["step"],
+            terms=line.steps,
+        )
 
 
 def restart(state: dict[str, Any], rate: float) -> None:
@@ -199,8 +205,12 @@ def loaded(param: Tensor, saved: dict[str, Any], group: dict[str, Any]) -> dict[
     Raises ``UsageError`` for state of another kind or another shape.
     """
     what = "the state of SubsetAdamW, AdamW or Adam"
-    require(set(saved) <= _KNOWN and not saved or _MOMENTS <= set(saved) <= _KNOWN, "state_dict",
-            what, sorted(map(str, saved)))  # fmt: skip
+    require(
+        set(saved) <= _KNOWN and not saved or _MOMENTS <= set(saved) <= _KNOWN,
+        "state_dict",
+        what,
+        sorted(map(str, saved)),
+    )
     own: dict[str, Any] = _copied(saved, param.device)
     if not own:
         return own
@@ -229,9 +239,10 @@ def loaded(param: Tensor, saved: dict[str, Any], group: dict[str, Any]) -> dict[
 def _require_bookkeeping(param: Tensor, own: dict[str, Any]) -> None:
     """Kernels read these by row and cohort without looking: sizes and dtypes must be ours."""
     expected = {
-        "clock": ((5,), torch.float64), "row_clock": ((*param.shape[:1], 5), torch.float64),
+        "clock": ((5,), torch.float64),
+        "row_clock": ((*param.shape[:1], 5), torch.float64),
         "cohort_start": ((_COHORTS,), torch.float32),
-    }  # fmt: skip
+    }
     for name, (shape, dtype) in expected.items():
         if name in own:
             got = (tuple(own[name].shape), own[name].dtype)
@@ -239,8 +250,9 @@ def _require_bookkeeping(param: Tensor, own: dict[str, Any]) -> None:
     for one, other in (("clock", "row_clock"), ("cohort", "cohort_start")):
         require((one in own) == (other in own), "state_dict", f"{one} and {other}", sorted(own))
     if "cohort" in own:
-        require(own["cohort"].dtype == torch.uint8, "state_dict: cohort", "uint8",
-                own["cohort"].dtype)  # fmt: skip
+        require(
+            own["cohort"].dtype == torch.uint8, "state_dict: cohort", "uint8", own["cohort"].dtype
+        )
 
 
 def _copied(value: Any, device: torch.device) -> Any:

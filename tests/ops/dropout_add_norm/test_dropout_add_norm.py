@@ -191,8 +191,10 @@ def test_compiles_whole():
     got = torch.autograd.grad(torch.compile(f, fullgraph=True)(leaves[0]), leaves)
     for one, truth in zip(got, torch.autograd.grad(f(leaves[0]), leaves), strict=True):
         torch.testing.assert_close(one, truth, atol=2e-4, rtol=2e-4)
-    torch.compile(lambda x: dropout_add_norm(x, x + 1, norm.weight, norm.bias, dropout=0.1).sum(),
-                  fullgraph=True)(leaves[0]).backward()  # fmt: skip
+    torch.compile(
+        lambda x: dropout_add_norm(x, x + 1, norm.weight, norm.bias, dropout=0.1).sum(),
+        fullgraph=True,
+    )(leaves[0]).backward()
     assert leaves[0].grad is not None
     assert bool(leaves[0].grad.isfinite().all())
 

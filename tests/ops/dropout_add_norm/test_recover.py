@@ -84,8 +84,9 @@ def test_norms_of_a_pretrained_encoder(dtype: torch.dtype):
 
     with quiet():
         layers = load_model(embedded_model_path(), labels=2).bert.encoder.layer
-    norms = [norm for one in layers for norm in (one.attention.output.LayerNorm,
-                                                 one.output.LayerNorm)]  # fmt: skip
+    norms = [
+        norm for one in layers for norm in (one.attention.output.LayerNorm, one.output.LayerNorm)
+    ]
     found = [recovers(norm.weight.to(dtype), norm.bias.to(dtype)) for norm in norms]
     assert found == [True] * (len(norms) - 1) + [False]
     for norm in norms:

@@ -51,10 +51,18 @@ def by_hand(w, g, kept):
     """The eight sums of the entries in ``kept``, in float64."""
     w, g = w.double()[kept], g.double()[kept]
     largest = g.abs().max() if g.numel() else g.new_zeros(())
-    return torch.stack([
-        (w * g).abs().sum(), (w * g).sum(), (w * g).square().sum(), g.square().sum(),
-        g.abs().sum(), w.square().sum(), w.abs().sum(), largest,
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            (w * g).abs().sum(),
+            (w * g).sum(),
+            (w * g).square().sum(),
+            g.square().sum(),
+            g.abs().sum(),
+            w.square().sum(),
+            w.abs().sum(),
+            largest,
+        ]
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -64,10 +72,14 @@ def test_meaning_of_statistics_and_groups(backend: str):
     ids = torch.randint(-1, 3, (12, 20))
     row, col = torch.meshgrid(torch.arange(12), torch.arange(20), indexing="ij")
     cases = {
-        "tensor": torch.zeros_like(row), "row": row, "column": col,
-        ("head", 4): row // 4, ("head", 5, 1): col // 5,
-        ("block", 5, 8): row // 5 * 3 + col // 8, ("ids", ids, 3): ids,
-    }  # fmt: skip
+        "tensor": torch.zeros_like(row),
+        "row": row,
+        "column": col,
+        ("head", 4): row // 4,
+        ("head", 5, 1): col // 5,
+        ("block", 5, 8): row // 5 * 3 + col // 8,
+        ("ids", ids, 3): ids,
+    }
     for group, owner in cases.items():
         got = group_reduce([w], [g], STATISTICS, groups=group, backend=backend)
         want = [by_hand(w, g, owner == j) for j in range(got.arena.shape[1])]
@@ -112,8 +124,9 @@ def test_running_sum_and_moving_average(backend: str):
     total, mean = torch.zeros(2, 8), torch.zeros(2, 8)
     for _ in range(3):
         g = torch.randn_like(w)
-        now = group_reduce([w], [g], names, table=table, backend=backend, running=running,
-                           ema=(ema, 0.9))  # fmt: skip
+        now = group_reduce(
+            [w], [g], names, table=table, backend=backend, running=running, ema=(ema, 0.9)
+        )
         total[0] += now.arena[0]
         total[1] = torch.maximum(total[1], now.arena[1])
         mean = 0.9 * mean + 0.1 * now.arena
@@ -172,9 +185,12 @@ def test_threads_do_not_change_the_bits():
 def test_index_arithmetic_past_two_to_the_31():
     """Chunks of tensors too large to allocate cover every entry once, in 64-bit numbers."""
     for shape, group in (
-        ((2**33,), "tensor"), ((70_000, 70_000), "column"), ((2**22, 1024), "tensor"),
-        ((3, 2**31 + 7), "tensor"), ((2**17, 2**15), ("head", 2**13)),
-    ):  # fmt: skip
+        ((2**33,), "tensor"),
+        ((70_000, 70_000), "column"),
+        ((2**22, 1024), "tensor"),
+        ((3, 2**31 + 7), "tensor"),
+        ((2**17, 2**15), ("head", 2**13)),
+    ):
         work, _, _ = plan_tensor(0, group, shape, True, 0)
         table = torch.from_numpy(np.concatenate(work.chunks))
         _, _, row0, rows, col0, cols, _, pitch, _ = table.unbind(1)
@@ -233,9 +249,23 @@ def test_autocast_changes_nothing():
 def test_op_contract_and_compile():
     w, g = inputs((16, 32), "float32")
     table = GroupTable([w], [g], groups="row")
-    arguments = ([w], [g], [True], table.chunks, table.starts, table.order, table.members,
-                 table.host_descriptors, None, table.partials(1), 1, None, None, 0.0,
-                 "native")  # fmt: skip
+    arguments = (
+        [w],
+        [g],
+        [True],
+        table.chunks,
+        table.starts,
+        table.order,
+        table.members,
+        table.host_descriptors,
+        None,
+        table.partials(1),
+        1,
+        None,
+        None,
+        0.0,
+        "native",
+    )
     torch.library.opcheck(torch.ops.sensikernels.group_reduce, arguments)
 
     def step(w, g):

@@ -37,11 +37,13 @@ def run(program: Path, weights: list[Tensor], grads: list[Tensor], groups: list,
     for i, pair in enumerate(zip(weights, grads, strict=True)):
         pair = [t.contiguous() if layout.flat[i] else t for t in pair]
         spans = [storage_of(t) for t in pair]
-        rows.append([
-            *(start for _, start in spans),
-            *(t.stride(0) if t.dim() else 1 for t in pair),
-            *(DTYPE_CODE[t.dtype] for t in pair),
-        ])  # fmt: skip
+        rows.append(
+            [
+                *(start for _, start in spans),
+                *(t.stride(0) if t.dim() else 1 for t in pair),
+                *(DTYPE_CODE[t.dtype] for t in pair),
+            ]
+        )
         for blob, _ in spans:
             sizes.append(len(blob))
             blobs.append(blob)
@@ -50,9 +52,15 @@ def run(program: Path, weights: list[Tensor], grads: list[Tensor], groups: list,
     head += [len(layout.members), layout.partials, mask, resident]
     start = np.linspace(0, 1, len(STATISTICS) * layout.groups, dtype=np.float32)
     arrays = [
-        np.array(head, np.int64), np.array([0.75], np.float32), np.array(rows, np.int64),
-        np.array(sizes, np.int64), layout.chunks, layout.starts, layout.order, layout.members,
-    ]  # fmt: skip
+        np.array(head, np.int64),
+        np.array([0.75], np.float32),
+        np.array(rows, np.int64),
+        np.array(sizes, np.int64),
+        layout.chunks,
+        layout.starts,
+        layout.order,
+        layout.members,
+    ]
     case = b"".join([*(np.ascontiguousarray(a).tobytes() for a in arrays), *blobs])
     words = run_shim(program, stdin=case + start.tobytes()).split()
     bits = np.array([int(w, 16) for w in words], np.uint32).view(np.float32)

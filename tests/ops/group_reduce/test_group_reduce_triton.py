@@ -31,8 +31,9 @@ def test_long_rows_subsets_and_states():
     table = GroupTable([w], [g], groups="tensor")
     running, ema = zeros(table, names), zeros(table, names)
     for _ in range(2):
-        got = group_reduce([w], [g], names, table=table, backend="triton", running=running,
-                           ema=(ema, 0.5))  # fmt: skip
+        got = group_reduce(
+            [w], [g], names, table=table, backend="triton", running=running, ema=(ema, 0.5)
+        )
     want = reference.group_reduce([w], [g], names, ["tensor"])
     torch.testing.assert_close(got.arena, want)
     torch.testing.assert_close(running.arena, want * torch.tensor([[2.0], [1.0]]))

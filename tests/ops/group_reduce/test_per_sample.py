@@ -10,9 +10,14 @@ from sensikernels.ops.group_reduce import per_sample, per_sample_grad_squared
 from sensikernels.ops.group_reduce.reference import reduce_blocks
 
 GROUPS = {
-    "element": (1, 1), "tensor": (12, 10), "row": (1, 10), "column": (12, 1),
-    ("head", 4): (4, 10), ("head", 5, 1): (12, 5), ("block", 5, 3): (5, 3),
-}  # fmt: skip
+    "element": (1, 1),
+    "tensor": (12, 10),
+    "row": (1, 10),
+    "column": (12, 1),
+    ("head", 4): (4, 10),
+    ("head", 5, 1): (12, 5),
+    ("block", 5, 3): (5, 3),
+}
 
 
 def by_autograd(x: torch.Tensor, grad_y: torch.Tensor) -> torch.Tensor:

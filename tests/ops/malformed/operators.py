@@ -45,15 +45,28 @@ def columns() -> Iterator[Base]:
     index = ints(0, 2, 3, 6, dtype=torch.int32)
     ends = {"indices": ["index"], "ascending": ["index"]}
     values = ["x:kind", "x:complex", "x:wider"]  # any dtype is moved
-    yield operator("gather_columns", x=floats(5, 8), index=index, accepts=[
-        "x:longer", "x:shorter", "x:wide", "x:narrow", *values, "index:shorter", "index:empty"],
-                   **ends)  # fmt: skip
+    yield operator(
+        "gather_columns",
+        x=floats(5, 8),
+        index=index,
+        accepts=[
+            "x:longer",
+            "x:shorter",
+            "x:wide",
+            "x:narrow",
+            *values,
+            "index:shorter",
+            "index:empty",
+        ],
+        **ends,
+    )
     scatter = {"x": floats(5, 4), "index": index, "width": 8}
     loose = ["x:longer", "x:shorter", "width:huge"]
     yield operator("scatter_columns", **scatter, fill=floats(8), accepts=loose, **ends)
     bare = [*loose, *values]
-    yield operator("scatter_columns", "scatter_columns/zero", **scatter, fill=None, accepts=bare,
-                   **ends)  # fmt: skip
+    yield operator(
+        "scatter_columns", "scatter_columns/zero", **scatter, fill=None, accepts=bare, **ends
+    )
 
 
 def _linear(compact: bool) -> tuple[BlockLayout, list[int], list[Tensor]]:
@@ -73,21 +86,50 @@ def linears() -> Iterator[Base]:
         x, dy = floats(5, layout.in_width), floats(5, layout.out_width)
         values, bias = floats(*layout.values_shape), floats(layout.out_width)
         where = {"sizes": sizes, "index": index, "backend": "native", "indices": ["index"]}
-        yield operator("masked_linear", "masked_linear" + name, x=x, values=values, bias=bias,
-                       activation="gelu", accepts=[*tokens, *spare],
-                       **where)  # fmt: skip
+        yield operator(
+            "masked_linear",
+            "masked_linear" + name,
+            x=x,
+            values=values,
+            bias=bias,
+            activation="gelu",
+            accepts=[*tokens, *spare],
+            **where,
+        )
         rows = ["dy:longer", "dy:shorter", *spare]
-        yield operator("masked_linear_grad_input", "masked_linear_grad_input" + name, dy=dy,
-                       values=values, accepts=rows, **where)  # fmt: skip
-        yield operator("masked_linear_grad_values", "masked_linear_grad_values" + name, dy=dy, x=x,
-                       accepts=spare, **where)  # fmt: skip
+        yield operator(
+            "masked_linear_grad_input",
+            "masked_linear_grad_input" + name,
+            dy=dy,
+            values=values,
+            accepts=rows,
+            **where,
+        )
+        yield operator(
+            "masked_linear_grad_values",
+            "masked_linear_grad_values" + name,
+            dy=dy,
+            x=x,
+            accepts=spare,
+            **where,
+        )
         kept = dy[:, : layout.out_width], x[:, : layout.in_width]
-        yield operator("selective_grad_values", "selective_grad_values" + name, dy=kept[0],
-                       x=kept[1], accepts=spare, **where)  # fmt: skip
-        yield operator("selective_grad_values_grouped", "selective_grad_values_grouped" + name,
-                       dys=[kept[0], kept[0].clone()], x=kept[1],
-                       accepts=spare, **where | {"sizes": [*sizes, *sizes],
-                                                 "index": [*index, *index]})  # fmt: skip
+        yield operator(
+            "selective_grad_values",
+            "selective_grad_values" + name,
+            dy=kept[0],
+            x=kept[1],
+            accepts=spare,
+            **where,
+        )
+        yield operator(
+            "selective_grad_values_grouped",
+            "selective_grad_values_grouped" + name,
+            dys=[kept[0], kept[0].clone()],
+            x=kept[1],
+            accepts=spare,
+            **where | {"sizes": [*sizes, *sizes], "index": [*index, *index]},
+        )
     pair = {"dy": floats(5, 12), "pre": floats(5, 12), "backend": "native"}
     yield operator("masked_linear_grad_activation", **pair)
     yield operator("selective_grad_activation", **pair)
@@ -97,11 +139,17 @@ def packed() -> Iterator[Base]:
     """Rows and columns: the grouped product alone serves them on a CPU."""
     rows, columns = ints(0, 2, 5, dtype=torch.int32), ints(1, 2, 7, dtype=torch.int32)
     yield operator(
-        "selective_grad_values_grouped", "selective_grad_values_grouped/packed",
-        dys=[floats(5, 3)], x=floats(5, 3), sizes=[9, 6, 8, 0, 0, 1, 1], index=[rows, columns],
-        backend="native", indices=["index"], ascending=["index"],
+        "selective_grad_values_grouped",
+        "selective_grad_values_grouped/packed",
+        dys=[floats(5, 3)],
+        x=floats(5, 3),
+        sizes=[9, 6, 8, 0, 0, 1, 1],
+        index=[rows, columns],
+        backend="native",
+        indices=["index"],
+        ascending=["index"],
         accepts=["sizes:1-huge", "sizes:2-huge"],
-    )  # fmt: skip
+    )
 
 
 def elementwise() -> Iterator[Base]:
@@ -109,11 +157,30 @@ def elementwise() -> Iterator[Base]:
     wide = ["weight:wider", "bias:wider"]
     for backend in ("native", "reference"):
         run = {"backend": backend}
-        yield operator("bias_gelu", f"bias_gelu/{backend}", x=x, bias=floats(8), **run, accepts=[
-            "x:longer", "x:shorter", "x:deeper", "bias:wider",
-            *(["x:wider"] if backend == "reference" else [])])  # fmt: skip
-        yield operator("bias_gelu_backward", f"bias_gelu_backward/{backend}", dy=x, x=x,
-                       bias=floats(8), bias_needed=True, accepts=["bias:wider"], **run)  # fmt: skip
+        yield operator(
+            "bias_gelu",
+            f"bias_gelu/{backend}",
+            x=x,
+            bias=floats(8),
+            **run,
+            accepts=[
+                "x:longer",
+                "x:shorter",
+                "x:deeper",
+                "bias:wider",
+                *(["x:wider"] if backend == "reference" else []),
+            ],
+        )
+        yield operator(
+            "bias_gelu_backward",
+            f"bias_gelu_backward/{backend}",
+            dy=x,
+            x=x,
+            bias=floats(8),
+            bias_needed=True,
+            accepts=["bias:wider"],
+            **run,
+        )
         any_shape = [
             f"x:{how}"
             for how in (
@@ -129,15 +196,39 @@ def elementwise() -> Iterator[Base]:
         ]
         if backend == "native":
             any_shape.remove("x:wider")
-        yield operator("dropout", f"dropout/{backend}", x=x, seed=seed(), threshold=40000, **run,
-                       accepts=any_shape)  # fmt: skip
+        yield operator(
+            "dropout",
+            f"dropout/{backend}",
+            x=x,
+            seed=seed(),
+            threshold=40000,
+            **run,
+            accepts=any_shape,
+        )
         drops = {"seed": seed(), "threshold": 40000}
-        yield operator("dropout_add_norm", f"dropout_add_norm/{backend}", x=x, residual=x, **affine,
-                       **drops, eps=1e-12, save=True, accepts=wide, **run)  # fmt: skip
+        yield operator(
+            "dropout_add_norm",
+            f"dropout_add_norm/{backend}",
+            x=x,
+            residual=x,
+            **affine,
+            **drops,
+            eps=1e-12,
+            save=True,
+            accepts=wide,
+            **run,
+        )
         saved = {"dy": x, "before": x, "moments": floats(3, 2)}
-        yield operator("dropout_add_norm_backward", f"dropout_add_norm_backward/{backend}", **saved,
-                       **affine, **drops, affine_needed=True, accepts=[*wide, "dy:deeper"],
-                       **run)  # fmt: skip
+        yield operator(
+            "dropout_add_norm_backward",
+            f"dropout_add_norm_backward/{backend}",
+            **saved,
+            **affine,
+            **drops,
+            affine_needed=True,
+            accepts=[*wide, "dy:deeper"],
+            **run,
+        )
 
 
 def embeddings() -> Iterator[Base]:
@@ -147,16 +238,47 @@ def embeddings() -> Iterator[Base]:
     longer = [f"tables:{i}-longer" for i in range(3)]  # rows that nothing names
     for backend in ("native", "reference"):
         run = {"backend": backend, "indices": ["ids"]}
-        yield operator("embed_norm", f"embed_norm/{backend}", ids=ids, tables=tables,
-                       weight=floats(8), bias=floats(8), **drops, eps=1e-12,
-                       accepts=["weight:wider", "bias:wider", *longer], **run)  # fmt: skip
-        yield operator("embed_norm_backward", f"embed_norm_backward/{backend}", dy=floats(4, 8),
-                       ids=ids, tables=tables, moments=floats(4, 2), weight=floats(8), **drops,
-                       affine_needed=True, accepts=["weight:wider", *longer], **run)  # fmt: skip
-        yield operator("add_rows", f"add_rows/{backend}", rows=floats(4, 8), index=ids[0], count=5,
-                       backend=backend, indices=["index"], accepts=[
-                           "rows:wide", "rows:narrow", "index:deeper", "count:huge",
-                           *(["rows:wider"] if backend == "reference" else [])])  # fmt: skip
+        yield operator(
+            "embed_norm",
+            f"embed_norm/{backend}",
+            ids=ids,
+            tables=tables,
+            weight=floats(8),
+            bias=floats(8),
+            **drops,
+            eps=1e-12,
+            accepts=["weight:wider", "bias:wider", *longer],
+            **run,
+        )
+        yield operator(
+            "embed_norm_backward",
+            f"embed_norm_backward/{backend}",
+            dy=floats(4, 8),
+            ids=ids,
+            tables=tables,
+            moments=floats(4, 2),
+            weight=floats(8),
+            **drops,
+            affine_needed=True,
+            accepts=["weight:wider", *longer],
+            **run,
+        )
+        yield operator(
+            "add_rows",
+            f"add_rows/{backend}",
+            rows=floats(4, 8),
+            index=ids[0],
+            count=5,
+            backend=backend,
+            indices=["index"],
+            accepts=[
+                "rows:wide",
+                "rows:narrow",
+                "index:deeper",
+                "count:huge",
+                *(["rows:wider"] if backend == "reference" else []),
+            ],
+        )
 
 
 def losses() -> Iterator[Base]:
@@ -164,12 +286,19 @@ def losses() -> Iterator[Base]:
     for backend in ("native", "reference"):
         run = {"labels": labels, "ignore_index": -100, "backend": backend, "indices": ["labels"]}
         other = ["ignore_index", "logits:wide", *(["logits:wider"] if backend != "native" else [])]
-        yield operator("cross_entropy", f"cross_entropy/{backend}", logits=floats(3, 5), **run,
-                       accepts=other)  # fmt: skip
-        yield operator("cross_entropy_backward", f"cross_entropy_backward/{backend}",
-                       dloss=torch.ones(()), logits=floats(3, 5), stats=torch.ones(3, 2),
-                       scale=torch.ones(()), **run,
-                       accepts=["ignore_index", "logits:wide", "dloss:wider"])  # fmt: skip
+        yield operator(
+            "cross_entropy", f"cross_entropy/{backend}", logits=floats(3, 5), **run, accepts=other
+        )
+        yield operator(
+            "cross_entropy_backward",
+            f"cross_entropy_backward/{backend}",
+            dloss=torch.ones(()),
+            logits=floats(3, 5),
+            stats=torch.ones(3, 2),
+            scale=torch.ones(()),
+            **run,
+            accepts=["ignore_index", "logits:wide", "dloss:wider"],
+        )
 
 
 def attention() -> Iterator[Base]:
@@ -179,45 +308,104 @@ def attention() -> Iterator[Base]:
             queries = 4 if cross else 5
             name = f"{backend}{'/cross' if cross else ''}"
             call = {
-                "query": floats(queries, 2, 4), "key": floats(5, 2, 4), "value": floats(5, 2, 3),
-                "cu_seqlens_query": cu_query if cross else None, "cu_seqlens": cu, "seed": seed(),
-                "max_length_query": 3, "max_length": 3, "threshold": 40000, "scale": 0.5,
+                "query": floats(queries, 2, 4),
+                "key": floats(5, 2, 4),
+                "value": floats(5, 2, 3),
+                "cu_seqlens_query": cu_query if cross else None,
+                "cu_seqlens": cu,
+                "seed": seed(),
+                "max_length_query": 3,
+                "max_length": 3,
+                "threshold": 40000,
+                "scale": 0.5,
                 "backend": backend,
-            }  # fmt: skip
-            loose = ["scale", "max_length_query:huge", "max_length:huge", "value:wide",
-                     "value:narrow", "query:longer" if cross else "cu_seqlens:shorter"]  # fmt: skip
+            }
+            loose = [
+                "scale",
+                "max_length_query:huge",
+                "max_length:huge",
+                "value:wide",
+                "value:narrow",
+                "query:longer" if cross else "cu_seqlens:shorter",
+            ]
             index = ["cu_seqlens", *(["cu_seqlens_query"] if cross else [])]
-            yield operator("varlen_attention", f"varlen_attention/{name}", **call, accepts=loose,
-                           indices=index)  # fmt: skip
-            saved = {"dout": floats(queries, 2, 3), "out": floats(queries, 2, 3),
-                     "logsumexp": floats(2, queries), "rng_state": torch.empty(0)}  # fmt: skip
-            yield operator("varlen_attention_backward", f"varlen_attention_backward/{name}",
-                           **saved, **call, indices=index, accepts=[
-                               "scale", "max_length_query:huge", "max_length:huge", "rng_state",
-                               "out:empty", "logsumexp:empty", *loose[-1:]])  # fmt: skip
+            yield operator(
+                "varlen_attention", f"varlen_attention/{name}", **call, accepts=loose, indices=index
+            )
+            saved = {
+                "dout": floats(queries, 2, 3),
+                "out": floats(queries, 2, 3),
+                "logsumexp": floats(2, queries),
+                "rng_state": torch.empty(0),
+            }
+            yield operator(
+                "varlen_attention_backward",
+                f"varlen_attention_backward/{name}",
+                **saved,
+                **call,
+                indices=index,
+                accepts=[
+                    "scale",
+                    "max_length_query:huge",
+                    "max_length:huge",
+                    "rng_state",
+                    "out:empty",
+                    "logsumexp:empty",
+                    *loose[-1:],
+                ],
+            )
 
 
 def selections() -> Iterator[Base]:
     tensors = [floats(3, 4), floats(5)]
-    yield operator("select_elements", tensors=tensors, grads=tensors, offsets=[0, 64], bytes=128,
-                   k=[7], score=2, backend="native",
-                   accepts=["k:longer"])  # fmt: skip
+    yield operator(
+        "select_elements",
+        tensors=tensors,
+        grads=tensors,
+        offsets=[0, 64],
+        bytes=128,
+        k=[7],
+        score=2,
+        backend="native",
+        accepts=["k:longer"],
+    )
     n = 6
     ids, kinds = ints(0, 0, 1, 1, 1, 2), ints(0, 0, 1, 1, 1, 0)
     limits = torch.tensor([4.0], dtype=torch.float64)
-    columns = {"scores": floats(n), "costs": torch.ones(n), "segments": ids, "kinds": kinds,
-               "minimum": [0, 0], "multiple": [2, 1], "prefix": True, "n_segments": 3,
-               "indices": ["segments", "kinds"]}  # fmt: skip
+    columns = {
+        "scores": floats(n),
+        "costs": torch.ones(n),
+        "segments": ids,
+        "kinds": kinds,
+        "minimum": [0, 0],
+        "multiple": [2, 1],
+        "prefix": True,
+        "n_segments": 3,
+        "indices": ["segments", "kinds"],
+    }
     any_integer = ["segments:narrower", "kinds:narrower", "scores:wider", "costs:wider"]
-    yield operator("select_units", limits=limits, mode=2, **columns, accepts=[
-        *any_integer])  # fmt: skip
+    yield operator("select_units", limits=limits, mode=2, **columns, accepts=[*any_integer])
     per_segment = torch.ones(3, dtype=torch.float64)
-    yield operator("select_units", "select_units/segments", limits=per_segment, mode=0, **columns,
-                   accepts=any_integer)  # fmt: skip
+    yield operator(
+        "select_units",
+        "select_units/segments",
+        limits=per_segment,
+        mode=0,
+        **columns,
+        accepts=any_integer,
+    )
     cost = torch.ones(n, dtype=torch.float64)
-    yield operator("fill_in_order", cost=cost, segment=ids, free=torch.ones(n, dtype=torch.bool),
-                   left=torch.tensor(3.0, dtype=torch.float64), prefix=True, segments=3,
-                   indices=["segment"], accepts=["left:deeper"])  # fmt: skip
+    yield operator(
+        "fill_in_order",
+        cost=cost,
+        segment=ids,
+        free=torch.ones(n, dtype=torch.bool),
+        left=torch.tensor(3.0, dtype=torch.float64),
+        prefix=True,
+        segments=3,
+        indices=["segment"],
+        accepts=["left:deeper"],
+    )
 
 
 def reductions() -> Iterator[Base]:
@@ -233,18 +421,39 @@ def reductions() -> Iterator[Base]:
 def _reduction(name: str, table: GroupTable, weights: list[Tensor]) -> Base:
     groups = table.layout.groups
     arguments = {
-        "weights": weights, "grads": weights, "flat": list(table.layout.flat),
-        "chunks": table.chunks, "starts": table.starts, "order": table.order,
-        "members": table.members, "host_descriptors": table.host_descriptors,
-        "descriptors": None, "partials": table.partials(2), "statistics": 3,
-        "running": torch.zeros(2, groups), "ema": torch.zeros(2, groups), "decay": 0.5,
+        "weights": weights,
+        "grads": weights,
+        "flat": list(table.layout.flat),
+        "chunks": table.chunks,
+        "starts": table.starts,
+        "order": table.order,
+        "members": table.members,
+        "host_descriptors": table.host_descriptors,
+        "descriptors": None,
+        "partials": table.partials(2),
+        "statistics": 3,
+        "running": torch.zeros(2, groups),
+        "ema": torch.zeros(2, groups),
+        "decay": 0.5,
         "backend": "native",
-    }  # fmt: skip
+    }
     # No gradients: the weights stand in for them. A table may end early, or repeat itself.
-    accepts = ["grads:none", "chunks:shorter", "chunks:longer", "members:longer", "partials:wide",
-               "starts:0", *(["order", "members"] if not table.order.numel() else [])]  # fmt: skip
-    return operator("group_reduce", name, **arguments, indices=["chunks", "starts", "order",
-                    "members"], accepts=accepts)  # fmt: skip
+    accepts = [
+        "grads:none",
+        "chunks:shorter",
+        "chunks:longer",
+        "members:longer",
+        "partials:wide",
+        "starts:0",
+        *(["order", "members"] if not table.order.numel() else []),
+    ]
+    return operator(
+        "group_reduce",
+        name,
+        **arguments,
+        indices=["chunks", "starts", "order", "members"],
+        accepts=accepts,
+    )
 
 
 def steps() -> Iterator[Base]:
@@ -260,24 +469,53 @@ def steps() -> Iterator[Base]:
         state = torch.zeros(shape)
         numbered = "indices" if kind in (1, 2, 3) else "unindexed"
         call = {
-            "params": [floats(4, 6)], "grads": [floats(4, 6)], "exp_avgs": [state],
-            "exp_avg_sqs": [state], "masters": [state.clone()], "steps": [torch.tensor(0.0)],
-            "kept": [index], "kinds": [kind], "blocks": list(block), "hyper": hyper,
-            "max_grad_norm": 1.0, "grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0),
-            "masked": False, "backend": "native",
-        }  # fmt: skip
+            "params": [floats(4, 6)],
+            "grads": [floats(4, 6)],
+            "exp_avgs": [state],
+            "exp_avg_sqs": [state],
+            "masters": [state.clone()],
+            "steps": [torch.tensor(0.0)],
+            "kept": [index],
+            "kinds": [kind],
+            "blocks": list(block),
+            "hyper": hyper,
+            "max_grad_norm": 1.0,
+            "grad_scale": torch.tensor(2.0),
+            "found_inf": torch.tensor(0.0),
+            "masked": False,
+            "backend": "native",
+        }
         accepts = [
-            "grads:0-wider", "grad_scale:wider", "found_inf:wider", "hyper:longer",
-            "grad_scale:deeper", "found_inf:deeper", "steps:0-deeper", "masters:none",
-            "masters:shorter", "masters:0-empty", *(["kept", "kinds:0-huge"] if kind == 0 else []),
-            *(["blocks:0-negative", "blocks:1-negative", "blocks:0-huge", "blocks:1-huge"]
-              if kind != 3 else []),
-        ]  # fmt: skip
+            "grads:0-wider",
+            "grad_scale:wider",
+            "found_inf:wider",
+            "hyper:longer",
+            "grad_scale:deeper",
+            "found_inf:deeper",
+            "steps:0-deeper",
+            "masters:none",
+            "masters:shorter",
+            "masters:0-empty",
+            *(["kept", "kinds:0-huge"] if kind == 0 else []),
+            *(
+                ["blocks:0-negative", "blocks:1-negative", "blocks:0-huge", "blocks:1-huge"]
+                if kind != 3
+                else []
+            ),
+        ]
         index_of = {"indices": ["kept"], "ascending": ["kept"]} if numbered == "indices" else {}
         yield operator("subset_adamw", f"subset_adamw/{name}", **call, accepts=accepts, **index_of)
 
 
 MAKERS = (
-    columns, linears, packed, elementwise, embeddings, losses, attention, selections, reductions,
+    columns,
+    linears,
+    packed,
+    elementwise,
+    embeddings,
+    losses,
+    attention,
+    selections,
+    reductions,
     steps,
-)  # fmt: skip
+)

@@ -16,9 +16,16 @@ from sensikernels.bench.linear_cases import Case
 from sensikernels.nn import MaskedLinear
 
 SMALL = Case(
-    pattern="blocks", density=0.5, in_features=64, out_features=96, tokens=8, block=16,
-    dtype=torch.float32, candidates=("block-sparse", "auto"), baselines=("dense", "hand-packed"),
-)  # fmt: skip
+    pattern="blocks",
+    density=0.5,
+    in_features=64,
+    out_features=96,
+    tokens=8,
+    block=16,
+    dtype=torch.float32,
+    candidates=("block-sparse", "auto"),
+    baselines=("dense", "hand-packed"),
+)
 
 
 @pytest.fixture

@@ -53,8 +53,9 @@ def test_ties_go_to_the_lowest(k: int, distinct: int):
 
 
 def test_reference_by_hand():
-    kept = select_elements([torch.tensor([[3.0, 1.0], [2.0, 3.0]]), torch.tensor([3.0])], k=2,
-                           backend="reference")  # fmt: skip
+    kept = select_elements(
+        [torch.tensor([[3.0, 1.0], [2.0, 3.0]]), torch.tensor([3.0])], k=2, backend="reference"
+    )
     assert kept.grid(0).tolist() == [[True, False], [False, True]]
     assert kept.packed(0).tolist() == [0b1001]
     assert kept.packed(1).tolist() == [0]

@@ -27,21 +27,40 @@ def blob(t: Tensor) -> bytes:
     return t.view(torch.int32 if t.dtype == torch.float32 else torch.int16).numpy().tobytes()
 
 
-def check(program: Path, tensors: list[Tensor], grads: list[Tensor] | None, k, score: str,
-          capacity: int, batch: int = 448) -> None:  # fmt: skip
+def check(
+    program: Path,
+    tensors: list[Tensor],
+    grads: list[Tensor] | None,
+    k,
+    score: str,
+    capacity: int,
+    batch: int = 448,
+) -> None:
     per_tensor = not isinstance(k, int)
     pairs = grads or tensors
     head = [len(tensors), list(SCORES).index(score), per_tensor, 3, capacity, batch]
     facts = [
-        [t.numel(), CODES[t.dtype], CODES[g.dtype], len(blob(t)), len(blob(g)),
-         k[i] if per_tensor else k]
+        [
+            t.numel(),
+            CODES[t.dtype],
+            CODES[g.dtype],
+            len(blob(t)),
+            len(blob(g)),
+            k[i] if per_tensor else k,
+        ]
         for i, (t, g) in enumerate(zip(tensors, pairs, strict=True))
-    ]  # fmt: skip
+    ]
     case = np.array([*head, *sum(facts, [])], np.int64).tobytes()
     case += b"".join(blob(t) + blob(g) for t, g in zip(tensors, pairs, strict=True))
     thresholds, counts, data = run_shim(program, stdin=case).strip("\n").split("\n")
-    want = select_elements(tensors, grads, k=k, score=score, backend="reference",
-                           scope="per_tensor" if per_tensor else "global")  # fmt: skip
+    want = select_elements(
+        tensors,
+        grads,
+        k=k,
+        score=score,
+        backend="reference",
+        scope="per_tensor" if per_tensor else "global",
+    )
     got = np.array([int(x, 16) for x in thresholds.split()], np.uint32).view(np.float32)
     np.testing.assert_array_equal(got, want.threshold.numpy())
     assert [int(c) for c in counts.split()] == want.counts.tolist()

@@ -19,8 +19,10 @@ SCORES = st.sampled_from([0.0, -0.0, 1.0, 1.0, 2.5, -3.0, NAN, INF, -INF, 1e-30]
 
 def by_sorting(scores: list[float], k: int) -> list[bool]:
     """Python's own stable sort, NaN last."""
-    order = sorted(range(len(scores)), key=lambda i: (scores[i] != scores[i], -scores[i]
-                   if scores[i] == scores[i] else 0.0))  # fmt: skip
+    order = sorted(
+        range(len(scores)),
+        key=lambda i: (scores[i] != scores[i], -scores[i] if scores[i] == scores[i] else 0.0),
+    )
     kept = set(order[:k])
     return [i in kept for i in range(len(scores))]
 
@@ -54,8 +56,11 @@ def test_per_segment(units, data):
 @given(
     st.lists(st.integers(0, 40), min_size=2, max_size=6),
     st.lists(st.integers(0, 40), min_size=2, max_size=6),
-    st.integers(1, 9), st.integers(1, 9), st.integers(0, 1), st.integers(0, 60),
-)  # fmt: skip
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 1),
+    st.integers(0, 60),
+)
 def test_two_kinds_equal_every_subset(first, second, cost0, cost1, minimum, extra):
     scores = torch.tensor([*first, *second], dtype=torch.float32)
     kinds = torch.tensor([0] * len(first) + [1] * len(second))
@@ -75,8 +80,10 @@ def test_two_kinds_equal_every_subset(first, second, cost0, cost1, minimum, extr
     assert float(scores[kept.bits].sum()) == best
 
 
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), min_size=1, max_size=20),
-       st.integers(0, 60))  # fmt: skip
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), min_size=1, max_size=20),
+    st.integers(0, 60),
+)
 def test_greedy_fill_is_score_per_cost_with_skips(units, budget):
     scores, costs = (torch.tensor(x) for x in zip(*units, strict=True))
     kept = select_kept(scores.double(), costs=costs, budget=budget)
@@ -95,11 +102,16 @@ def test_chunks_keep_a_prefix_in_multiples(sizes, multiple, data):
     scores = torch.rand(len(segments))
     costs = torch.randint(1, 5, (len(sizes),))[segments]
     minimum = data.draw(st.integers(0, 3))
-    floor = int(sum(min(-(-minimum // multiple) * multiple, n) * int(costs[segments == s][0])
-                    for s, n in enumerate(sizes)))  # fmt: skip
+    floor = int(
+        sum(
+            min(-(-minimum // multiple) * multiple, n) * int(costs[segments == s][0])
+            for s, n in enumerate(sizes)
+        )
+    )
     budget = floor + data.draw(st.integers(0, 200))
-    kept = select_kept(scores, costs=costs, budget=budget, segments=segments, minimum=minimum,
-                       multiple=multiple)  # fmt: skip
+    kept = select_kept(
+        scores, costs=costs, budget=budget, segments=segments, minimum=minimum, multiple=multiple
+    )
     assert int(costs[kept.bits].sum()) <= budget
     for s, size in enumerate(sizes):
         count = int(kept.counts[s])
@@ -113,8 +125,15 @@ def test_minimum_and_multiple_per_kind():
     kinds = torch.tensor([0] * 4 + [1] * 64)
     segments = torch.tensor([0] * 4 + [1] * 32 + [2] * 32)
     costs = torch.where(kinds == 0, 100, 1)
-    kept = select_kept(torch.rand(68), costs=costs, budget=250, segments=segments, kinds=kinds,
-                       minimum={0: 1, 1: 8}, multiple={0: 1, 1: 16})  # fmt: skip
+    kept = select_kept(
+        torch.rand(68),
+        costs=costs,
+        budget=250,
+        segments=segments,
+        kinds=kinds,
+        minimum={0: 1, 1: 8},
+        multiple={0: 1, 1: 16},
+    )
     assert kept.counts[0] >= 1
     assert (kept.counts[1:] % 16 == 0).all()
     assert (kept.counts[1:] >= 8).all()
@@ -123,8 +142,9 @@ def test_minimum_and_multiple_per_kind():
 def test_infinite_scores_beat_any_finite_sum():
     scores = torch.tensor([INF, 5.0, 9.0, 9.0, NAN])
     kinds = torch.tensor([0, 0, 1, 1, 1])
-    kept = select_kept(scores, costs=torch.tensor([2, 2, 1, 1, 1]), budget=2, segments=kinds,
-                       kinds=kinds)  # fmt: skip
+    kept = select_kept(
+        scores, costs=torch.tensor([2, 2, 1, 1, 1]), budget=2, segments=kinds, kinds=kinds
+    )
     assert kept.bits.tolist() == [True, False, False, False, False]
 
 
@@ -138,8 +158,13 @@ def test_infeasible_budget_names_the_smallest():
 
 def test_budget_per_segment():
     segments = torch.tensor([0, 0, 0, 1, 1])
-    kept = select_kept(torch.tensor([1.0, 3, 2, 5, 4]), costs=torch.full((5,), 2), budget=4,
-                       segments=segments, scope="per_segment")  # fmt: skip
+    kept = select_kept(
+        torch.tensor([1.0, 3, 2, 5, 4]),
+        costs=torch.full((5,), 2),
+        budget=4,
+        segments=segments,
+        scope="per_segment",
+    )
     assert kept.bits.tolist() == [False, True, True, True, True]
 
 
@@ -161,10 +186,16 @@ def test_empty():
         ({"k": 1, "scope": "layer"}, "scope: expected one of"),
         ({"k": 1, "multiple": 0}, "multiple: expected integers >= 1"),
         ({"k": 1, "minimum": {0: 1, 1: 1}}, "kinds: expected a tensor, since minimum"),
-        ({"k": torch.tensor([3, 0]), "segments": torch.tensor([0, 0, 1, 1]),
-          "scope": "per_segment"}, "k: expected 0 <= k <= units per segment"),
+        (
+            {
+                "k": torch.tensor([3, 0]),
+                "segments": torch.tensor([0, 0, 1, 1]),
+                "scope": "per_segment",
+            },
+            "k: expected 0 <= k <= units per segment",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refusals(arguments, message):
     with pytest.raises(UsageError, match=message):
         select_kept(torch.rand(4), **arguments)
@@ -179,7 +210,14 @@ def test_bert_large_in_fifty_milliseconds():
     best = float("inf")
     for _ in range(5):
         start = time.process_time()
-        select_kept(scores, costs=costs, budget=budget, segments=segments, kinds=kinds, minimum=1,
-                    multiple={0: 1, 1: 16})  # fmt: skip
+        select_kept(
+            scores,
+            costs=costs,
+            budget=budget,
+            segments=segments,
+            kinds=kinds,
+            minimum=1,
+            multiple={0: 1, 1: 16},
+        )
         best = min(best, time.process_time() - start)
     assert best < 0.05 * torch.get_num_threads()

@@ -33,8 +33,13 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, dict[str, Any]]:
     form = draw(st.sampled_from(["count", "per segment", "two kinds", "any cost", "cost by kind"]))
     if form == "per segment":
         k = torch.tensor([draw(st.integers(0, size)) for size in sizes])
-        return scores, {**arguments, "k": k, "scope": "per_segment", "minimum": low,
-                        "multiple": step}  # fmt: skip
+        return scores, {
+            **arguments,
+            "k": k,
+            "scope": "per_segment",
+            "minimum": low,
+            "multiple": step,
+        }
     if form == "count":
         k = draw(st.integers(low * count * step if low * count * step <= n else n, n))
         return scores, {**arguments, "k": k, "minimum": low, "multiple": step}
@@ -47,10 +52,15 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, dict[str, Any]]:
     budget = float(draw(st.integers(0, 60)))
     if draw(st.booleans()):
         each = draw(st.lists(st.integers(0, 30), min_size=count, max_size=count))
-        return scores, {**arguments, "costs": costs, "budget": torch.tensor(each), "minimum": low,
-                        "multiple": step, "scope": "per_segment"}  # fmt: skip
-    return scores, {**arguments, "costs": costs, "budget": budget, "minimum": low,
-                    "multiple": step}  # fmt: skip
+        return scores, {
+            **arguments,
+            "costs": costs,
+            "budget": torch.tensor(each),
+            "minimum": low,
+            "multiple": step,
+            "scope": "per_segment",
+        }
+    return scores, {**arguments, "costs": costs, "budget": budget, "minimum": low, "multiple": step}
 
 
 def outcome(scores: Tensor, arguments: dict[str, Any], backend: str) -> tuple[Any, ...]:

@@ -74,9 +74,11 @@ def test_as_alone(kind: str, tokens: int, dtype: torch.dtype):
     same = grads(x, linears, alone(linears, x, "reference"), dys)
     wide = x.detach().double().requires_grad_()
     double = [
-        Selected(*(t.detach().double().requires_grad_() if isinstance(t, Tensor) else t
-                   for t in one)) for one in linears
-    ]  # fmt: skip
+        Selected(
+            *(t.detach().double().requires_grad_() if isinstance(t, Tensor) else t for t in one)
+        )
+        for one in linears
+    ]
     exact = grads(wide, double, alone(double, wide, "reference"), [dy.double() for dy in dys])
     for mine, torchs, truth in zip(got, same, exact, strict=True):
         assert_close_to_reference(mine, torchs, truth)

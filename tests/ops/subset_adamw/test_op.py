@@ -22,8 +22,10 @@ def arguments(kind: str, mode: str, dtype: torch.dtype = torch.float32) -> dict[
     params = [torch.randn(s).to(dtype) for s in SHAPES]
     kept = [kept_of(kind, s, i) for i, s in enumerate(SHAPES)]
     layouts = [make_layout(p.shape, how, p) for p, how in zip(params, kept, strict=True)]
-    state = [torch.zeros(p.shape if mode == "as_published" else at.state_shape)
-             for p, at in zip(params, layouts, strict=True)]  # fmt: skip
+    state = [
+        torch.zeros(p.shape if mode == "as_published" else at.state_shape)
+        for p, at in zip(params, layouts, strict=True)
+    ]
     return {
         "params": params,
         "grads": [torch.randn(s).to(dtype) for s in SHAPES],
@@ -120,9 +122,14 @@ def test_chunks_cover_sizes_beyond_32_bits_once(kind: int, summed: bool) -> None
     rows, columns, units = 3_000_000, 4096, 1_000_000
     table = np.zeros((2, len(native.FIELDS)), dtype=np.int64)
     facts = {
-        "kind": kind, "rows": rows, "columns": columns, "units": units,
-        "block_rows": 4, "block_columns": 64, "sum_abs": int(summed),
-    }  # fmt: skip
+        "kind": kind,
+        "rows": rows,
+        "columns": columns,
+        "units": units,
+        "block_rows": 4,
+        "block_columns": 64,
+        "sum_abs": int(summed),
+    }
     for name, value in facts.items():
         table[1, native.FIELDS.index(name)] = value
     chunks = native._chunks(table, 1 << 20)

@@ -114,8 +114,10 @@ def test_copies_step_alike(copier: Any) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_grad_scaler(backend: str) -> None:
     plain, scaled = net(), net()
-    optimizers = [SubsetAdamW(m.parameters(), lr=1e-2, backend=backend, max_grad_norm=0.01)
-                  for m in (plain, scaled)]  # fmt: skip
+    optimizers = [
+        SubsetAdamW(m.parameters(), lr=1e-2, backend=backend, max_grad_norm=0.01)
+        for m in (plain, scaled)
+    ]
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
     for seed in range(5):
         backward(plain, seed)

@@ -27,7 +27,8 @@ CHANGES: dict[str, Change] = {
     "betas": lambda o, p, q: o.param_groups[0].update(betas=(0.5, 0.6)),
     "mode": lambda o, p, q: o.param_groups[0].update(mode="as_published"),
     "moved to a group": lambda o, p, q: (
-        o.param_groups[0].update(params=[p]), o.add_param_group({"params": [q], "lr": 0.5})
+        o.param_groups[0].update(params=[p]),
+        o.add_param_group({"params": [q], "lr": 0.5}),
     ),
     "group appended": lambda o, p, q: (
         o.param_groups[0].update(params=[p]),
@@ -38,7 +39,7 @@ CHANGES: dict[str, Change] = {
     "state cleared": lambda o, p, q: o.state.clear(),
     "one state gone": lambda o, p, q: o.state.pop(p),
     "state copied": lambda o, p, q: o.state.update({p: copy.deepcopy(o.state[p])}),
-}  # fmt: skip
+}
 
 
 def step(optimizer: SubsetAdamW, params: tuple[nn.Parameter, ...], seed: int) -> None:

@@ -42,7 +42,7 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
     "ChainedScheduler": lambda o: schedules.ChainedScheduler(
         [schedules.ExponentialLR(o, 0.97), schedules.StepLR(o, 20, 0.3)]
     ),
-}  # fmt: skip
+}
 
 
 def set_group(**named: Any) -> Callable[[Any, int], None]:

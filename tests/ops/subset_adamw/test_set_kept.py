@@ -47,8 +47,9 @@ def train(kind: str, mode: str, backend: str, dtype: torch.dtype) -> tuple[Tenso
             optimizer.step()
         own = optimizer.state[weight]
         held = {n: t for n, t in (*own.items(), *own["kept"].items()) if isinstance(t, Tensor)}
-        seen.append(({n: t.data_ptr() for n, t in held.items()},
-                     {n: t.clone() for n, t in held.items()}))  # fmt: skip
+        seen.append(
+            ({n: t.data_ptr() for n, t in held.items()}, {n: t.clone() for n, t in held.items()})
+        )
     return weight, seen
 
 
@@ -113,10 +114,11 @@ def test_fewer_entries_leave_room(
     assert same_bits(weight, anew)
     for name in ("exp_avg", "exp_avg_sq"):
         mine, its = (
-            one.state[p][name] if mode == "as_published" else
-            one._layout(p).live(one.state[p][name])
+            one.state[p][name]
+            if mode == "as_published"
+            else one._layout(p).live(one.state[p][name])
             for one, p in ((optimizer, weight), (fitting, anew))
-        )  # fmt: skip
+        )
         assert same_bits(mine, its)
 
 

@@ -55,8 +55,10 @@ def run(
         params, lr=1e-2, weight_decay=0.1, mode=mode, backend=backend, **options
     )  # type: ignore[arg-type]
     # A sum has one entry per row; a scalar is one row.
-    sums = [(torch.zeros(max(p.shape[:1], default=1)), torch.zeros(max(p.shape[:1], default=1)))
-            for p in params]  # fmt: skip
+    sums = [
+        (torch.zeros(max(p.shape[:1], default=1)), torch.zeros(max(p.shape[:1], default=1)))
+        for p in params
+    ]
     for i, (param, kind) in enumerate(zip(params, kinds, strict=True)):
         optimizer.set_kept(param, kept_of(kind, tuple(param.shape), i))
     for step in range(steps):

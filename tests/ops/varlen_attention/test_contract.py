@@ -47,8 +47,9 @@ def test_compiles_whole(backend: str) -> None:
     assert bool(fused.grad.isfinite().all())
     whole = torch.compile(
         lambda *x: varlen_attention(*x, max_length=9, backend=backend),
-        fullgraph=True, backend="aot_eager",
-    )  # fmt: skip
+        fullgraph=True,
+        backend="aot_eager",
+    )
     given = (*torch.randn(3, 14, 2, 8).unbind(), offsets([5, 9]))
     expected = varlen_attention(*given, max_length=9, backend=backend)
     torch.testing.assert_close(whole(*given), expected)

@@ -52,8 +52,10 @@ def check(
         return run(*given, lengths, backend=name, dtype=kind, queries=queries, dropout=dropout)
 
     got, same, exact = (
-        call(backend, dtype), call("reference", dtype), call("reference", torch.float64)
-    )  # fmt: skip
+        call(backend, dtype),
+        call("reference", dtype),
+        call("reference", torch.float64),
+    )
     for mine, theirs, true in zip(got, same, exact, strict=True):
         assert mine.is_contiguous()
         assert_close_to_reference(mine, theirs, true)
@@ -132,13 +134,19 @@ def test_gradients_of_the_definition(dropout: float) -> None:
 
     def call(*x: torch.Tensor) -> torch.Tensor:
         return varlen_attention(
-            *x, offsets([3, 0, 4]), max_length=4, dropout=dropout, seed=seed_of(3),
+            *x,
+            offsets([3, 0, 4]),
+            max_length=4,
+            dropout=dropout,
+            seed=seed_of(3),
             backend="reference",
-        )  # fmt: skip
+        )
 
     assert torch.autograd.gradcheck(call, given)
-    buckets = [run(q, k, v, v, [3, 0, 4], backend=name, dtype=torch.float64, dropout=dropout)
-               for name in ("buckets", "reference")]  # fmt: skip
+    buckets = [
+        run(q, k, v, v, [3, 0, 4], backend=name, dtype=torch.float64, dropout=dropout)
+        for name in ("buckets", "reference")
+    ]
     for got, expected in zip(*buckets, strict=True):
         torch.testing.assert_close(got, expected)
 
