@@ -107,7 +107,7 @@ class Wheel(bdist_wheel):
 if MODE not in MODES:
     raise SystemExit(f"SENSIKERNELS_BUILD: expected auto, cpu, cuda or none, got {MODE!r}")
 setup(
-    ext_modules=[Extension("sensikernels._native", sources=[], py_limited_api=True)],
+    ext_modules=[Extension("sensikernels._core.extension", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

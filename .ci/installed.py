@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import sensikernels
-from sensikernels import Mask, MaskedLinear, SelectiveLinear, SubsetAdamW, doctor
+from sensikernels import Mask, MaskedLinear, SelectiveLinear, SubsetAdamW
+from sensikernels.cli import doctor
 
 Case = Callable[[str, str], list[Tensor]]
 """``(backend, device)`` to what the op gives: outputs, then gradients."""

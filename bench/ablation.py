@@ -44,7 +44,7 @@ from sensikernels.bench.contestants import (
 from sensikernels.bench.rows import row, to_dicts, write_dicts
 from sensikernels.bench.step import minilm, sentences
 from sensikernels.bench.timing import interleave
-from sensikernels.hf import STEP_PARTS, apply, cache_frozen_prefix, sensitivity
+from sensikernels.hf import STEP_FEATURES, apply, cache_frozen_prefix, sensitivity
 from sensikernels.masks import Budget, plan
 from sensikernels.methods.freeze import drop_nothing_below, frozen_lowest
 from sensikernels.training.graph import GraphedStep
@@ -93,9 +93,9 @@ def contestant(race: Race, stage: str) -> Contestant:
     model = race.make("hf-dynamic").model
     on = set(PATH if stage in ENDS else PATH[: PATH.index(stage) + 1])
     batches = race.batches(packed if "packed" in on else padded)
-    parts = on & set(STEP_PARTS)
+    parts = on & set(STEP_FEATURES)
     if parts:
-        apply(model, parts=parts)
+        apply(model, features=parts)
     if "optimizer" not in on:
         return hugging_face(model, batches)
     made = Contestant(model=model, optimizer=our_optimizer(model), batches=batches)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sensikernels import _settings
+from sensikernels._core import environment
 from sensikernels.bench.contestants import Contestant, Race
 from sensikernels.bench.rows import provenance, write_json
 from sensikernels.bench.step import bert_base, full_length, minilm, sentences
@@ -92,7 +92,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     given = parser.parse_args()
-    _settings.reserve_primitive_cache(16384)
+    environment.reserve_primitive_cache(16384)
     torch.set_float32_matmul_precision("medium" if given.device == "cpu" else "high")
     task = "demo" if given.data_dir is None else "sst2"
     cases = {

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sensikernels import _native
+from sensikernels._core import extension
 from sensikernels.bench.rows import write_json
 from sensikernels.bench.timing import Timing, interleave
 
@@ -57,9 +57,9 @@ def memory(device: str, quick: bool) -> list[Ceiling]:
 
 
 def _reader(source: Tensor) -> Callable[[], object]:
-    if source.device.type == "cpu" and _native.available():
+    if source.device.type == "cpu" and extension.available():
         words = source.view(torch.int64)
-        return lambda: _native.ops().read_all(words)
+        return lambda: extension.ops().read_all(words)
     return source.sum
 
 

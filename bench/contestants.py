@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sensikernels.glue import collate, collate_packed
-from sensikernels.glue.batching import Row
+from sensikernels.data import collate, collate_packed
+from sensikernels.data.rows import TokenRow
 from sensikernels.hf import apply, encoder_layers, sensitivity
-from sensikernels.hf.targets import PARTS
+from sensikernels.hf.targets import LAYER_LINEARS
 from sensikernels.masks import Budget, Mask, Plan, plan
 from sensikernels.methods import DPS, BitFit, Method, Run
 from sensikernels.methods.freeze import frozen_lowest
 from sensikernels.ops.select_kept import select_kept
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.optim import SubsetAdamW
 from sensikernels.training.graph import GraphedStep
 
 Batch = dict[str, Any]
-Collate = Callable[[Sequence[Row]], Batch]
+Collate = Callable[[Sequence[TokenRow]], Batch]
 
 PADDED = 128
 ROWS_SHARE, FROZEN_SHARE, FLOPS_SHARE = 0.1, 2 / 3, 0.5
@@ -74,7 +74,7 @@ class Race:
     """What all contestants share: a model to copy, rows of each batch, and the device."""
 
     base: nn.Module
-    rows: Sequence[Sequence[Row]]
+    rows: Sequence[Sequence[TokenRow]]
     device: str
 
     def batches(self, how: Collate) -> list[Batch]:
@@ -141,12 +141,12 @@ class Race:
         return one
 
 
-def padded(rows: Sequence[Row], *, multiple: int = 1) -> Batch:
+def padded(rows: Sequence[TokenRow], *, multiple: int = 1) -> Batch:
     """HuggingFace's form, padded to the longest row rounded up to ``multiple``."""
     return dict(collate(rows, pad_token_id=0, pad_to_multiple=multiple))
 
 
-def packed(rows: Sequence[Row]) -> Batch:
+def packed(rows: Sequence[TokenRow]) -> Batch:
     """Tokens end to end."""
     return dict(collate_packed(rows, pad_token_id=0))
 
@@ -159,7 +159,7 @@ def hugging_face(model: nn.Module, batches: Sequence[Batch]) -> Contestant:
 
 def ours(model: nn.Module, batches: Sequence[Batch]) -> Contestant:
     """Our dense step: packed tokens, counter dropout, row-sparse words, clipping folded in."""
-    apply(model, parts=("dropout", "words", "packed", "cls", "fused"))
+    apply(model, features=("dropout", "words", "packed", "cls", "fused"))
     return Contestant(model=model, optimizer=our_optimizer(model), batches=batches)
 
 
@@ -171,7 +171,7 @@ def largest_rows(model: nn.Module, share: float) -> Plan:
     """An update mask on every encoder linear: the rows with the largest Σ|w|."""
     masks = {}
     for layer in encoder_layers(model):
-        for part in PARTS:
+        for part in LAYER_LINEARS:
             weight: Any = layer.linear(part).weight
             kept = select_kept(
                 weight.detach().float().abs().sum(1).cpu(), k=max(1, round(share * len(weight)))

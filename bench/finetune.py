@@ -22,10 +22,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sensikernels._checks import require_one_of
+from sensikernels._core.checks import require_one_of
 from sensikernels.bench.rows import Row, row
 from sensikernels.bench.timing import summarize
-from sensikernels.glue import Batches
+from sensikernels.data import Batches
 from sensikernels.masks import Budget
 from sensikernels.training import Settings
 from sensikernels.training.data import Data

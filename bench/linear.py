@@ -109,9 +109,9 @@ def measure(
     seconds = POINT_SECONDS if left is None else max(0.3, min(POINT_SECONDS, left / 12))
     with recording(case):
         times = race(runs, case, device, rounds or ROUNDS, seconds)
-    same = "packed" in times and "auto" in case.candidates  # one layer: see ``contestants``
+    same = "compact" in times and "auto" in case.candidates  # one layer: see ``contestants``
     if same:
-        times["auto"] = times["packed"]
+        times["auto"] = times["compact"]
     peak, work = roof(device, case.dtype), _work(case)
     first = next((name for name in case.baselines if name in times), "")
     return [

@@ -25,7 +25,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 BASELINES = (
     "dense",
     "masked-dense",
-    "hand-packed",
+    "hand-compacted",
     "torch-bsr",
     "compiled-masked",
     "semi-structured",
@@ -47,7 +47,7 @@ class Case:
     dtype: torch.dtype
     direction: str = "forward+backward"
     block: int = 64
-    candidates: tuple[str, ...] = ("packed", "auto")
+    candidates: tuple[str, ...] = ("compact", "auto")
     baselines: tuple[str, ...] = BASELINES
 
     def mask(self) -> Mask:
@@ -109,7 +109,7 @@ class Case:
 
 
 def quick_cases() -> list[Case]:
-    """Bar by bar: packed, blocks, selective rows, and ``auto`` over the densities."""
+    """Bar by bar: compact, blocks, selective rows, and ``auto`` over the densities."""
     cases = []
     for dtype in DTYPES:
         common: dict[str, Any] = dict(tokens=1024, dtype=dtype, in_features=768, out_features=3072)
@@ -138,8 +138,8 @@ def quick_cases() -> list[Case]:
             Case(
                 pattern=pattern,
                 density=density,
-                candidates=("packed",),
-                baselines=("dense", "hand-packed"),
+                candidates=("compact",),
+                baselines=("dense", "hand-compacted"),
                 **{**common, "in_features": into, "out_features": out},
             )
             for (into, out), pattern, density in points
@@ -210,7 +210,7 @@ def _masks(
         pattern = PATTERNS[i % len(PATTERNS)]
         if pattern == "heads" and out % HEAD:
             continue
-        own = "block-sparse" if pattern == "blocks" else "packed"
+        own = "block-sparse" if pattern == "blocks" else "compact"
         case = Case(
             pattern=pattern,
             density=DENSITIES[i % len(DENSITIES)],
@@ -223,7 +223,7 @@ def _masks(
         )
         peers = [p for p in PEERS if p not in met and why_without(p, case, device) is None]
         met.update(peers)
-        yield replace(case, baselines=("dense", "hand-packed", *peers))
+        yield replace(case, baselines=("dense", "hand-compacted", *peers))
 
 
 def why_without(baseline: str, case: Case, device: str) -> str | None:
@@ -237,8 +237,8 @@ def why_without(baseline: str, case: Case, device: str) -> str | None:
     if baseline == "semi-structured":
         ok = device != "cpu" and case.dtype.itemsize == 2 and case.density == 0.5 and forward
         return None if ok else "2:4 needs CUDA, density 0.5, half precision and forward alone"
-    if baseline == "hand-packed" and case.pattern == "blocks":
-        return "blocks cannot be packed by hand"
+    if baseline == "hand-compacted" and case.pattern == "blocks":
+        return "blocks cannot be compacted by hand"
     return None
 
 

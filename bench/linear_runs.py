@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sensikernels.bench.linear_cases import Case, why_without
-from sensikernels.layouts import Layout, PackedLayout, pack, unpack
+from sensikernels.layouts import CompactLayout, Layout, full_weight, kept_values
 from sensikernels.nn import MaskedLinear
 from sensikernels.ops.selective_linear import selective_linear
 
@@ -45,8 +45,8 @@ def contestants(case: Case, device: str) -> dict[str, Run]:
         for name in case.candidates + case.baselines
         if name in makers and why_without(name, case, device) is None
     ]
-    # What auto runs where nothing is gathered is the packed layer itself.
-    if "packed" in names and "auto" in names:
+    # What auto runs where nothing is gathered is the compact layer itself.
+    if "compact" in names and "auto" in names:
         names.remove("auto")
     return {name: makers[name]() for name in names}
 
@@ -59,7 +59,7 @@ def recording(case: Case) -> AbstractContextManager[object]:
 def _grad_weight(
     case: Case, layout: Layout, x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor
 ) -> dict[str, Callable[[], Run]]:
-    values = pack(weight, layout).clone().requires_grad_()
+    values = kept_values(weight, layout).clone().requires_grad_()
     y = selective_linear(x, weight, values, layout, bias)
 
     def selective() -> Tensor:
@@ -68,24 +68,27 @@ def _grad_weight(
     def dense() -> Tensor:
         return dy.T @ x
 
-    _gate(selective(), pack(dense(), layout), case)
+    _gate(selective(), kept_values(dense(), layout), case)
     runs: dict[str, Callable[[], Run]] = {"selective": lambda: selective, "dense": lambda: dense}
-    if isinstance(layout, PackedLayout):
+    if isinstance(layout, CompactLayout):
         narrow = dy if layout.rows is None else dy[:, layout.rows.long()]
         read = x if layout.columns is None else x[:, layout.columns.long()]
-        runs["hand-packed"] = lambda: lambda: narrow.T @ read
+        runs["hand-compacted"] = lambda: lambda: narrow.T @ read
     return runs
 
 
 def _linears(
     case: Case, layout: Layout, x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor
 ) -> dict[str, Callable[[], Run]]:
-    packed = isinstance(layout, PackedLayout)
-    rows, columns = (layout.rows, layout.columns) if packed else (None, None)
+    compact = isinstance(layout, CompactLayout)
+    rows, columns = (layout.rows, layout.columns) if compact else (None, None)
     read = x if columns is None else x[:, columns.long()]
     narrow_bias = bias if rows is None else bias[rows.long()]
     narrow_dy = dy if rows is None else dy[:, rows.long()]
-    values, mask = pack(weight, layout), unpack(torch.ones_like(pack(weight, layout)), layout)
+    values, mask = (
+        kept_values(weight, layout),
+        full_weight(torch.ones_like(kept_values(weight, layout)), layout),
+    )
     backward = case.direction == "forward+backward"
 
     def ours(backend: str) -> nn.Module:
@@ -108,10 +111,10 @@ def _linears(
         _gate(ours("auto")(read), expected if rows is None else expected[:, rows.long()], case)
     return {
         "auto": masked("auto"),
-        "packed": masked("auto"),
+        "compact": masked("auto"),
         "block-sparse": masked("native" if x.is_cpu else "triton"),
         "dense": lambda: _step(linear(weight, bias), x, dy, backward),
-        "hand-packed": lambda: _step(linear(values, narrow_bias), read, narrow_dy, backward),
+        "hand-compacted": lambda: _step(linear(values, narrow_bias), read, narrow_dy, backward),
         "masked-dense": peer(lambda x, w, b: F.linear(x, w * mask, b)),
         "compiled-masked": peer(lambda x, w, b: _compiled()(x, w, mask, b)),
         "torch-bsr": lambda: _bsr(x, weight * mask, bias, case.block),

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sensikernels._bits import pack_bits
+from sensikernels._core.bits import pack_bits
 from sensikernels.bench.reductions import reader
 from sensikernels.bench.rows import Row, row
 from sensikernels.bench.timing import Timing, interleave, ratio_band
-from sensikernels.ops.subset_adamw import SubsetAdamW
 from sensikernels.ops.subset_adamw.kept import matrix_shape
+from sensikernels.optim import SubsetAdamW
 
 SUITE = "optimizer"
 LR = 1e-5

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensikernels import _native
+from sensikernels._core import extension
 from sensikernels.bench.rows import Row, row
 from sensikernels.bench.timing import interleave, ratio_band
 from sensikernels.ops.group_reduce import GroupTable, group_reduce
@@ -67,8 +67,8 @@ def reader(tensors: list[Tensor], device: str) -> Callable[[], object]:
     words = sum(t.numel() * t.element_size() for t in tensors) // 8
     # Written to: pages that never were are one page of zeros, which the cache holds.
     buffer = torch.ones(words, dtype=torch.int64, device=device)
-    if device == "cpu" and _native.available():
-        return lambda: _native.ops().read_all(buffer)
+    if device == "cpu" and extension.available():
+        return lambda: extension.ops().read_all(buffer)
     return lambda: buffer.view(torch.float32).sum()
 
 

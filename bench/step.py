@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sensikernels import _settings
-from sensikernels._checks import require_one_of
+from sensikernels._core import environment
+from sensikernels._core.checks import require_one_of
 from sensikernels.bench.contestants import HF, OURS, Contestant, Race
 from sensikernels.bench.rows import Row, row
 from sensikernels.bench.timing import Timing, interleave
-from sensikernels.glue.batching import Row as Sentence
+from sensikernels.data.rows import TokenRow as Sentence
 from sensikernels.hf import load_model, load_tokenizer, quiet
 from sensikernels.training.memory import MIB, activation_mib, peak_mib, resident_bytes
 
@@ -61,8 +61,8 @@ def run(
     chosen = cases(quick, device, data_dir) if case is None else named(case, device, data_dir)
     if only is not None:
         chosen = [among(one, [name.strip() for name in only.split(",")]) for one in chosen]
-    _settings.reserve_primitive_cache(16384)
-    _settings.quiet_profiler()
+    environment.reserve_primitive_cache(16384)
+    environment.quiet_profiler()
     torch.set_float32_matmul_precision("medium" if device == "cpu" else "high")
     rows: list[Row] = []
     for one in chosen:
@@ -257,7 +257,7 @@ def minilm() -> nn.Module:
 
 
 def _minilm() -> Path:
-    from sensikernels.glue import embedded_model_path
+    from sensikernels.data import embedded_model_path
 
     return embedded_model_path()
 
@@ -280,7 +280,7 @@ def bert_large() -> nn.Module:
 
 def sentences(task: str, data_dir: Path | None, count: int) -> list[list[Sentence]]:
     """``count`` batches of 32 tokenised training rows in random order, as a Trainer draws them."""
-    from sensikernels.glue import encode, load
+    from sensikernels.data import encode, load
 
     examples = load(task, data_dir=data_dir, split="train", max_samples=BATCH * count)
     encoded = encode(examples, load_tokenizer(_minilm()))

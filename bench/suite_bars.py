@@ -95,8 +95,8 @@ def _saved(row: Row, _: Rates) -> float:
     return float(row["ratio"]) * float(row["density"])
 
 
-_PACKED = {
-    "candidate": "packed",
+_COMPACT = {
+    "candidate": "compact",
     "pattern": ("rows", "columns"),
     "direction": "forward+backward",
     "baseline": "dense",
@@ -141,9 +141,9 @@ BARS: tuple[Bar, ...] = (
         where=_STEP | {"candidate": "sensi-bert-0.5", "baseline": "dense"},
     ),
     _linear(
-        "packed linear over cuBLAS packed by hand",
-        candidate="packed",
-        baseline="hand-packed",
+        "compact linear over cuBLAS compacted by hand",
+        candidate="compact",
+        baseline="hand-compacted",
         at_least=0.97,
     ),
     _linear(
@@ -175,14 +175,14 @@ BARS: tuple[Bar, ...] = (
         baseline="dense",
         at_least=2.0,
     ),
-    _linear("packed at 1/2 over dense", ("cpu",), density=0.5, at_least=1.8, **_PACKED),
-    _linear("packed at 1/4 over dense", ("cpu",), density=0.25, at_least=3.4, **_PACKED),
-    _linear("packed at 1/10 over dense", ("cpu",), density=0.1, at_least=8.0, **_PACKED),
+    _linear("compact at 1/2 over dense", ("cpu",), density=0.5, at_least=1.8, **_COMPACT),
+    _linear("compact at 1/4 over dense", ("cpu",), density=0.25, at_least=3.4, **_COMPACT),
+    _linear("compact at 1/10 over dense", ("cpu",), density=0.1, at_least=8.0, **_COMPACT),
     _linear(
-        "packed over packed by hand",
+        "compact over compacted by hand",
         ("cpu",),
-        candidate="packed",
-        baseline="hand-packed",
+        candidate="compact",
+        baseline="hand-compacted",
         direction="forward+backward",
         at_least=0.95,
     ),

@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data-dir", type=Path)
     given = parser.parse_args()
-    from sensikernels.glue import embedded_model_path
+    from sensikernels.data import embedded_model_path
 
     pack_weights(embedded_model_path(), given.folder)
     if given.data_dir is not None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sensikernels._bits import pack_bits
+from sensikernels._core.bits import pack_bits
 from sensikernels.ops.group_reduce import STATISTICS, group_reduce
 from sensikernels.ops.select_kept import select_elements, select_kept
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.optim import SubsetAdamW
 
 SHAPES = ((67, 130), (129,), (64, 96), (1,), (3, 1030))
 

@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from sensikernels import _native
+from sensikernels._core import extension
+from sensikernels._core.errors import SensiError
 from sensikernels.bench.checkout import ROOT
 from sensikernels.bench.rows import provenance, write_json
-from sensikernels.errors import SensiError
 
-LIBRARY = ROOT / "sensikernels" / _native._LIBRARY.name
+LIBRARY = ROOT / "sensikernels" / extension._LIBRARY.name
 
 
 def record(given: argparse.Namespace) -> dict[str, Any]:
     """Device, driver, versions, commit, and which backends can be used."""
-    from sensikernels import doctor
+    from sensikernels.cli import doctor
 
     torch.set_float32_matmul_precision("medium")
     facts = doctor.report()
@@ -37,11 +37,11 @@ def record(given: argparse.Namespace) -> dict[str, Any]:
 
 def load(given: argparse.Namespace) -> dict[str, Any]:
     """Load a compiled library, say what it was built from, and run a step of each kernel in it."""
-    _native._LIBRARY = given.library.resolve()
-    reason = _native.why_not()
+    extension._LIBRARY = given.library.resolve()
+    reason = extension.why_not()
     if reason is not None:
         raise SensiError(reason)
-    facts: dict[str, Any] = {"library": given.library.name, "built": _native.build_info()}
+    facts: dict[str, Any] = {"library": given.library.name, "built": extension.build_info()}
     if given.device == "cuda" and not facts["built"]["cuda_archs"]:
         raise SensiError("it holds no CUDA kernels")
     from sensikernels.bench.suite_kernels import run_all

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sensikernels._timing import elapsed_ms
+from sensikernels._core.timing import elapsed_ms
 
 Run = Callable[[], object]
 HOST_MS = 1.0

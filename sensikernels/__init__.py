@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sensikernels._auto import register_when_imported
+from sensikernels._core.auto import register_when_imported
 
 if TYPE_CHECKING:
     from sensikernels.hf.compact import compact as compact
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from sensikernels.ops.select_kept import select_chain as select_chain
     from sensikernels.ops.select_kept import select_kept as select_kept
     from sensikernels.ops.selective_linear import selective_linear as selective_linear
-    from sensikernels.ops.subset_adamw import SubsetAdamW as SubsetAdamW
     from sensikernels.ops.varlen_attention import varlen_attention as varlen_attention
+    from sensikernels.optim import SubsetAdamW as SubsetAdamW
 
 __version__ = "0.2.0"
 
@@ -51,7 +51,7 @@ _HOMES = {
     "Plan": "masks",
     "Scores": "masks",
     "SelectiveLinear": "nn",
-    "SubsetAdamW": "ops.subset_adamw",
+    "SubsetAdamW": "optim",
     "apply": "hf",
     "bias_gelu": "ops.bias_gelu",
     "compact": "hf",

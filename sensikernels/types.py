@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
+from sensikernels._core.checks import require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensikernels import _native
+from sensikernels._core import extension
 from sensikernels.ops.subset_adamw import native
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ _SOURCE = ROOT / "tests/ops/subset_adamw/shim_library.cpp"
 def _library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """``torch.ops.sensikernels_shim``: the two operators a step on a GPU launches."""
     compiler = shutil.which("g++")
-    if compiler is None or not _native.available():
+    if compiler is None or not extension.available():
         pytest.skip("no C++ compiler, or no compiled extension to choose")
     path = tmp_path_factory.mktemp("shim") / "kernels.so"
     command = [
@@ -109,8 +109,8 @@ def _library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture
 def device_kernels(_library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of ``SubsetAdamW(backend="native")`` on the CPU go the way they go on a GPU."""
-    stand_in = SimpleNamespace(ops=lambda: _library, why_not=_native.why_not)
-    monkeypatch.setattr(native, "_native", stand_in)
+    stand_in = SimpleNamespace(ops=lambda: _library, why_not=extension.why_not)
+    monkeypatch.setattr(native, "extension", stand_in)
     monkeypatch.setattr(native, "reads_host", lambda device: False)
     monkeypatch.setattr(native, "to_device", lambda table, device: table.clone())
 

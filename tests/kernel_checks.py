@@ -14,12 +14,12 @@ from torch import Tensor
 
 from sensikernels.layouts import (
     BlockLayout,
+    CompactLayout,
     Layout,
-    PackedLayout,
+    full_weight,
+    kept_values,
     layout_of,
-    pack,
     to_device,
-    unpack,
 )
 from sensikernels.layouts.of_masks import block_layout
 from sensikernels.masks.mask import Mask
@@ -73,7 +73,7 @@ def blocks_of(
     return to_device(layout, device)
 
 
-def packed(pattern: str, shape: tuple[int, int], device: str, **compact: bool) -> Layout:
+def compact(pattern: str, shape: tuple[int, int], device: str, **compact: bool) -> Layout:
     """Rows, columns or heads of a weight."""
     out_features, in_features = shape
     if pattern == "rows":
@@ -108,8 +108,8 @@ def strided(x: Tensor, how: str) -> Tensor:
 def narrow(weight: Tensor, layout: Layout) -> Tensor:
     """The kept entries of the weight that the layer multiplies by, ``[out_width, in_width]``."""
     if isinstance(layout, BlockLayout):
-        return pack(weight, layout, compact=True)
-    assert isinstance(layout, PackedLayout)
+        return kept_values(weight, layout, compact=True)
+    assert isinstance(layout, CompactLayout)
     for axis, index in enumerate((layout.scatter_rows, layout.gather_columns)):
         weight = weight if index is None else weight.index_select(axis, index)
     return weight
@@ -129,12 +129,14 @@ def check_masked_linear(
     from sensikernels.ops.masked_linear import triton as kernels
 
     x = torch.randn(tokens, layout.in_width).to(dtype).to(device)
-    values = pack(torch.randn(layout.shape).to(device), layout).to(dtype) / layout.in_width**0.5
+    values = (
+        kept_values(torch.randn(layout.shape).to(device), layout).to(dtype) / layout.in_width**0.5
+    )
     b = torch.randn(layout.out_width).to(dtype).to(device) if bias else None
     dy = torch.randn(tokens, layout.out_width).to(dtype).to(device)
 
     def truth(kind: torch.dtype) -> list[Tensor]:
-        w, x_, dy_ = unpack(values.to(kind), layout, compact=True), x.to(kind), dy.to(kind)
+        w, x_, dy_ = full_weight(values.to(kind), layout, compact=True), x.to(kind), dy.to(kind)
         pre = F.linear(x_, w, None if b is None else b.to(kind))
         grads = [dy_ @ w, narrow(dy_.T @ x_, layout)]
         return [F.gelu(pre) if activation == "gelu" else pre, pre, *grads]
@@ -163,7 +165,7 @@ def check_grad_values(
 
     def truth(kind: torch.dtype) -> list[Tensor]:
         pairs = zip(dys, sharing, strict=True)
-        return [pack(dy.to(kind).T @ x.to(kind), one) for dy, one in pairs]
+        return [kept_values(dy.to(kind).T @ x.to(kind), one) for dy, one in pairs]
 
     read = kernels.selective_save(x, sharing[0]) if saved else x
     if read is None:

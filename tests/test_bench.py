@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sensikernels._core.errors import UsageError
 from sensikernels.bench import compare, rows, timing
-from sensikernels.errors import UsageError
 
 
 def test_contestants_take_turns() -> None:

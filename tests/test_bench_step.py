@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from sensikernels._core.errors import UsageError
 from sensikernels.bench import step
 from sensikernels.cli.app import main
-from sensikernels.errors import UsageError
 
 
 def test_a_case_by_name_has_every_contestant() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sensikernels import _native, doctor
+from sensikernels._core import extension
+from sensikernels.cli import doctor
 
 
 def test_report_is_json_and_complete():
@@ -16,13 +17,13 @@ def test_report_is_json_and_complete():
     assert facts["libraries"]["torch"] == torch.__version__
     assert facts["backends"]["reference"] is None
     assert len(facts["gpus"]) == torch.cuda.device_count()
-    assert (facts["extension"] is None) == (_native.why_not() is not None)
+    assert (facts["extension"] is None) == (extension.why_not() is not None)
 
 
 def test_every_backend_is_usable_or_says_why():
     for name, reason in doctor.backends().items():
         assert reason is None or len(reason) > 10, name
-    assert doctor.backends()["native (CPU)"] == _native.why_not()
+    assert doctor.backends()["native (CPU)"] == extension.why_not()
 
 
 def test_triton_is_either_compiled_or_interpreted(monkeypatch: pytest.MonkeyPatch):
@@ -76,11 +77,11 @@ def test_one_line_says_which_build_this_is(
     library.write_bytes(b"")
     if note is not None:
         missing.write_text(note)
-    monkeypatch.setattr(_native, "_LIBRARY", library)
-    monkeypatch.setattr(_native, "_MISSING", missing)
-    monkeypatch.setattr(_native, "why_not", lambda: reason)
+    monkeypatch.setattr(extension, "_LIBRARY", library)
+    monkeypatch.setattr(extension, "_MISSING", missing)
+    monkeypatch.setattr(extension, "why_not", lambda: reason)
     info = {"compiler": "gcc 1", "torch": "2", "cuda_archs": archs}
-    monkeypatch.setattr(_native, "build_info", lambda: info)
+    monkeypatch.setattr(extension, "build_info", lambda: info)
     facts = doctor.report()
     assert facts["build"] == line
     doctor.show(facts)
@@ -90,13 +91,13 @@ def test_one_line_says_which_build_this_is(
 def test_a_pure_build_says_why_it_is_one(monkeypatch, tmp_path: Path):
     missing = tmp_path / "missing.txt"
     missing.write_text("SENSIKERNELS_BUILD=none\n")
-    monkeypatch.setattr(_native, "_LIBRARY", tmp_path / "absent.so")
-    monkeypatch.setattr(_native, "_MISSING", missing)
-    _native.why_not.cache_clear()
+    monkeypatch.setattr(extension, "_LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(extension, "_MISSING", missing)
+    extension.why_not.cache_clear()
     try:
-        line = _native.describe()
+        line = extension.describe()
     finally:
-        _native.why_not.cache_clear()
+        extension.why_not.cache_clear()
     assert line.startswith("pure Python, no compiled extension (SENSIKERNELS_BUILD=none); ")
     assert "\n" not in line
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sensikernels._core.errors import SensiError, UsageError
 from sensikernels.cli.suites import Suite
-from sensikernels.errors import SensiError, UsageError
 
 app = typer.Typer(
     name="sensikernels",
@@ -237,7 +237,7 @@ def finetune(
     checkpoint_every: Every = 500,
 ) -> None:
     """Fine-tune at a budget: warm up, rank, trim, go on, compact, save, and say what it cost."""
-    from sensikernels import _settings as environment
+    from sensikernels._core import environment
     from sensikernels.cli.show import show_report, watching
     from sensikernels.training import Settings
     from sensikernels.training import finetune as run
@@ -283,8 +283,8 @@ def make_plan(
     output: Annotated[Path | None, typer.Option(help="Write the plan here (plan.json).")] = None,
 ) -> None:
     """Rank and allocate only: the ranking of tensors and what a budget keeps of them."""
-    from sensikernels import _settings as environment
-    from sensikernels._files import nobody, require_writable
+    from sensikernels._core import environment
+    from sensikernels._core.files import nobody, require_writable
     from sensikernels.cli.show import show_plan
     from sensikernels.training import Settings, rank
     from sensikernels.training.distributed import leave
@@ -306,7 +306,7 @@ def make_plan(
 @app.command()
 def doctor() -> None:
     """Device, versions, usable backends, and why the others are not."""
-    from sensikernels import doctor as report
+    from sensikernels.cli import doctor as report
 
     report.main()
 
@@ -392,10 +392,10 @@ def measure_dispatch(
     if costs is not None:
         _measure_costs(costs, dict(locals()))
         return
-    from sensikernels._files import require_writable
+    from sensikernels._core.files import require_writable
     from sensikernels.cli.show import progress_lines
-    from sensikernels.dispatch import read_table
     from sensikernels.nn.tune import tune
+    from sensikernels.ops.common.dispatch import read_table
 
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device: expected auto, cpu or cuda, got {device}")
@@ -411,7 +411,7 @@ def measure_dispatch(
 
 def _measure_costs(path: Path, given: dict[str, Any]) -> None:
     """``tune --costs``: a table for runs of these settings."""
-    from sensikernels._files import require_writable
+    from sensikernels._core.files import require_writable
     from sensikernels.cli.show import progress_lines
     from sensikernels.masks import StepCosts
     from sensikernels.training import Settings, step_costs
@@ -441,7 +441,7 @@ def _settings(kind: Any, given: dict[str, Any]) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 (data, checkpoint, disk) or 2 (usage)."""
-    from sensikernels import _settings as environment
+    from sensikernels._core import environment
 
     try:
         logging.basicConfig(level=environment.log_level(), format="%(levelname)s %(message)s")

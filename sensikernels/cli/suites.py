@@ -8,9 +8,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from sensikernels._checks import require
-from sensikernels._files import parse_json, read_json, require_writable
-from sensikernels.errors import SensiError, UsageError
+from sensikernels._core.checks import require
+from sensikernels._core.errors import SensiError, UsageError
+from sensikernels._core.files import parse_json, read_json, require_writable
 
 _ROW = {"suite", "case", "candidate", "baseline"}
 _PNG = b"\x89PNG\r\n\x1a\n"

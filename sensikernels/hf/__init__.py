@@ -3,6 +3,8 @@
 from sensikernels.hf.compact import compact
 from sensikernels.hf.dropout import restore_dropout, use_counter_dropout
 from sensikernels.hf.export import export
+from sensikernels.hf.features import STEP_FEATURES
+from sensikernels.hf.flops import Measured, measured_flops, training_flops
 from sensikernels.hf.load import load_model, load_tokenizer, quiet
 from sensikernels.hf.module_state import class_of, modes_kept
 from sensikernels.hf.packed import (
@@ -15,7 +17,6 @@ from sensikernels.hf.packed import (
 )
 from sensikernels.hf.packed_cache import uncached
 from sensikernels.hf.packed_tokens import to_padded
-from sensikernels.hf.parts import STEP_PARTS
 from sensikernels.hf.sensitivity import (
     CRITERIA,
     ComputeLoss,
@@ -24,12 +25,13 @@ from sensikernels.hf.sensitivity import (
     sensitivity,
 )
 from sensikernels.hf.swap import applied, apply, restore
-from sensikernels.hf.targets import encoder_layers, structure
+from sensikernels.hf.targets import encoder_layers, structure_of
 
 __all__ = [
     "CRITERIA",
-    "STEP_PARTS",
+    "STEP_FEATURES",
     "ComputeLoss",
+    "Measured",
     "applied",
     "apply",
     "cache_frozen_prefix",
@@ -41,6 +43,7 @@ __all__ = [
     "export",
     "load_model",
     "load_tokenizer",
+    "measured_flops",
     "modes_kept",
     "own_loss",
     "packing_of",
@@ -49,8 +52,9 @@ __all__ = [
     "restore_dropout",
     "restore_packed",
     "sensitivity",
-    "structure",
+    "structure_of",
     "to_padded",
+    "training_flops",
     "uncached",
     "unpacked",
     "use_counter_dropout",

@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sensikernels._checks import require
-from sensikernels.errors import UsageError
+from sensikernels._core.checks import require
+from sensikernels._core.errors import UsageError
 from sensikernels.hf.module_state import added, carry
 from sensikernels.hf.moves import Move, cut_bias, cut_weight, grow_bias, grow_weight
-from sensikernels.layouts import unpack
+from sensikernels.layouts import full_weight
 from sensikernels.masks.plans import Plan
 from sensikernels.nn import MaskedLinear, SelectiveLinear
 
@@ -137,7 +137,7 @@ def exchange_back(name: str, module: nn.Module) -> Exchange:
         values, weight = module.values, module.weight
     else:
         values = module.weight
-        weight = unpack(values, module.layout, compact=False)
+        weight = full_weight(values, module.layout, compact=False)
         assert aside.dropped is not None
         weight = weight.masked_scatter(~_kept(module), aside.dropped.to(weight))
     if values is not linear.weight:

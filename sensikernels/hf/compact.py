@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.hf.aside import user_attributes
 from sensikernels.hf.dropout import attention_before
 from sensikernels.hf.modeling import COMPACT_CLASSES, SkBertConfig
@@ -39,8 +39,8 @@ def compact(model: nn.Module) -> nn.Module:
     if not swap.plan.weight_masks:
         restore(model)
         return model
-    if swap.form != "packed":
-        raise UsageError(f"model: expected a plan applied as 'packed', got {swap.form!r}")
+    if swap.form != "compact":
+        raise UsageError(f"model: expected a plan applied as 'compact', got {swap.form!r}")
     return built(check_compactable(model), _config(model), _plain_state(model), model)
 
 

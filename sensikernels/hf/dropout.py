@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from sensikernels._checks import require
-from sensikernels.errors import UsageError
+from sensikernels._core.checks import require
+from sensikernels._core.errors import UsageError
 from sensikernels.hf.targets import bert_layers
 from sensikernels.nn import CounterDropout
 from sensikernels.ops.dropout import dropout as counter_dropout

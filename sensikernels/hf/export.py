@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from sensikernels._checks import require, require_one_of
-from sensikernels._files import writing
-from sensikernels.errors import SensiError, UsageError
+from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.errors import SensiError, UsageError
+from sensikernels._core.files import writing
 from sensikernels.hf.compact import built, compact
 from sensikernels.hf.dropout import attention_before
 from sensikernels.hf.modeling import COMPACT_CLASSES, SkBertConfig

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sensikernels.errors import DataError
+from sensikernels._core.errors import DataError
 from sensikernels.hf.model_folder import CONFIG, check_folder, check_loaded
 
 

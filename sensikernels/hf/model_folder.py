@@ -8,8 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sensikernels._files import digest_of_file, one_line, read_json, sealed, unsealed, write_json
-from sensikernels.errors import DataError
+from sensikernels._core.errors import DataError
+from sensikernels._core.files import (
+    digest_of_file,
+    one_line,
+    read_json,
+    sealed,
+    unsealed,
+    write_json,
+)
 
 CONFIG, DIGESTS = "config.json", "digests.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sensikernels.layouts import Layout, PackedLayout, pack, to_device, unpack
+from sensikernels.layouts import CompactLayout, Layout, full_weight, kept_values, to_device
 
 Entries = Callable[[Tensor], Tensor]
 
@@ -39,7 +39,7 @@ class Move:
 def cut_weight(name: str, old: nn.Parameter, new: nn.Parameter, layout: Layout) -> Move:
     """A dense weight becomes the kept entries of ``layout``."""
     data = new.detach()
-    if isinstance(layout, PackedLayout):
+    if isinstance(layout, CompactLayout):
         rows, columns = _taken(0, layout.rows), _taken(1, layout.columns)
         return Move(
             name=name,
@@ -52,7 +52,7 @@ def cut_weight(name: str, old: nn.Parameter, new: nn.Parameter, layout: Layout) 
         )
 
     def entries(full: Tensor) -> Tensor:
-        return pack(full, to_device(layout, full.device))
+        return kept_values(full, to_device(layout, full.device))
 
     return Move(name=name, old=old, new=new, data=data, entries=_of_any_type(entries))
 
@@ -61,7 +61,7 @@ def grow_weight(
     name: str, old: nn.Parameter, new: nn.Parameter, data: Tensor, layout: Layout
 ) -> Move:
     """The kept entries of ``layout`` become a dense weight again, zero elsewhere."""
-    if isinstance(layout, PackedLayout):
+    if isinstance(layout, CompactLayout):
         height, width = layout.shape
         rows, columns = _spread(0, layout.rows, height), _spread(1, layout.columns, width)
         return Move(
@@ -75,7 +75,7 @@ def grow_weight(
         )
 
     def entries(kept: Tensor) -> Tensor:
-        return unpack(kept, to_device(layout, kept.device), compact=False)
+        return full_weight(kept, to_device(layout, kept.device), compact=False)
 
     return Move(name=name, old=old, new=new, data=data, entries=_of_any_type(entries))
 

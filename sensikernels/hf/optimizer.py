@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from sensikernels._checks import require
-from sensikernels.errors import UsageError
+from sensikernels._core.checks import require
+from sensikernels._core.errors import UsageError
 from sensikernels.hf.moves import Entries, Move
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.optim import SubsetAdamW
 
 _STALE = "_sensikernels_replaced"
 

@@ -32,9 +32,9 @@ from transformers.models.bert.modeling_bert import (
     BertSelfOutput,
 )
 
-from sensikernels._checks import require
-from sensikernels._hooks import hooked
-from sensikernels.errors import UsageError
+from sensikernels._core.checks import require
+from sensikernels._core.errors import UsageError
+from sensikernels._core.hooks import hooked
 from sensikernels.hf.labelled import restore_labelled, use_labelled
 from sensikernels.hf.modeling import TrimmedSelfAttention
 from sensikernels.hf.module_state import Changed, change_back, change_class
@@ -146,7 +146,7 @@ class PackedBert(Changed):
         fused, layers = self.packing.fused, self.encoder.layer
         for layer in layers[start:stop]:
             first_only = self.packing.cls_only and layer is layers[-1]
-            forward = getattr(layer, "packed_forward", None) or partial(run_layer, uncalled(layer))
+            forward = getattr(layer, "compact_forward", None) or partial(run_layer, uncalled(layer))
             run = partial(forward, tokens=tokens, fused=fused, first_only=first_only)
             if layer.gradient_checkpointing and layer.training:
                 hidden = layer._gradient_checkpointing_func(run, hidden)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sensikernels._checks import require
-from sensikernels._hooks import hooked
+from sensikernels._core.checks import require
+from sensikernels._core.hooks import hooked
 from sensikernels.hf.packed_tokens import Tokens
 
 MIB = 2**20

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-from sensikernels._hooks import bare, hooked
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
+from sensikernels._core.hooks import bare, hooked
 from sensikernels.hf.packed_tokens import Tokens
 from sensikernels.hf.packed_weights import plain, project
 from sensikernels.nn import CounterDropout

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sensikernels._checks import require
+from sensikernels._core.checks import require
 
 MULTIPLE = 64
 """Token counts are rounded up to multiples of this, so that shapes repeat."""

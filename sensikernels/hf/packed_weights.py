@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sensikernels._hooks import bare
-from sensikernels.layouts import PackedLayout
+from sensikernels._core.hooks import bare
+from sensikernels.layouts import CompactLayout
 from sensikernels.nn import MaskedLinear, grouped_selective_linear
 
 SMALL = 1 << 20
@@ -24,7 +24,7 @@ def plain(module: nn.Module) -> bool:
         return True
     return (
         bare(module, MaskedLinear)
-        and isinstance(module.layout, PackedLayout)
+        and isinstance(module.layout, CompactLayout)
         and module.layout.direct
         and module.activation == "none"
         and module.backend == "auto"

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sensikernels._checks import require, require_one_of
-from sensikernels._progress import track
-from sensikernels.criteria import UnitTap, tap, unit_sums
-from sensikernels.errors import UsageError
+from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.errors import UsageError
+from sensikernels._core.progress import track
+from sensikernels.hf.criteria import UnitTap, tap, unit_sums
 from sensikernels.hf.dropout import fast_attention
 from sensikernels.hf.module_state import modes_kept
 from sensikernels.hf.packed import unpacked
 from sensikernels.hf.packed_tokens import to_padded
-from sensikernels.hf.targets import encoder_layers, structure
+from sensikernels.hf.targets import encoder_layers, structure_of
 from sensikernels.masks.scores import Scores
 from sensikernels.masks.structure import Coupling, Structure
 
@@ -63,24 +63,26 @@ def sensitivity(
     require_one_of(criterion, "criterion", CRITERIA)
     alone = criterion != "learned" or not _several()
     require(alone, "criterion", "not learned in several processes", criterion)
-    parts = structure(model, granularity)
+    structure = structure_of(model, granularity)
     meter = _Meter(batches, f"sensitivity ({criterion})", _device(model), compute_loss)
     with _left_as_it_was(model), unpacked(model), fast_attention(model):
         if criterion == "magnitude":
-            values = unit_sums(parts.couplings, _weights(model, parts), None, "sum_abs_weight")
+            values = unit_sums(
+                structure.couplings, _weights(model, structure), None, "sum_abs_weight"
+            )
             statistic, length = "sum_abs_weight", 128.0
-            return _scores(parts, values, criterion, statistic, 0, length)
+            return _scores(structure, values, criterion, statistic, 0, length)
         if criterion == "mask-gradient":
-            values = _mask_gradients(model, parts, meter, statistic)
+            values = _mask_gradients(model, structure, meter, statistic)
         elif criterion == "first-order":
-            values, statistic = _first_order(model, parts, meter), "sum_abs_wg"
+            values, statistic = _first_order(model, structure, meter), "sum_abs_wg"
         else:
-            values, statistic = _learned(model, parts, meter, learning_rate, l1), "abs_mask"
+            values, statistic = _learned(model, structure, meter, learning_rate, l1), "abs_mask"
     if _several():
         _sum_over_ranks(values)
         meter.sum_over_ranks()
     require(meter.rows > 0, "batches", "at least one batch", "none")
-    return _scores(parts, values, criterion, statistic, meter.rows, meter.length)
+    return _scores(structure, values, criterion, statistic, meter.rows, meter.length)
 
 
 class _Meter:
@@ -151,43 +153,43 @@ def checked_loss(compute: ComputeLoss) -> ComputeLoss:
 
 
 def _mask_gradients(
-    model: nn.Module, parts: Structure, meter: _Meter, statistic: str
+    model: nn.Module, structure: Structure, meter: _Meter, statistic: str
 ) -> dict[str, Tensor]:
     model.eval().requires_grad_(False)
     anchor = torch.ones((), device=meter.device, requires_grad=True)
-    taps = {c.name: UnitTap(c.units, statistic, meter.device) for c in parts.couplings}
+    taps = {c.name: UnitTap(c.units, statistic, meter.device) for c in structure.couplings}
 
     def change(coupling: Coupling) -> Callable[[Tensor], Tensor]:
         return lambda activation: tap(activation, anchor, taps[coupling.name])
 
-    with _on_units(model, parts, change):
+    with _on_units(model, structure, change):
         for batch in meter:
             meter.loss(model, batch).backward()
     return {name: unit_tap.total.cpu() for name, unit_tap in taps.items()}
 
 
-def _first_order(model: nn.Module, parts: Structure, meter: _Meter) -> dict[str, Tensor]:
+def _first_order(model: nn.Module, structure: Structure, meter: _Meter) -> dict[str, Tensor]:
     model.eval().requires_grad_(False)
-    weights = _weights(model, parts)
-    totals = {c.name: torch.zeros(c.units, dtype=torch.float64) for c in parts.couplings}
+    weights = _weights(model, structure)
+    totals = {c.name: torch.zeros(c.units, dtype=torch.float64) for c in structure.couplings}
     for weight in weights.values():
         weight.requires_grad_(True)
     for batch in meter:
         grads = torch.autograd.grad(meter.loss(model, batch), list(weights.values()))
         by_name = dict(zip(weights, grads, strict=True))
-        for name, sums in unit_sums(parts.couplings, weights, by_name, "sum_abs_wg").items():
+        for name, sums in unit_sums(structure.couplings, weights, by_name, "sum_abs_wg").items():
             totals[name] += sums
     return totals
 
 
 def _learned(
-    model: nn.Module, parts: Structure, meter: _Meter, learning_rate: float, l1: float
+    model: nn.Module, structure: Structure, meter: _Meter, learning_rate: float, l1: float
 ) -> dict[str, Tensor]:
     model.train()
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
     gates = {
         c.name: torch.ones(c.units, device=meter.device, requires_grad=True)
-        for c in parts.couplings
+        for c in structure.couplings
     }
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([*trained, *gates.values()], lr=learning_rate, weight_decay=0.0)
@@ -200,7 +202,7 @@ def _learned(
         return gate
 
     try:
-        with _on_units(model, parts, change):
+        with _on_units(model, structure, change):
             for batch in meter:
                 penalty = torch.stack([g.abs().sum() for g in gates.values()]).sum()
                 (meter.loss(model, batch) + l1 * penalty).backward()
@@ -213,7 +215,7 @@ def _learned(
 
 @contextmanager
 def _on_units(
-    model: nn.Module, parts: Structure, change: Callable[[Coupling], Callable[[Tensor], Tensor]]
+    model: nn.Module, structure: Structure, change: Callable[[Coupling], Callable[[Tensor], Tensor]]
 ) -> Iterator[None]:
     """Pass every coupling's activation through ``change(coupling)`` while the context lasts.
 
@@ -221,7 +223,7 @@ def _on_units(
     linear, so theirs is the query's output (Σ q·∂q = Σ k·∂k).
     """
     with ExitStack() as hooks:
-        for coupling in parts.couplings:
+        for coupling in structure.couplings:
             through = change(coupling)
             consumer = next((m.module for m in coupling.members if m.axis == 1), None)
             module = model.get_submodule(consumer or coupling.members[0].module)
@@ -253,8 +255,8 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
                 parameter.grad = grad
 
 
-def _weights(model: nn.Module, parts: Structure) -> dict[str, nn.Parameter]:
-    names = {m.module for c in parts.couplings for m in c.members}
+def _weights(model: nn.Module, structure: Structure) -> dict[str, nn.Parameter]:
+    names = {m.module for c in structure.couplings for m in c.members}
     return {name: model.get_parameter(f"{name}.weight") for name in sorted(names)}
 
 
@@ -280,7 +282,7 @@ def _sum_over_ranks(values: dict[str, Tensor]) -> None:
 
 
 def _scores(
-    parts: Structure,
+    structure: Structure,
     values: Mapping[str, Tensor],
     criterion: str,
     statistic: str,
@@ -288,7 +290,7 @@ def _scores(
     length: float,
 ) -> Scores:
     return Scores(
-        structure=parts,
+        structure=structure,
         values=values,
         criterion=criterion,
         statistic=statistic,

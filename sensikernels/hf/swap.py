@@ -1,4 +1,4 @@
-"""Put a plan's layers and the parts of the step into a model, and take them out again."""
+"""Put a plan's layers and the features of the step into a model, and take them out again."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from sensikernels._checks import require, require_one_of
-from sensikernels.errors import UsageError
+from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.errors import UsageError
 from sensikernels.hf import optimizer as following
 from sensikernels.hf.aside import Exchange, check_linear, exchange, exchange_back, settle
+from sensikernels.hf.features import check_features, has_features, restore_features, use_features
 from sensikernels.hf.modeling import TrimmedSelfAttention
 from sensikernels.hf.moves import Move
-from sensikernels.hf.parts import check_parts, has_parts, restore_parts, use_parts
 from sensikernels.hf.saving import stop_warning, warn_of_saving
 from sensikernels.hf.targets import attention_of, check_sizes, encoder_layers
 from sensikernels.masks.plans import Plan
 from sensikernels.nn import SelectiveLinear
 
-FORMS = ("packed", "masked")
+FORMS = ("compact", "masked")
 _RECORD = "_sensikernels_swap"
 
 
@@ -49,15 +49,15 @@ def apply(
     model: nn.Module,
     plan: Plan | None = None,
     *,
-    parts: Iterable[str] = (),
-    form: str = "packed",
+    features: Iterable[str] = (),
+    form: str = "compact",
     optimizer: Optimizer | None = None,
 ) -> tuple[str, ...]:
-    """Swap the planned linears and switch step parts on, in place; one line per change.
+    """Swap the planned linears and switch step features on, in place; one line per change.
 
-    ``parts``: names of ``hf.STEP_PARTS``, any of them alone or together, with a plan or without:
-    ``apply(model, parts=("dropout", "packed", "cls", "fused", "words"))`` is the fast dense step.
-    ``form="packed"``: units go physically and compact shapes propagate between the linears of a
+    ``features``: names of ``hf.STEP_FEATURES``, any of them, with a plan or without. The fast dense
+    step is ``apply(model, features=("dropout", "packed", "cls", "fused", "words"))``.
+    ``form="compact"``: units go physically and compact shapes propagate between the linears of a
     coupling. ``form="masked"``: full shapes with the mask multiplied in, the definition.
     ``optimizer``: any of ``torch.optim``, or accelerate's wrapper of one. It then holds what
     trains, with the moments of what stays, so a running fine-tuning goes on; what is frozen leaves.
@@ -69,14 +69,14 @@ def apply(
     Raises:
         UsageError: a plan is already applied; a module is missing, not a plain ``nn.Linear`` or
             of another shape than planned; the plan is for another model; a coupling is left without
-            a unit, or in a decoder; a part is unknown, in use already, or not possible for this
+            a unit, or in a decoder; a feature is unknown, in use already, or not possible for this
             model; the optimizer has state of a shape that nobody knows how to cut.
     """
     require_one_of(form, "form", FORMS)
-    wanted = check_parts(model, parts)
-    require(plan is not None or bool(wanted), "plan", "a plan, parts or both", "neither")
+    wanted = check_features(model, features)
+    require(plan is not None or bool(wanted), "plan", "a plan, features or both", "neither")
     if plan is None:
-        return use_parts(model, wanted)
+        return use_features(model, wanted)
     require(applied(model) is None, "model", "no plan applied (restore first)", "one applied")
     changes = _planned(model, plan, form)
     moves = [move for change in changes for move in change.moves]
@@ -84,12 +84,12 @@ def apply(
     required = _requirements(model)
     with ExitStack() as undo:
         _exchange_all(model, changes, undo)
-        sizes = _resize_heads(model, plan, undo) if form == "packed" else {}
+        sizes = _resize_heads(model, plan, undo) if form == "compact" else {}
         undo.callback(_require_grad, model, _requirements(model))
         _freeze(model, plan)
-        report = use_parts(model, wanted)  # after freezing: a prefix cache asks what is frozen
+        report = use_features(model, wanted)  # after freezing: a prefix cache asks what is frozen
         if wanted:
-            undo.callback(restore_parts, model)
+            undo.callback(restore_features, model)
         groups = {}
         if optimizer is not None:
             groups = _follow(model, optimizer, moves, states, required, {}, undo)
@@ -111,7 +111,7 @@ def apply(
 
 
 def restore(model: nn.Module, *, optimizer: Optimizer | None = None) -> None:
-    """Put the original modules back, with what training changed merged in, and switch parts off.
+    """Put the original modules back, with what training changed merged in, and switch features off.
 
     Entries that the plan dropped are as they were; without training in between the model is
     bit-equal to the one before ``apply``, and its Parameters are the same objects. ``optimizer``
@@ -121,12 +121,12 @@ def restore(model: nn.Module, *, optimizer: Optimizer | None = None) -> None:
     the one that ``apply`` put there.
     """
     swap = applied(model)
-    if swap is None and not has_parts(model):
-        raise UsageError("model: expected a plan or parts applied, got none")
+    if swap is None and not has_features(model):
+        raise UsageError("model: expected a plan or features applied, got none")
     if swap is not None:
         _restore_plan(model, swap, optimizer)
-    if has_parts(model):
-        restore_parts(model)
+    if has_features(model):
+        restore_features(model)
 
 
 def _restore_plan(model: nn.Module, swap: Swap, optimizer: Optimizer | None) -> None:
@@ -168,9 +168,11 @@ def _planned(model: nn.Module, plan: Plan, form: str) -> list[Exchange]:
     for coupling in plan.couplings:
         kept = int(plan.kept_units(coupling).sum())
         require(kept > 0, f"plan: {coupling.name}", "at least one kept unit", kept)
-        if form == "packed" and coupling.kind in ("qk", "vo"):
+        if form == "compact" and coupling.kind in ("qk", "vo"):
             check_sizes(model, plan, coupling)
-    axes = {m.module: m.axis for c in plan.couplings for m in c.members} if form == "packed" else {}
+    axes = (
+        {m.module: m.axis for c in plan.couplings for m in c.members} if form == "compact" else {}
+    )
     return [exchange(name, linear, plan, form, axes.get(name)) for name, linear in linears.items()]
 
 

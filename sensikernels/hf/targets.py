@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sensikernels._checks import require, require_one_of
+from sensikernels._core.checks import require, require_one_of
 from sensikernels.hf.packed import packing_of
 from sensikernels.masks.plans import Plan
 from sensikernels.masks.structure import Coupling, Member, Structure
@@ -26,14 +26,14 @@ class Layer:
 
     def linear(self, part: str) -> nn.Module:
         """``query``, ``key``, ``value``, ``attention_output``, ``intermediate`` or ``output``."""
-        return self.module.get_submodule(PARTS[part])
+        return self.module.get_submodule(LAYER_LINEARS[part])
 
     def name(self, part: str) -> str:
         """The linear's full module name."""
-        return f"{self.prefix}.{PARTS[part]}"
+        return f"{self.prefix}.{LAYER_LINEARS[part]}"
 
 
-PARTS = {
+LAYER_LINEARS = {
     "query": "attention.self.query",
     "key": "attention.self.key",
     "value": "attention.self.value",
@@ -83,7 +83,7 @@ def bert_layers(model: nn.Module) -> list[Layer]:
         for name, module in model.named_modules()
         if isinstance(getattr(module, "layer", None), nn.ModuleList)
         and len(module.layer) > 0
-        and all(_has(module.layer[0], path) for path in PARTS.values())
+        and all(_has(module.layer[0], path) for path in LAYER_LINEARS.values())
     ]
     kind = type(model).__name__
     expected = "an encoder laid out like BERT's (layer.N.attention.self.query, …)"
@@ -112,7 +112,7 @@ def attention_of(coupling: Coupling) -> str:
     """The module name of the attention that a coupling of dimensions is in."""
     rows = next(m.module for m in coupling.members if m.axis == 0)
     part = "query" if coupling.kind == "qk" else "value"
-    return rows.removesuffix(PARTS[part]) + "attention.self"
+    return rows.removesuffix(LAYER_LINEARS[part]) + "attention.self"
 
 
 def check_sizes(model: nn.Module, plan: Plan, coupling: Coupling) -> None:
@@ -133,7 +133,7 @@ def _has(module: nn.Module, path: str) -> bool:
     return True
 
 
-def structure(model: nn.Module, granularity: str = "heads") -> Structure:
+def structure_of(model: nn.Module, granularity: str = "heads") -> Structure:
     """Couplings of every layer: heads (or Q/K and V/O dimensions) and FFN neurons.
 
     Costs are methods.md §1.3's table; a packed model's last layer may cost less (``use_packed``).

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
-from sensikernels._values import readable
-from sensikernels.layouts.kinds import BLOCK_TENSORS, BlockLayout, PackedLayout
+from sensikernels._core.checks import require
+from sensikernels._core.values import readable
+from sensikernels.layouts.kinds import BLOCK_TENSORS, BlockLayout, CompactLayout
 
-Layout = PackedLayout | BlockLayout
+Layout = CompactLayout | BlockLayout
 # By ids and versions: the tensors, so that no id is used again, and what they held when checked.
 _KNOWN: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple[Tensor, ...], Layout]] = {}
 _MOST = 256
 
 
-def to_arguments(layout: PackedLayout | BlockLayout) -> tuple[list[int], list[Tensor]]:
+def to_arguments(layout: CompactLayout | BlockLayout) -> tuple[list[int], list[Tensor]]:
     """The layout as an operator's schema can carry it; ``from_arguments`` reads it back."""
     ends = [layout.rows, layout.columns]
     index = [t for t in ends if t is not None]
@@ -69,16 +69,16 @@ def _made(sizes: Sequence[int], index: Sequence[Tensor]) -> Layout:
     shape, (rows, columns) = (out_features, in_features), ends
     compact_input, compact_output = bool(flags[0]), bool(flags[1])
     if len(sizes) == 7:
-        packed = PackedLayout(
+        compact = CompactLayout(
             shape=shape,
             rows=rows,
             columns=columns,
             compact_input=compact_input,
             compact_output=compact_output,
         )
-        ok = packed.kept_entries == kept_entries
-        require(ok, "sizes", f"{packed.kept_entries} kept entries", kept_entries)
-        return packed
+        ok = compact.kept_entries == kept_entries
+        require(ok, "sizes", f"{compact.kept_entries} kept entries", kept_entries)
+        return compact
     return BlockLayout(
         shape=shape,
         block_shape=(sizes[7], sizes[8]),

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
-from sensikernels._values import readable, require_within
+from sensikernels._core.checks import require
+from sensikernels._core.values import readable, require_within
 
 
 class Blocks(Protocol):

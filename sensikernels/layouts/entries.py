@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sensikernels._checks import require
-from sensikernels.layouts.kinds import BlockLayout, ElementLayout, Layout, PackedLayout
+from sensikernels._core.checks import require
+from sensikernels.layouts.kinds import BlockLayout, CompactLayout, ElementLayout, Layout
 
 
-def pack(weight: Tensor, layout: Layout, *, compact: bool = False) -> Tensor:
+def kept_values(weight: Tensor, layout: Layout, *, compact: bool = False) -> Tensor:
     """The kept entries of ``weight [out_features, in_features]``, shaped ``values_shape``.
 
     ``compact``: ``weight`` has only the features of ``layout.rows`` and ``layout.columns``.
-    Returns ``weight`` itself when a packed layout keeps all of it. Differentiable. Raises
+    Returns ``weight`` itself when a compact layout keeps all of it. Differentiable. Raises
     UsageError for a weight of another shape.
     """
     layout.check()
@@ -23,16 +23,16 @@ def pack(weight: Tensor, layout: Layout, *, compact: bool = False) -> Tensor:
     require(list(weight.shape) == shape, "weight", shape, list(weight.shape))
     if isinstance(layout, ElementLayout):
         return weight.flatten().index_select(0, layout.index)
-    packed = weight if compact else _take(_take(weight, 0, layout.rows), 1, layout.columns)
-    if isinstance(layout, PackedLayout):
-        return packed
+    kept = weight if compact else _take(_take(weight, 0, layout.rows), 1, layout.columns)
+    if isinstance(layout, CompactLayout):
+        return kept
     (n_rows, n_columns), (height, width) = layout.grid_shape, layout.block_shape
-    padding = (0, n_columns * width - packed.shape[1], 0, n_rows * height - packed.shape[0])
-    tiles = F.pad(packed, padding).reshape(n_rows, height, n_columns, width)
+    padding = (0, n_columns * width - kept.shape[1], 0, n_rows * height - kept.shape[0])
+    tiles = F.pad(kept, padding).reshape(n_rows, height, n_columns, width)
     return tiles[layout.row_idx, :, layout.col_idx]
 
 
-def unpack(values: Tensor, layout: Layout, *, compact: bool = False) -> Tensor:
+def full_weight(values: Tensor, layout: Layout, *, compact: bool = False) -> Tensor:
     """The weight ``[out_features, in_features]`` with ``values`` kept and zeros elsewhere.
 
     With ``compact`` the weight the layer multiplies by: ``[out_width, in_width]``. Differentiable;
@@ -44,7 +44,7 @@ def unpack(values: Tensor, layout: Layout, *, compact: bool = False) -> Tensor:
     if isinstance(layout, ElementLayout):
         flat = values.new_zeros(layout.shape[0] * layout.shape[1])
         return flat.index_copy(0, layout.index.long(), values).view(layout.shape)
-    matrix = values if isinstance(layout, PackedLayout) else _untile(values, layout)
+    matrix = values if isinstance(layout, CompactLayout) else _untile(values, layout)
     if not (compact and layout.compact_input):
         matrix = _put(matrix, 1, layout.columns, layout.shape[1])
     if not (compact and layout.compact_output):
@@ -67,8 +67,8 @@ def assign_(weight: Tensor, values: Tensor, layout: Layout) -> None:
         index, width = layout.index.long(), layout.shape[1]
         weight.index_put_((index // width, index % width), values)
     elif isinstance(layout, BlockLayout):
-        kept = unpack(torch.ones_like(values), layout).bool()
-        weight.copy_(torch.where(kept, unpack(values, layout), weight))
+        kept = full_weight(torch.ones_like(values), layout).bool()
+        weight.copy_(torch.where(kept, full_weight(values, layout), weight))
     elif layout.rows is None and layout.columns is None:
         weight.copy_(values)
     elif layout.columns is None:

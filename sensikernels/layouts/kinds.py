@@ -24,7 +24,7 @@ BLOCK_TENSORS = (
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PackedLayout:
+class CompactLayout:
     """Kept rows x kept columns of a weight ``[out_features, in_features]``: a smaller matrix.
 
     ``rows`` and ``columns`` are ascending int32 indices; None keeps all. ``values`` is
@@ -177,7 +177,7 @@ class BlockLayout:
 class ElementLayout:
     """Single kept entries: ``index`` is ascending int32 into the flattened weight.
 
-    ``values`` is ``[n]``. Runs dense on the unpacked weight: exact, but no faster than dense.
+    ``values`` is ``[n]``. Runs dense on the full weight: exact, but no faster than dense.
 
     Shapes and dtypes are checked when it is made, values by ``check`` before it is first used.
     Raises UsageError.
@@ -236,7 +236,7 @@ class ElementLayout:
         return self.index.shape[0] / (self.shape[0] * self.shape[1] or 1)
 
 
-Layout: TypeAlias = PackedLayout | BlockLayout | ElementLayout
+Layout: TypeAlias = CompactLayout | BlockLayout | ElementLayout
 
 
 def to_device(layout: Layout, device: torch.device | str) -> Layout:
@@ -247,7 +247,7 @@ def to_device(layout: Layout, device: torch.device | str) -> Layout:
     return mark_sound(there) if layout.sound else there
 
 
-AnyLayout = TypeVar("AnyLayout", bound=PackedLayout | BlockLayout | ElementLayout)
+AnyLayout = TypeVar("AnyLayout", bound=CompactLayout | BlockLayout | ElementLayout)
 
 
 def mark_sound(layout: AnyLayout) -> AnyLayout:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sensikernels._checks import require
+from sensikernels._core.checks import require
 from sensikernels.layouts import checks
-from sensikernels.layouts.kinds import BlockLayout, ElementLayout, Layout, PackedLayout, mark_sound
+from sensikernels.layouts.kinds import BlockLayout, CompactLayout, ElementLayout, Layout, mark_sound
 
 
 def layout_of(
@@ -21,7 +21,7 @@ def layout_of(
 ) -> Layout:
     """The cheapest layout of a mask ``grid`` (bool ``[R, C]``) over tiles of ``block_shape``.
 
-    Packed where the grid is an outer product of kept rows and kept columns, elements for
+    Compact where the grid is an outer product of kept rows and kept columns, elements for
     ``(1, 1)`` tiles, blocks otherwise. The last tile of a row or column may be cut by the edge.
 
     Raises:
@@ -33,19 +33,19 @@ def layout_of(
     require(grid.dtype == torch.bool, "grid", "dtype torch.bool", grid.dtype)
     require(list(grid.shape) == expected, "grid", f"shape {expected}", list(grid.shape))
     kept_rows, kept_columns = grid.any(1), grid.any(0)
-    compact = {"compact_input": compact_input, "compact_output": compact_output}
+    ends = {"compact_input": compact_input, "compact_output": compact_output}
     if grid.shape[0] == 1:
         kept_rows = torch.ones_like(kept_rows)
     elif grid.shape[1] == 1:
         kept_columns = torch.ones_like(kept_columns)
     if torch.equal(grid, kept_rows[:, None] & kept_columns):
-        packed = PackedLayout(
+        layout = CompactLayout(
             shape=shape,
             rows=_features(kept_rows, block_shape[0], shape[0]),
             columns=_features(kept_columns, block_shape[1], shape[1]),
-            **compact,
+            **ends,
         )
-        return mark_sound(packed)
+        return mark_sound(layout)
     if block_shape == (1, 1):
         require(not (compact_input or compact_output), "compact", "False for elements", "True")
         return mark_sound(ElementLayout(shape=shape, index=_indices(grid.flatten())))
@@ -53,7 +53,7 @@ def layout_of(
     columns = _features(kept_columns, block_shape[1], shape[1]) if compact_input else None
     seen = grid if rows is None else grid[kept_rows]
     seen = seen if columns is None else seen[:, kept_columns]
-    return block_layout(grid, seen, block_shape, shape, rows, columns, **compact)
+    return block_layout(grid, seen, block_shape, shape, rows, columns, **ends)
 
 
 def block_layout(

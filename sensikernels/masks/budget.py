@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sensikernels._checks import require, require_one_of
+from sensikernels._core.checks import require, require_one_of
 
 SCOPES = ("global", "per_layer")
 SHARES = ("flops", "params", "step_time")

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
+from sensikernels._core.checks import require
 
 PATTERNS = ("rows", "columns", "heads", "blocks", "elements")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require, require_one_of
+from sensikernels._core.checks import require, require_one_of
 from sensikernels.masks.mask import Mask
 from sensikernels.masks.structure import Coupling, coupling_from_json
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
-from sensikernels.errors import UsageError
+from sensikernels._core.checks import require
+from sensikernels._core.errors import UsageError
 from sensikernels.masks.budget import Budget
-from sensikernels.masks.latency import StepCosts, fastest_widths
 from sensikernels.masks.mask import Mask
 from sensikernels.masks.plans import Plan
 from sensikernels.masks.scores import Scores
+from sensikernels.masks.step_costs import StepCosts, fastest_widths
 from sensikernels.masks.structure import Coupling, Structure
 from sensikernels.ops.select_kept import select_kept
 

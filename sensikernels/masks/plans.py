@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sensikernels._checks import require
-from sensikernels._files import (
+from sensikernels._core.checks import require
+from sensikernels._core.errors import CheckpointError, UsageError
+from sensikernels._core.files import (
     digest_of_file,
     one_line,
     read_json,
@@ -22,9 +23,7 @@ from sensikernels._files import (
     write_json,
     writing,
 )
-from sensikernels.errors import CheckpointError, UsageError
 from sensikernels.masks.budget import Budget
-from sensikernels.masks.flops import tokens_of, training_flops
 from sensikernels.masks.mask import Mask
 from sensikernels.masks.plan_files import (
     FORMAT,
@@ -123,19 +122,6 @@ class Plan:
     def params_ratio(self) -> float:
         """Planned over dense parameters, embeddings left out."""
         return self.params_planned / self.params_dense if self.params_dense else 1.0
-
-    def verify(
-        self, model: nn.Module, batch: Mapping[str, Tensor], *, dense: nn.Module | None = None
-    ) -> Measured:
-        """Count the FLOPs of one training step of ``model`` (the plan applied) on ``batch``.
-
-        With ``dense``, the same batch is counted on the dense model too, so that the ratio is
-        measured over measured; without it the planned dense figure is the denominator.
-        """
-        tokens = tokens_of(batch)
-        got = training_flops(model, batch) / tokens
-        reference = self.flops_dense if dense is None else training_flops(dense, batch) / tokens
-        return Measured(flops_per_token=got, dense_flops_per_token=reference)
 
     def __str__(self) -> str:
         asked = "none" if self.budget is None else f"{self.budget.measure} {self.budget.requested}"
@@ -280,18 +266,3 @@ def _any_layer(name: str) -> str:
 
 def _said(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else str(list(shape))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Training FLOPs per token, counted."""
-
-    flops_per_token: float
-    dense_flops_per_token: float
-
-    @property
-    def ratio(self) -> float:
-        """Measured over dense."""
-        if not self.dense_flops_per_token:
-            raise UsageError("plan: expected a dense FLOPs figure to compare with, got none")
-        return self.flops_per_token / self.dense_flops_per_token

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
+from sensikernels._core.checks import require
 from sensikernels.masks.structure import Structure
 
 

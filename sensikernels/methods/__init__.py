@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sensikernels._checks import require_one_of
+from sensikernels._core.checks import require_one_of
 from sensikernels.methods.base import Method, Run
 from sensikernels.methods.bitfit import BitFit
 from sensikernels.methods.dense import Dense

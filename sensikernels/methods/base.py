@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.masks.budget import Budget
-from sensikernels.masks.latency import StepCosts
 from sensikernels.masks.plans import Plan
 from sensikernels.masks.scores import Scores
+from sensikernels.masks.step_costs import StepCosts
 
 Batch = Mapping[str, Tensor]
 Batches = Iterable[Batch]

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from sensikernels._checks import require_one_of
-from sensikernels.hf import apply, structure
+from sensikernels._core.checks import require_one_of
+from sensikernels.hf import apply, structure_of
 from sensikernels.masks import Plan
 from sensikernels.methods.base import Method, Run
 
@@ -57,18 +57,18 @@ class BitFit(Method):
 
     def begin(self, run: Run) -> None:
         """Freeze before the first step, so that no weight gradient is ever computed."""
-        parts = structure(run.model).at(run.tokens_per_sequence, run.attended)
+        structure = structure_of(run.model).at(run.tokens_per_sequence, run.attended)
         length = run.sequence_length
         trainable = select((n for n, _ in run.model.named_parameters()), self.subsets)
         run.plan = Plan(
             method=self.name,
             trainable=trainable,
             sequence_length=length,
-            flops_dense=parts.flops(length),
-            flops_planned=parts.forward_and_input_flops(length),
-            params_dense=parts.params(),
-            params_planned=parts.params(),
-            shapes=parts.shapes(),
+            flops_dense=structure.flops(length),
+            flops_planned=structure.forward_and_input_flops(length),
+            params_dense=structure.params(),
+            params_planned=structure.params(),
+            shapes=structure.shapes(),
             origin={"subsets": list(self.subsets)},
         )
         apply(run.model, run.plan, optimizer=run.optimizer)

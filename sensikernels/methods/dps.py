@@ -8,15 +8,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sensikernels._bits import unpack_bits
-from sensikernels._checks import require
-from sensikernels.errors import UsageError
+from sensikernels._core.bits import unpack_bits
+from sensikernels._core.checks import require
+from sensikernels._core.errors import UsageError
 from sensikernels.hf import encoder_layers
-from sensikernels.hf.targets import PARTS
+from sensikernels.hf.targets import LAYER_LINEARS
 from sensikernels.masks import Mask, Plan
 from sensikernels.methods.base import Method, Run
 from sensikernels.ops.select_kept import select_elements
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.optim import SubsetAdamW
 
 _SCALE = 1000.0  # the published code divides g² by it; it only rescales
 
@@ -151,7 +151,7 @@ class DPS(Method):
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights DPS masks: encoder linears, pooler and classifier, by parameter name."""
     layers = encoder_layers(model)
-    inside = {layer.name(part) for layer in layers for part in PARTS}
+    inside = {layer.name(part) for layer in layers for part in LAYER_LINEARS}
     return {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()

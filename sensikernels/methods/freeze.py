@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from sensikernels._checks import require
-from sensikernels.hf import apply, cache_frozen_prefix, encoder_layers, packing_of, structure
+from sensikernels._core.checks import require
+from sensikernels.hf import apply, cache_frozen_prefix, encoder_layers, packing_of, structure_of
 from sensikernels.masks import Plan
 from sensikernels.methods.base import Method, Run
 
@@ -66,15 +66,15 @@ class Freeze(Method):
             require(packing_of(model) is not None, "cache", "packed tokens", "padded ones")
         depth = depth_of(model, self.share)
         require(depth > 0, "share", "at least one layer's", self.share)
-        parts = structure(model).at(run.tokens_per_sequence, run.attended)
+        structure = structure_of(model).at(run.tokens_per_sequence, run.attended)
         run.plan = replace(
             frozen_lowest(model, self.share),
             sequence_length=length,
-            flops_dense=parts.flops(length),
-            flops_planned=parts.flops_above(length, depth),
-            params_dense=parts.params(),
-            params_planned=parts.params(),
-            shapes=parts.shapes(),
+            flops_dense=structure.flops(length),
+            flops_planned=structure.flops_above(length, depth),
+            params_dense=structure.params(),
+            params_planned=structure.params(),
+            shapes=structure.shapes(),
         )
         apply(model, run.plan, optimizer=run.optimizer)
         kept = ""

@@ -12,13 +12,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from sensikernels._checks import require, require_one_of
-from sensikernels.criteria import STATISTICS
+from sensikernels._core.checks import require, require_one_of
 from sensikernels.hf import CRITERIA, apply, sensitivity
+from sensikernels.hf.criteria import STATISTICS
 from sensikernels.hf.targets import GRANULARITIES
 from sensikernels.masks import Budget, Plan, Scores, plan
 from sensikernels.methods.base import Method, Run
-from sensikernels.methods.latency import by_the_clock
+from sensikernels.methods.step_time import by_the_clock
 
 RANKINGS = ("ranked", "uniform", "random", "reversed")
 

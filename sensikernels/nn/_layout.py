@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sensikernels._checks import require
+from sensikernels._core.checks import require
 from sensikernels.layouts import Layout, layout_of, to_device
 from sensikernels.masks.mask import Mask
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sensikernels._hooks import hooked, hooked_everywhere
+from sensikernels._core.hooks import hooked, hooked_everywhere
 from sensikernels.nn.selective import SelectiveLinear
 from sensikernels.ops.selective_linear import Selected, selective_linear_grouped, why_apart
 

@@ -7,19 +7,19 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sensikernels import _settings
-from sensikernels.dispatch import Choice
-from sensikernels.layouts import pack, unpack
+from sensikernels._core import environment
+from sensikernels.layouts import full_weight, kept_values
 from sensikernels.masks.mask import Mask
 from sensikernels.nn._layout import MaskedModule, check_mask
-from sensikernels.ops.masked_linear import explain, masked_linear, repack
+from sensikernels.ops.common.dispatch import Choice
+from sensikernels.ops.masked_linear import explain, masked_linear, take_kept
 
 
 class MaskedLinear(MaskedModule):
     """``act(x @ W^T + bias)``, W zero outside the mask; ``weight`` holds the kept entries only.
 
     Made by :meth:`from_linear`. ``weight`` and ``bias`` are ordinary Parameters: optimizers, DDP
-    and checkpoints see what is kept. A state dict of the dense linear loads too and is packed.
+    and checkpoints see what is kept. A state dict of the dense linear loads too and is compact.
 
     - ``compact_input``: x is ``[..., kept_in]``, the features of kept columns.
     - ``compact_output``: y is ``[..., kept_out]``, the features of kept rows, and bias with it.
@@ -76,7 +76,7 @@ class MaskedLinear(MaskedModule):
             activation=activation,
             backend=backend,
         )
-        kept = repack([linear.weight.detach()], module.layout)[0]
+        kept = take_kept([linear.weight.detach()], module.layout)[0]
         if kept.shape != linear.weight.shape or kept.data_ptr() != linear.weight.data_ptr():
             module.weight = _like(linear.weight, kept)
         rows = module._bias_rows
@@ -91,7 +91,7 @@ class MaskedLinear(MaskedModule):
         ``full``: of the original size, with zeros in what was dropped. Shares Parameters that
         need no change.
         """
-        weight = unpack(self.weight, self.layout, compact=not full).detach()
+        weight = full_weight(self.weight, self.layout, compact=not full).detach()
         bias = self.bias
         if bias is not None and full and self._bias_rows is not None:
             filled = bias.new_zeros(self.out_features)
@@ -109,7 +109,7 @@ class MaskedLinear(MaskedModule):
             weight, bias = tensors["weight"], tensors["bias"]
         else:  # somebody parametrizes them
             weight, bias = self.weight, self.bias
-        if self.layout.direct and self.backend == _settings.backend() == "auto":
+        if self.layout.direct and self.backend == environment.backend() == "auto":
             try:
                 y = F.linear(x, weight, bias)  # what masked_linear comes to, without its checks
             except RuntimeError:
@@ -150,7 +150,7 @@ class MaskedLinear(MaskedModule):
         state_dict = dict(state_dict)
         weight, bias = (state_dict.get(prefix + name) for name in ("weight", "bias"))
         if isinstance(weight, Tensor) and weight.shape == self.mask.shape:
-            state_dict[prefix + "weight"] = pack(weight, self._layout_on(weight.device))
+            state_dict[prefix + "weight"] = kept_values(weight, self._layout_on(weight.device))
         rows = self._bias_rows
         full = (self.out_features,)
         if rows is not None and isinstance(bias, Tensor) and bias.shape == full:

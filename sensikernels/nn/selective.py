@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sensikernels.dispatch import Choice
-from sensikernels.layouts import assign_, layout_of, pack
+from sensikernels.layouts import assign_, kept_values, layout_of
 from sensikernels.masks.mask import Mask
 from sensikernels.nn._layout import MaskedModule, check_mask
+from sensikernels.ops.common.dispatch import Choice
 from sensikernels.ops.selective_linear import explain, selective_linear
 
 
@@ -70,7 +70,7 @@ class SelectiveLinear(MaskedModule):
         check_mask(linear, mask)
         weight = linear.weight.detach()
         layout = layout_of(mask.grid.to(weight.device), mask.block_shape, mask.shape)
-        values = nn.Parameter(pack(weight, layout).clone())
+        values = nn.Parameter(kept_values(weight, layout).clone())
         bias = linear.bias
         if bias is not None and not train_bias:
             bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -134,7 +134,7 @@ class SelectiveLinear(MaskedModule):
         weight = state_dict.get(prefix + "weight")
         if isinstance(weight, Tensor) and weight.shape == self.weight.shape:
             layout = self._layout_on(weight.device)
-            state_dict[prefix + "values"] = pack(weight, layout).clone()
+            state_dict[prefix + "values"] = kept_values(weight, layout).clone()
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sensikernels import dispatch
-from sensikernels._timing import elapsed_ms
-from sensikernels.dispatch import BreakEven
-from sensikernels.layouts import Layout, layout_of, pack
+from sensikernels._core.timing import elapsed_ms
+from sensikernels.layouts import Layout, kept_values, layout_of
+from sensikernels.ops.common import dispatch
+from sensikernels.ops.common.dispatch import BreakEven
 from sensikernels.ops.masked_linear import masked_linear
 from sensikernels.ops.selective_linear import selective_linear
 
@@ -44,7 +44,7 @@ def tune(
     target = path or dispatch.USER_TABLES / f"{dispatch.device_key(device)}.json"
     kind = torch.device(device).type
     dtypes = (torch.float32, torch.bfloat16)
-    points = [("packed", 0), *product(("block-sparse", "selective"), BLOCKS)]
+    points = [("compact", 0), *product(("block-sparse", "selective"), BLOCKS)]
     table = []
     for (name, block), dtype, n in product(points, dtypes, tokens or TOKENS):
         kept = str(dtype).removeprefix("torch.")
@@ -95,13 +95,13 @@ def _ratio(
     tile = (block, block) if block else (1, into)
     size = [-(-n // b) for n, b in zip(shape, tile, strict=True)]
     grid = torch.rand(size, generator=generator) < density
-    grid.view(-1)[0] = False  # dense to the last block would be packed
+    grid.view(-1)[0] = False  # dense to the last block would be compact
     layout = layout_of(grid.to(device), tile, shape)
     weight, x, dy = (
         torch.randn(s, generator=generator).to(device, dtype)
         for s in (shape, (tokens, into), (tokens, out))
     )
-    values = pack(weight, layout).clone()
+    values = kept_values(weight, layout).clone()
     fast = "native" if device.type == "cpu" else "triton"
     values, x = values.requires_grad_(), x.requires_grad_()
     if kind == "selective":
@@ -124,7 +124,7 @@ def _selective(
 ) -> Callable[[], object]:
     """Only the gradient of the values differs between the forms."""
     if form == "torch":
-        return lambda: pack(dy.T @ x.detach(), layout)
+        return lambda: kept_values(dy.T @ x.detach(), layout)
     y = selective_linear(x.detach(), weight, values, layout, backend=form)
     return lambda: torch.autograd.grad(y, values, dy, retain_graph=True)
 

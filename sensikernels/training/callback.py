@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sensikernels._checks import require
-from sensikernels.errors import UsageError
-from sensikernels.glue import geometry
-from sensikernels.hf import ComputeLoss, applied, apply, computed, structure
+from sensikernels._core.checks import require
+from sensikernels._core.errors import UsageError
+from sensikernels.data import geometry
+from sensikernels.hf import ComputeLoss, applied, apply, computed, structure_of
 from sensikernels.hf.callback import TrainerCallback, default_loss
 from sensikernels.masks import Budget, Plan, StepCosts
 from sensikernels.masks.structure import Structure
@@ -116,7 +116,7 @@ class SensiCallback(TrainerCallback):
             CheckpointError: ``folder`` holds no whole state of this callback's settings.
         """
         _know_numbered_cpus()
-        self._dense = structure(model)
+        self._dense = structure_of(model)
         state, plan = checkpoint.load(Path(folder) / FOLDER, settings=self._identity())
         if plan is not None and (plan.weight_masks or plan.trainable is not None):
             apply(model, plan)
@@ -141,7 +141,7 @@ class SensiCallback(TrainerCallback):
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         ranking = Ranking(loader, rows=self.ranking_rows, seed=self.seed, world=world)
         if self._dense is None:
-            self._dense = structure(model)
+            self._dense = structure_of(model)
         seen = geometry(computed(model, batch) for batch in ranking)
         given = self.sequence_length
         run = self.run = Run(

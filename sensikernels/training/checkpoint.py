@@ -17,8 +17,15 @@ from typing import Any
 
 from torch import Tensor
 
-from sensikernels._files import digest_of_file, one_line, parse_json, read_json, remove, writing
-from sensikernels.errors import CheckpointError, SensiError
+from sensikernels._core.errors import CheckpointError, SensiError
+from sensikernels._core.files import (
+    digest_of_file,
+    one_line,
+    parse_json,
+    read_json,
+    remove,
+    writing,
+)
 from sensikernels.masks import Plan
 from sensikernels.training.output import CHECKPOINTS
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from sensikernels._checks import require, require_one_of
-from sensikernels.errors import UsageError
-from sensikernels.glue import get_task
+from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.errors import UsageError
+from sensikernels.data import get_task
 from sensikernels.masks import Budget, Plan
 from sensikernels.methods import METHODS, Dense, Method, Run, SensiBert, method
 

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensikernels.errors import DataError
-from sensikernels.glue import (
+from sensikernels._core.errors import DataError
+from sensikernels.data import (
     Batches,
     Encoded,
-    Geometry,
     Task,
     embedded_model_path,
     encode,
@@ -24,8 +23,9 @@ from sensikernels.glue import (
     load,
 )
 from sensikernels.hf import load_tokenizer, to_padded
+from sensikernels.masks import Geometry
 from sensikernels.training.config import Settings
-from sensikernels.training.distributed import ALONE, Part, World
+from sensikernels.training.distributed import ALONE, Share, World
 
 EVAL_BATCH = 64
 
@@ -74,15 +74,15 @@ class Data:
             batch, pad_token_id=encoded.pad_token_id, multiple=self.train.pad_to_multiple
         )
 
-    def parts(self, number: int, start: int = 0) -> Iterator[Part]:
-        """This process's part of one epoch's training batches from ``start``, on the device."""
+    def shares(self, number: int, start: int = 0) -> Iterator[Share]:
+        """This process's share of one epoch's training batches from ``start``, on the device."""
         self.train.resume(epoch=number, start=start)
-        parts = self.world.parts(self.train)
-        return (part._replace(batch=self._to_device(part.batch)) for part in parts)
+        shares = self.world.shares(self.train)
+        return (share._replace(batch=self._to_device(share.batch)) for share in shares)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
-        """The batches of ``parts``."""
-        return (part.batch for part in self.parts(number, start))
+        """The batches of ``shares``."""
+        return (share.batch for share in self.shares(number, start))
 
     def ranked(self) -> Iterator[dict[str, Tensor]]:
         """The batches that rank units: the same ones at every call, shared among processes."""
@@ -176,11 +176,11 @@ def _ranking(train: Encoded, settings: Settings) -> Batches:
 
 def take(encoded: Encoded, rows: Any) -> Encoded:
     """Some rows of ``encoded``, in the order given."""
-    parts = [encoded[int(i)] for i in rows]
-    types = [p.token_type_ids for p in parts if p.token_type_ids is not None]
-    lengths = [len(p.input_ids) for p in parts]
+    chosen = [encoded[int(i)] for i in rows]
+    types = [p.token_type_ids for p in chosen if p.token_type_ids is not None]
+    lengths = [len(p.input_ids) for p in chosen]
     return Encoded(
-        input_ids=np.concatenate([p.input_ids for p in parts]),
+        input_ids=np.concatenate([p.input_ids for p in chosen]),
         token_type_ids=np.concatenate(types) if types else None,
         offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         labels=encoded.labels[rows],
@@ -189,8 +189,8 @@ def take(encoded: Encoded, rows: Any) -> Encoded:
 
 
 def _all_epochs(train: Batches, epochs: int) -> Geometry:
-    parts = []
+    passes = []
     for epoch in range(epochs):
         train.resume(epoch=epoch, start=0)
-        parts.append(train.geometry())
-    return Geometry.total(parts)
+        passes.append(train.geometry())
+    return Geometry.total(passes)

@@ -19,20 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sensikernels import _settings
-from sensikernels._checks import require
-from sensikernels._files import one_line
-from sensikernels.errors import SensiError
-from sensikernels.glue import Batches
+from sensikernels._core import environment
+from sensikernels._core.checks import require
+from sensikernels._core.errors import SensiError
+from sensikernels._core.files import one_line
+from sensikernels.data import Batches
 from sensikernels.masks import Plan
 from sensikernels.methods import Run
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.optim import SubsetAdamW
 from sensikernels.training.config import Settings
 
 T = TypeVar("T")
 
 
-class Part(NamedTuple):
+class Share(NamedTuple):
     """What one process does of a global batch.
 
     ``weight``: its mean loss times this, averaged over processes, is the global mean loss.
@@ -64,7 +64,7 @@ class World:
         """
         from accelerate import PartialState
 
-        started = _settings.world_size()
+        started = environment.world_size()
         kind = device_kind(settings)
         try:
             state = PartialState(cpu=kind == "cpu")
@@ -90,14 +90,14 @@ class World:
         """Whether this process writes and tells."""
         return self.rank == 0
 
-    def parts(self, batches: Batches) -> Iterator[Part]:
+    def shares(self, batches: Batches) -> Iterator[Share]:
         """This process's rows of every batch. Who is left without one takes a row of no weight."""
         lengths = batches.order.lengths
         orders = list(batches.order)
         mine = [rows[self.rank :: self.size] for rows in orders]
         taken = [own or rows[:1] for own, rows in zip(mine, orders, strict=True)]
         for batch, own, rows in zip(_loader(batches, taken), mine, orders, strict=True):
-            yield Part(batch, len(own) * self.size / len(rows), int(lengths[rows].sum()))
+            yield Share(batch, len(own) * self.size / len(rows), int(lengths[rows].sum()))
 
     def turns(self, batches: Batches, *, even: bool = False) -> DataLoader[Any]:
         """Every ``size``-th batch, whole. ``even``: the same number for all, the last one again."""
@@ -211,7 +211,7 @@ class World:
             wrapper.register_comm_hook(state, hook)
 
     def shards(self, model: nn.Module) -> bool:
-        """Whether ``model`` is in parts now."""
+        """Whether ``model`` is in shares now."""
         if self.parallel == "ddp" or self.size == 1:
             return False
         from sensikernels.training.sharded import is_sharded
@@ -284,7 +284,7 @@ def one_for_all(world: World) -> Iterator[None]:
 
 
 def leave() -> None:
-    """Part from the other processes, if there are any."""
+    """Share from the other processes, if there are any."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

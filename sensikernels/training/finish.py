@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sensikernels._files import one_line, read_json
-from sensikernels.errors import CheckpointError, SensiError
-from sensikernels.glue import compute
+from sensikernels._core.errors import CheckpointError, SensiError
+from sensikernels._core.files import one_line, read_json
+from sensikernels.data import compute
 from sensikernels.hf import (
     applied,
     compact,
@@ -24,7 +24,7 @@ from sensikernels.hf import (
 )
 from sensikernels.hf.model_folder import write_digests
 from sensikernels.masks import Plan, Scores
-from sensikernels.methods.latency import own_rows, time_ratio
+from sensikernels.methods.step_time import own_rows, time_ratio
 from sensikernels.training import checkpoint
 from sensikernels.training.config import DTYPES, Settings
 from sensikernels.training.flops import flops_per_token

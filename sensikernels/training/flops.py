@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sensikernels.hf import uncached
-from sensikernels.masks import training_flops
+from sensikernels.hf import training_flops, uncached
 from sensikernels.training.data import Data
 
 _EXTRA = 64  # rows of no sequence that are counted to find what one of them costs

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sensikernels._checks import require
+from sensikernels._core.checks import require
 from sensikernels.nn._layout import MaskedModule
 
 Batch = Mapping[str, Any]

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from sensikernels import _settings
-from sensikernels._checks import require
-from sensikernels._files import one_line
-from sensikernels.errors import SensiError
-from sensikernels.hf import load_model, quiet, structure
+from sensikernels._core import environment
+from sensikernels._core.checks import require
+from sensikernels._core.errors import SensiError
+from sensikernels._core.files import one_line
+from sensikernels.hf import load_model, quiet, structure_of
 from sensikernels.masks import Plan, Scores, StepCosts, Structure
-from sensikernels.methods.latency import measure_costs
+from sensikernels.methods.step_time import measure_costs
 from sensikernels.training import checkpoint
 from sensikernels.training.config import DTYPES, Settings
 from sensikernels.training.data import Data, model_path
-from sensikernels.training.distributed import Part, World, device_kind, one_for_all
+from sensikernels.training.distributed import Share, World, device_kind, one_for_all
 from sensikernels.training.finish import finish, read_report, step_time_ratio
 from sensikernels.training.flops import flops_per_token
 from sensikernels.training.output import output_folder
@@ -52,7 +52,7 @@ Watcher = Callable[[Progress], None]
 class Session:
     """A run under way: one or two runners that see the same batches.
 
-    ``parts``: the untrimmed model's structure on the run's batches, ``dense_flops`` its measured
+    ``structure``: of the untrimmed model on the run's batches; ``dense_flops``: its measured
     training FLOPs per token. ``start``: the clock when the process began with the run.
     """
 
@@ -62,7 +62,7 @@ class Session:
     dense: Runner | None
     max_steps: int
     dense_flops: float
-    parts: Structure
+    structure: Structure
     start: float = field(default_factory=time.perf_counter)
     epoch: int = 0
     batch: int = 0
@@ -82,9 +82,9 @@ class Session:
     def train(self, watch: Watcher | None = None) -> None:
         """Every remaining epoch, with checkpoints on the way and one of the trained model."""
         for epoch in range(self.epoch, self.settings.epochs):
-            for part in self.data.parts(epoch, self.batch):
+            for share in self.data.shares(epoch, self.batch):
                 plan = self.runner.run.plan
-                self._step(part)
+                self._step(share)
                 if watch is not None:
                     watch(self._progress())
                 if self._checkpoint_is_due(plan):
@@ -93,13 +93,13 @@ class Session:
                 runner.evaluate(self.data)
             self.epoch, self.batch = epoch + 1, 0
 
-    def _step(self, part: Part) -> None:
+    def _step(self, share: Share) -> None:
         # Whoever is second finds a warmer cache: take turns.
         order = self.runners if self.step % 2 == 0 else self.runners[::-1]
-        self.tokens.append(part.tokens)
+        self.tokens.append(share.tokens)
         for runner in order:
-            batch = self.data.padded(part.batch) if runner is self.dense else part.batch
-            runner.step(batch, part.weight)
+            batch = self.data.padded(share.batch) if runner is self.dense else share.batch
+            runner.step(batch, share.weight)
         self.batch += 1
 
     def _checkpoint_is_due(self, before: Plan | None) -> bool:
@@ -161,11 +161,13 @@ class Session:
         """Continue from a checkpoint. Raises CheckpointError where it is not one of this run."""
         identity = _identity(self.settings, self.data)
         state, saved_plan = checkpoint.load(folder, settings=identity)
-        parts = structure(self.runner.model, str(self.settings.options.get("granularity", "heads")))
+        structure = structure_of(
+            self.runner.model, str(self.settings.options.get("granularity", "heads"))
+        )
         with checkpoint.matching(folder):
             self._check_place(folder, state)
             if state["scores"] is not None:
-                self.runner.run.scores = Scores(structure=parts, **state["scores"])
+                self.runner.run.scores = Scores(structure=structure, **state["scores"])
             self.runner.run.plan = saved_plan
             for runner, own in zip(self.runners, state["runners"], strict=True):
                 runner.load_state(own)
@@ -253,7 +255,7 @@ def prepare(settings: Settings) -> Session:
     check_model(settings, model, data)
     runner = method_runner(settings, data, model, max_steps)
     geometry = data.geometry
-    parts = structure(model).at(geometry.tokens / geometry.rows, geometry.attended)
+    structure = structure_of(model).at(geometry.tokens / geometry.rows, geometry.attended)
     check_budget(settings, model, data)
     dense_flops = data.world.agree(lambda: flops_per_token(model, data))
     dense = None
@@ -266,7 +268,7 @@ def prepare(settings: Settings) -> Session:
         dense=dense,
         max_steps=max_steps,
         dense_flops=dense_flops,
-        parts=parts,
+        structure=structure,
     )
 
 
@@ -278,8 +280,8 @@ def use_device(settings: Settings) -> torch.device:
     """
     from accelerate import PartialState
 
-    _settings.reserve_primitive_cache(PRIMITIVES)
-    _settings.quiet_profiler()
+    environment.reserve_primitive_cache(PRIMITIVES)
+    environment.quiet_profiler()
     kind = device_kind(settings)
     device: torch.device = PartialState(cpu=kind == "cpu").device
     require(device.type == kind, "device", f"{kind}, as nothing else runs here", device.type)

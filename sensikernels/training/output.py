@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sensikernels._checks import require
-from sensikernels._files import partial_name, remove, write_json, writing
-from sensikernels.errors import SensiError, UsageError
+from sensikernels._core.checks import require
+from sensikernels._core.errors import SensiError, UsageError
+from sensikernels._core.files import partial_name, remove, write_json, writing
 
 CHECKPOINTS = "checkpoint"
 UNFINISHED = ".unfinished"

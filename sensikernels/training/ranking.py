@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from sensikernels._checks import require
-from sensikernels.errors import UsageError
+from sensikernels._core.checks import require
+from sensikernels._core.errors import UsageError
 from sensikernels.hf import checked_loss, modes_kept, own_loss
 from sensikernels.methods import Run
 from sensikernels.training.distributed import World

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from sensikernels._checks import require
-from sensikernels._files import one_line, remove
-from sensikernels.errors import DataError, SensiError, UsageError
-from sensikernels.glue import compute
-from sensikernels.glue.packing import round_up
-from sensikernels.hf import apply, compact, restore, structure
+from sensikernels._core.checks import require
+from sensikernels._core.errors import DataError, SensiError, UsageError
+from sensikernels._core.files import one_line, remove
+from sensikernels.data import compute
+from sensikernels.data.packing import round_up
+from sensikernels.hf import apply, compact, restore, structure_of
 from sensikernels.masks import Plan, Scores, StepCosts, plan, uniform
-from sensikernels.masks.latency import check_kinds
+from sensikernels.masks.step_costs import check_kinds
 from sensikernels.methods import METHODS
-from sensikernels.methods.latency import dtype_of
+from sensikernels.methods.step_time import dtype_of
 from sensikernels.training.config import DTYPES, Settings
 from sensikernels.training.data import Data
 from sensikernels.training.output import UNFINISHED
@@ -74,21 +74,21 @@ def check_budget(settings: Settings, model: nn.Module, data: Data) -> None:
     """Raise UsageError now where trimming would find out later that it cannot be done."""
     if settings.budget is None:
         return
-    parts = structure(model, str(settings.options.get("granularity", "heads")))
+    structure = structure_of(model, str(settings.options.get("granularity", "heads")))
     flat = Scores(
-        structure=parts,
-        values={c.name: torch.ones(c.units) for c in parts.couplings},
+        structure=structure,
+        values={c.name: torch.ones(c.units) for c in structure.couplings},
         criterion="none",
         statistic="none",
     )
     timed = settings.budget.step_time is not None
     if timed:
-        check_kinds(parts.couplings)
+        check_kinds(structure.couplings)
     if timed and settings.costs is None:
         return
     costs = None if settings.costs is None else StepCosts.load(settings.costs)
     if costs is not None:
-        costs.check(parts, data.device.type, dtype_of(model))
+        costs.check(structure, data.device.type, dtype_of(model))
     geometry = data.geometry
     plan(
         flat,
@@ -160,11 +160,11 @@ def check_labels(settings: Settings, model: nn.Module, data: Data) -> None:
 
 def _check_compact(settings: Settings, model: nn.Module) -> None:
     """Trim to nearly nothing, compact, and give the model back as it was."""
-    parts = structure(model, str(settings.options.get("granularity", "heads")))
+    structure = structure_of(model, str(settings.options.get("granularity", "heads")))
     # Dimensions go from every head alike, which the first few of all would not be.
-    smallest = {c.name: c.units if c.heads > 1 else 1 for c in parts.couplings}
+    smallest = {c.name: c.units if c.heads > 1 else 1 for c in structure.couplings}
     with torch.random.fork_rng([]):
-        apply(model, uniform(parts, smallest))
+        apply(model, uniform(structure, smallest))
         try:
             compact(model)
         finally:

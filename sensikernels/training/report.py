@@ -114,12 +114,12 @@ def _planned_flops(session: Session) -> float:
     plan = session.runner.run.plan
     if plan is not None and plan.flops_planned:
         return plan.flops_planned
-    return session.parts.flops(session.data.geometry.mean_length)
+    return session.structure.flops(session.data.geometry.mean_length)
 
 
 def _params(session: Session, saved: dict[str, Any]) -> dict[str, Any]:
     plan = session.runner.run.plan
-    dense = session.parts.params()
+    dense = session.structure.params()
     return {
         "dense": dense,
         "planned": plan.params_planned if plan is not None and plan.params_planned else dense,

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sensikernels._checks import require
-from sensikernels._timing import synchronize
-from sensikernels.errors import SensiError
+from sensikernels._core.checks import require
+from sensikernels._core.errors import SensiError
+from sensikernels._core.timing import synchronize
 from sensikernels.hf import use_counter_dropout, use_packed
 from sensikernels.masks import Budget, StepCosts
 from sensikernels.methods import Dense, Method, Run
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.optim import SubsetAdamW
 from sensikernels.training.config import Settings
 from sensikernels.training.data import Data
 from sensikernels.training.distributed import ALONE, World
@@ -73,7 +73,7 @@ class Runner:
     def step(self, batch: Mapping[str, Tensor], weight: float = 1.0) -> float:
         """Forward, backward, update; returns the loss. Raises SensiError if it is not finite.
 
-        Of several processes each has its part of the batch, of this ``weight`` (``World.parts``);
+        Of several processes each has its part of the batch, of this ``weight`` (``World.shares``);
         gradients and the loss are the whole batch's.
         """
         run = self.run
@@ -144,7 +144,7 @@ class Runner:
     @torch.no_grad()
     def evaluate(self, data: Data) -> dict[str, float]:
         """The task's metrics on the development rows; keeps the logits."""
-        from sensikernels.glue import compute
+        from sensikernels.data import compute
 
         with self._timed("evaluate"):
             if isinstance(self.run.optimizer, SubsetAdamW):

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from sensikernels.hf import encoder_layers, packing_of
 from sensikernels.hf.packed_layer import run_layer
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.optim import SubsetAdamW
 
 
 def shard(model: nn.Module, optimizer: SubsetAdamW) -> ShardedAdamW:
@@ -38,8 +38,8 @@ def shard(model: nn.Module, optimizer: SubsetAdamW) -> ShardedAdamW:
         fully_shard(module, mesh=mesh)
         if packed:
             # A packed model runs its layers by this name, not by their forward.
-            module.packed_forward = partial(run_layer, module)
-            register_fsdp_forward_method(module, "packed_forward")
+            module.compact_forward = partial(run_layer, module)
+            register_fsdp_forward_method(module, "compact_forward")
     fully_shard(model, mesh=mesh, ignored_params=unsharded)
     now = dict(model.named_parameters())
     groups = [

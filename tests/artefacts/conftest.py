@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sensikernels.errors import SensiError
+from sensikernels._core.errors import SensiError
 from sensikernels.hf.load import random_bert
 from tests.artefacts.damage import snapshot
 

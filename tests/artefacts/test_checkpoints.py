@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sensikernels._files import digest_of_file
+from sensikernels._core.files import digest_of_file
 from sensikernels.masks import Budget
 from sensikernels.training import Settings, checkpoint, finetune
 from sensikernels.training.loop import prepare
@@ -167,7 +167,7 @@ def test_forged_tensors(stopped, folder, identity, what):
     """Whoever resumes from them gets one line, and no report."""
     from dataclasses import replace
 
-    from sensikernels.errors import CheckpointError
+    from sensikernels._core.errors import CheckpointError
 
     body = json.loads(json.loads((folder / "state.json").read_text())["body"])
     tensors = load_file(folder / "state.safetensors")

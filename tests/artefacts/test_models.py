@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sensikernels as sk
-from sensikernels.errors import DataError
-from sensikernels.hf import load_model, load_tokenizer, quiet, structure
+from sensikernels._core.errors import DataError
+from sensikernels.hf import load_model, load_tokenizer, quiet, structure_of
 from sensikernels.hf.model_folder import write_digests
 from sensikernels.masks import uniform
 from tests.artefacts.conftest import tiny
@@ -41,7 +41,7 @@ def compacted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compact") / "model"
     model = tiny()
     counts = {"layer.0.heads": 2, "layer.0.neurons": 16, "layer.1.neurons": 32}
-    sk.apply(model, uniform(structure(model), counts))
+    sk.apply(model, uniform(structure_of(model), counts))
     sk.compact(model).save_pretrained(folder)
     return folder
 

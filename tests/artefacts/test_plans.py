@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sensikernels as sk
-from sensikernels._files import digest_of_file, sealed
-from sensikernels.errors import CheckpointError, UsageError
+from sensikernels._core.errors import CheckpointError, UsageError
+from sensikernels._core.files import digest_of_file, sealed
 from sensikernels.masks import Coupling, Mask, Member, Plan
 from tests.artefacts.conftest import tiny
 from tests.artefacts.damage import cuts, doubled, flips, text_of, values

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from sensikernels import dispatch
-from sensikernels._files import sealed
-from sensikernels.dispatch import BreakEven
+from sensikernels._core.files import sealed
 from sensikernels.masks import StepCosts
+from sensikernels.ops.common import dispatch
+from sensikernels.ops.common.dispatch import BreakEven
 from tests.artefacts.damage import cuts, doubled, flips, text_of, values
 
 POINTS = {"heads": {4: 0.0, 2: 1.5, 1: 2.25}, "neurons": {64: 0.0, 32: 3.5, 16: 4.25}}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sensikernels.hf import use_counter_dropout, use_packed
 from sensikernels.hf.load import random_bert
-from sensikernels.ops.subset_adamw import SubsetAdamW
 from sensikernels.ops.subset_adamw.native import why_not
+from sensikernels.optim import SubsetAdamW
 from sensikernels.training.graph import GraphedStep
 from tests.ops.subset_adamw.cases import kept_of
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensikernels.layouts import BlockLayout, pack
+from sensikernels.layouts import BlockLayout, kept_values
 from tests import kernel_checks as checks
 
 pytestmark = pytest.mark.gpu
@@ -83,8 +83,8 @@ def test_blocks_cut_by_the_edge_or_of_odd_size(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", ["rows", "columns", "heads", "one", "none", "all"])
 @pytest.mark.parametrize("ends", [(), ("compact_input",), ("compact_output",)], ids=str)
-def test_packed(pattern: str, ends: tuple[str, ...], dtype: torch.dtype):
-    layout = checks.packed(pattern, (320, 776), "cuda", **dict.fromkeys(ends, True))
+def test_compact(pattern: str, ends: tuple[str, ...], dtype: torch.dtype):
+    layout = checks.compact(pattern, (320, 776), "cuda", **dict.fromkeys(ends, True))
     for activation in ("none", "gelu"):
         checks.check_masked_linear(
             layout, tokens=517, dtype=dtype, device="cuda", activation=activation
@@ -95,7 +95,7 @@ def test_packed(pattern: str, ends: tuple[str, ...], dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 300, 4096])
 def test_linears_that_share_x(tokens: int, dtype: torch.dtype):
-    rows = [checks.packed(one, (768, 768), "cuda") for one in ("rows", "heads", "one")]
+    rows = [checks.compact(one, (768, 768), "cuda") for one in ("rows", "heads", "one")]
     checks.check_grad_values(rows, tokens=tokens, dtype=dtype, device="cuda", saved=False)
     for block in ((32, 32), (64, 64), (128, 128)):
         blocks = [
@@ -116,7 +116,7 @@ def test_results_have_the_same_bits_every_time(block: tuple[int, int]):
     from sensikernels.ops.selective_linear import triton as selective
 
     layout = checks.blocks("random", block, (768, 768), "cuda")
-    rows = checks.packed("rows", (768, 768), "cuda")
+    rows = checks.compact("rows", (768, 768), "cuda")
     x, dy = torch.randn(2, 4096, 768, device="cuda", dtype=torch.bfloat16)
     values = torch.randn(layout.values_shape, device="cuda", dtype=torch.bfloat16)
 
@@ -135,17 +135,17 @@ def test_results_have_the_same_bits_every_time(block: tuple[int, int]):
 
 
 def test_repack_in_one_launch():
-    from sensikernels.ops.common.triton_gather import repack
+    from sensikernels.ops.common.triton_gather import take_kept
 
     for layout in (
-        checks.packed("rows", (768, 3072), "cuda"),
-        checks.packed("columns", (768, 3072), "cuda"),
+        checks.compact("rows", (768, 3072), "cuda"),
+        checks.compact("columns", (768, 3072), "cuda"),
         checks.blocks("random", (32, 64), (768, 3072), "cuda"),
     ):
         tensors = [torch.randn(768, 3072, device="cuda") for _ in range(4)]
         tensors[0] = tensors[0].bfloat16()
-        for got, source in zip(repack(tensors, layout), tensors, strict=True):
-            assert torch.equal(got, pack(source, layout))
+        for got, source in zip(take_kept(tensors, layout), tensors, strict=True):
+            assert torch.equal(got, kept_values(source, layout))
 
 
 def _capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
@@ -163,7 +163,7 @@ def _capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, lis
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_captured_step_follows_a_change_of_mask(dtype: torch.dtype):
     """Same count of blocks, other blocks: indices and values are rewritten, the graph stays."""
-    from sensikernels.ops.common.triton_gather import repack
+    from sensikernels.ops.common.triton_gather import take_kept
     from sensikernels.ops.masked_linear import triton as kernels
 
     def layout_of_rows(first: int) -> BlockLayout:
@@ -177,7 +177,7 @@ def test_a_captured_step_follows_a_change_of_mask(dtype: torch.dtype):
     x = torch.randn(700, 384, device="cuda", dtype=dtype)
     dy = torch.randn(700, 768, device="cuda", dtype=dtype)
     bias = torch.randn(768, device="cuda", dtype=dtype)
-    values = repack([weight], layout)[0]
+    values = take_kept([weight], layout)[0]
 
     def step(one: BlockLayout, kept: Tensor) -> list[Tensor]:
         y, pre = kernels.masked_linear_forward(x, kept, one, bias, "gelu")
@@ -192,7 +192,7 @@ def test_a_captured_step_follows_a_change_of_mask(dtype: torch.dtype):
                 old = getattr(layout, field.name)
                 if isinstance(old, Tensor):
                     old.copy_(getattr(other, field.name))
-            repack([weight], layout, [values])
+            take_kept([weight], layout, [values])
         for tensor in out:
             tensor.fill_(float("nan"))
         graph.replay()

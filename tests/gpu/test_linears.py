@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sensikernels.layouts import ElementLayout, Layout, assign_, layout_of, pack, to_device
+from sensikernels.layouts import ElementLayout, Layout, assign_, kept_values, layout_of, to_device
 from sensikernels.masks.mask import Mask
 from sensikernels.nn import MaskedLinear, SelectiveLinear, grouped_selective_linear
-from sensikernels.ops.masked_linear import explain, masked_linear, repack
+from sensikernels.ops.masked_linear import explain, masked_linear, take_kept
 from sensikernels.ops.selective_linear import selective_linear
 from tests.ops.linear_cases import GRIDS, make_layout
 from tests.tolerance import assert_close_to_reference
@@ -77,7 +77,7 @@ def test_masked_linear(
     layout = on_gpu(name, keep, compact)
     for tokens in (0, 1, 67):
         x = torch.randn(tokens, layout.in_width, device="cuda").to(dtype)
-        values = pack(torch.randn(layout.shape, device="cuda").to(dtype), layout)
+        values = kept_values(torch.randn(layout.shape, device="cuda").to(dtype), layout)
         bias = torch.randn(layout.out_width, device="cuda").to(dtype)
         dy = torch.randn(tokens, layout.out_width, device="cuda").to(dtype)
 
@@ -108,7 +108,7 @@ def test_selective_linear(name: str, keep: str, activation: str, dtype: torch.dt
         )
 
     for backend in backends:
-        held_to_float64(call, [x, pack(weight, layout), bias], dy, backend)
+        held_to_float64(call, [x, kept_values(weight, layout), bias], dy, backend)
 
 
 @pytest.mark.parametrize("op", ["masked", "selective"])
@@ -120,7 +120,7 @@ def test_opcheck(op: str, name: str):
     assert not isinstance(layout, ElementLayout)
     index = to_arguments(layout)
     out, into = layout.out_width, layout.in_width
-    values = pack(torch.randn(layout.shape, device="cuda"), layout)
+    values = kept_values(torch.randn(layout.shape, device="cuda"), layout)
     x, dy = torch.randn(37, into, device="cuda"), torch.randn(37, out, device="cuda")
     ops: Any = torch.ops.sensikernels
     for a, b in ((x, dy), (x.t().contiguous().t(), dy.t().contiguous().t())):
@@ -208,7 +208,7 @@ def test_a_captured_layer_follows_a_change_of_mask(kind: str, dtype: torch.dtype
     x = torch.randn(129, IN, device="cuda", dtype=dtype, requires_grad=True)
     bias = torch.randn(OUT, device="cuda", dtype=dtype, requires_grad=True)
     dy = torch.randn(129, OUT, device="cuda", dtype=dtype)
-    values = repack([weight], layout)[0].clone().requires_grad_()
+    values = take_kept([weight], layout)[0].clone().requires_grad_()
     leaves = [x, values, bias]
 
     def run() -> list[Tensor]:
@@ -222,7 +222,7 @@ def test_a_captured_layer_follows_a_change_of_mask(kind: str, dtype: torch.dtype
                 old = getattr(layout, field.name)
                 if isinstance(old, Tensor):
                     old.copy_(getattr(other, field.name))
-            repack([weight], layout, [values.detach()])
+            take_kept([weight], layout, [values.detach()])
         for tensor in out:
             tensor.detach().fill_(torch.nan)
         graph.replay()
@@ -276,12 +276,12 @@ def test_inference_agrees_with_training(kind: str):
 
 
 def test_what_auto_chooses_without_a_table(monkeypatch: pytest.MonkeyPatch):
-    from sensikernels import dispatch
+    from sensikernels.ops.common import dispatch
 
     monkeypatch.setattr(dispatch, "load", lambda device: ((), "analytic"))
     dispatch._break_even.cache_clear()
     rows, blocks = on_gpu("rows"), on_gpu("blocks")
     half = dict(device="cuda", dtype=torch.bfloat16)
-    assert (explain(rows, **half).form, explain(rows, **half).backend) == ("packed", "triton")
+    assert (explain(rows, **half).form, explain(rows, **half).backend) == ("compact", "triton")
     assert explain(blocks, **half).form in ("dense", "block-sparse")
     dispatch._break_even.cache_clear()

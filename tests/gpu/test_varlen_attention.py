@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.varlen_attention import explain, varlen_attention
 from tests.ops.varlen_attention.cases import PADDING, offsets, operands, run, seed_of
 from tests.tolerance import assert_close_to_reference

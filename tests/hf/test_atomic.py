@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from sensikernels.errors import UsageError
-from sensikernels.hf import applied, apply, aside, parts, restore, swap
+from sensikernels._core.errors import UsageError
+from sensikernels.hf import applied, apply, aside, features, restore, swap
 from sensikernels.hf import optimizer as following
-from sensikernels.hf.parts import has_parts
+from sensikernels.hf.features import has_features
 from sensikernels.masks import Mask, Plan
 from tests.hf.conftest import make_batch, make_model
 from tests.hf.test_following import PER_ENTRY, step
@@ -29,9 +29,9 @@ STEPS = {
     "set a layer": (swap, "_set_submodule"),
     "resize heads": (swap, "_set_head_sizes"),
     "freeze": (swap, "_freeze"),
-    "switch parts on": (swap, "use_parts"),
-    "switch dropout on": (parts, "use_counter_dropout"),
-    "switch packing on": (parts, "use_packed"),
+    "switch parts on": (swap, "use_features"),
+    "switch dropout on": (features, "use_counter_dropout"),
+    "switch packing on": (features, "use_packed"),
     "commit to the optimizer": (following, "commit"),
 }
 BACK = {
@@ -97,14 +97,14 @@ def test_a_step_of_apply_that_fails_leaves_nothing(
     monkeypatch.setattr(home, function, failing(getattr(home, function), after))
     failed = False
     try:
-        apply(model, made, parts=FEATURES, optimizer=optimizer)
+        apply(model, made, features=FEATURES, optimizer=optimizer)
     except Broken:
         failed = True
         monkeypatch.undo()
         assert applied(model) is None
-        assert not has_parts(model)
+        assert not has_features(model)
         assert (snapshot(model), of_optimizer(optimizer)) == before
-        apply(model, made, parts=FEATURES, optimizer=optimizer)
+        apply(model, made, features=FEATURES, optimizer=optimizer)
     monkeypatch.undo()
     assert failed or after > 1 or kind == "blocks"
     restore(model, optimizer=optimizer)
@@ -170,7 +170,7 @@ def test_what_is_wrong_with_the_last_of_a_plan_is_found_first(kind: str) -> None
     model, optimizer = prepared("SubsetAdamW")
     before = snapshot(model), of_optimizer(optimizer)
     with pytest.raises(UsageError, match=WRONG[kind]):
-        apply(model, wrong(columns(model), kind), parts=FEATURES, optimizer=optimizer)
+        apply(model, wrong(columns(model), kind), features=FEATURES, optimizer=optimizer)
     assert (snapshot(model), of_optimizer(optimizer)) == before
 
 
@@ -179,5 +179,5 @@ def test_a_part_that_cannot_be_had_takes_the_plan_back() -> None:
     before = snapshot(model), of_optimizer(optimizer)
     for wanted in (("prefix-cache",), ("packed", "labelled")):
         with pytest.raises(UsageError):
-            apply(model, columns(model), parts=wanted, optimizer=optimizer)
+            apply(model, columns(model), features=wanted, optimizer=optimizer)
         assert (snapshot(model), of_optimizer(optimizer)) == before

@@ -9,8 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sensikernels.errors import UsageError
-from sensikernels.hf import apply, compact, encoder_layers, restore, sensitivity, structure
+from sensikernels._core.errors import UsageError
+from sensikernels.hf import (
+    apply,
+    compact,
+    encoder_layers,
+    measured_flops,
+    restore,
+    sensitivity,
+    structure_of,
+)
 from sensikernels.masks import Budget, plan
 from tests.hf.conftest import make_batch, make_model
 from tests.hf.packed_cases import SMALL
@@ -99,7 +107,7 @@ def test_models_like_bert_compute_the_same_and_trim(name: str, implementation: s
     mask = (torch.arange(9) < torch.tensor([[9], [4], [1], [7]])).long()
     batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 1, 0])}
     wanted = model(**batch).logits
-    apply(model, parts=("dropout",))
+    apply(model, features=("dropout",))
     torch.testing.assert_close(model(**batch).logits, wanted, rtol=1e-4, atol=1e-5)
     made = plan(sensitivity(model, [batch]), Budget(flops=0.6), multiples=SMALL, minimums=SMALL)
     restore(model)
@@ -107,7 +115,7 @@ def test_models_like_bert_compute_the_same_and_trim(name: str, implementation: s
     apply(model, made)
     apply(twin, made, form="masked")
     torch.testing.assert_close(model(**batch).logits, twin(**batch).logits, rtol=1e-4, atol=1e-5)
-    assert made.verify(model, batch).ratio == pytest.approx(made.flops_ratio, rel=0.02)
+    assert measured_flops(made, model, batch).ratio == pytest.approx(made.flops_ratio, rel=0.02)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -115,9 +123,9 @@ def test_every_other_model_is_refused_by_name(name: str) -> None:
     model = other(name)
     before = snapshot(model)
     for call in (
-        lambda: apply(model, parts=("dropout",)),
-        lambda: apply(model, parts=("packed",)),
-        lambda: structure(model),
+        lambda: apply(model, features=("dropout",)),
+        lambda: apply(model, features=("packed",)),
+        lambda: structure_of(model),
         lambda: sensitivity(model, [], "magnitude"),
     ):
         with pytest.raises(UsageError, match="^model: expected"):
@@ -140,7 +148,7 @@ def test_a_decoder_keeps_its_order(shape: str) -> None:
         "4-d": added,
     }[shape]
     wanted = model(ids, attention_mask=mask, use_cache=False).logits
-    apply(model, parts=("dropout",))
+    apply(model, features=("dropout",))
     got = model(ids, attention_mask=mask, use_cache=False).logits
     where = seen.bool() if shape in ("padded", "float") else torch.ones_like(seen).bool()
     torch.testing.assert_close(got[where], wanted[where], rtol=1e-4, atol=1e-5)
@@ -154,14 +162,14 @@ def test_a_decoder_with_a_cache_and_one_with_cross_attention() -> None:
     model = decoder()
     ids = torch.randint(5, 99, (2, 7), generator=torch.Generator().manual_seed(1))
     wanted = model(ids, use_cache=False).logits
-    apply(model, parts=("dropout",))
+    apply(model, features=("dropout",))
     first = model(ids[:, :4], use_cache=True)
     rest = model(ids[:, 4:], past_key_values=first.past_key_values, use_cache=True)
     torch.testing.assert_close(rest.logits, wanted[:, 4:], rtol=1e-4, atol=1e-5)
     crossed = decoder(add_cross_attention=True)
     states = torch.randn(2, 5, 32)
     wanted = crossed(ids, encoder_hidden_states=states, use_cache=False).logits
-    apply(crossed, parts=("dropout",))
+    apply(crossed, features=("dropout",))
     got = crossed(ids, encoder_hidden_states=states, use_cache=False).logits
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
@@ -181,9 +189,9 @@ def test_a_decoder_is_not_ranked_trimmed_packed_or_compacted() -> None:
     before = snapshot(model)
     for call in (
         lambda: sensitivity(model, [batch]),
-        lambda: structure(model),
+        lambda: structure_of(model),
         lambda: apply(model, made),
-        lambda: apply(model, parts=("packed",)),
+        lambda: apply(model, features=("packed",)),
     ):
         with pytest.raises(UsageError, match=r"expected an encoder, got a decoder|model: expected"):
             call()
@@ -197,7 +205,7 @@ def test_an_own_attention_is_refused() -> None:
 
     model = make_model()
     model.get_submodule("bert.encoder.layer.1.attention.self").__class__ = Relative
-    for call in (lambda: encoder_layers(model), lambda: apply(model, parts=("dropout",))):
+    for call in (lambda: encoder_layers(model), lambda: apply(model, features=("dropout",))):
         with pytest.raises(UsageError, match="model: expected attention of .*, got Relative"):
             call()
 
@@ -229,7 +237,7 @@ def test_masks_of_every_form_are_as_stocks(implementation: str, kind: torch.dtyp
         except RuntimeError as error:
             failure = error
         twin = copy.deepcopy(model)
-        apply(twin, parts=("dropout",))
+        apply(twin, features=("dropout",))
         if failure is not None:
             continue
         torch.testing.assert_close(
@@ -241,7 +249,7 @@ def test_attentions_are_given_where_stock_gives_them() -> None:
     model, batch = make_model().eval(), make_batch()
     model.set_attn_implementation("eager")
     wanted = model(**batch, output_attentions=True).attentions
-    apply(model, parts=("dropout",))
+    apply(model, features=("dropout",))
     got = model(**batch, output_attentions=True).attentions
     assert len(got) == len(wanted) == 2
     for one, two in zip(got, wanted, strict=True):
@@ -251,6 +259,6 @@ def test_attentions_are_given_where_stock_gives_them() -> None:
     apply(
         model,
         plan(sensitivity(model, [batch]), Budget(flops=0.7), multiples=SMALL, minimums=SMALL),
-        parts=("dropout",),
+        features=("dropout",),
     )
     assert len(compact(model)(**batch, output_attentions=True).attentions) == 2

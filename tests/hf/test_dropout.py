@@ -6,9 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from sensikernels.errors import UsageError
-from sensikernels.hf import apply, compact, restore_dropout, sensitivity, use_counter_dropout
-from sensikernels.masks import Budget, plan, training_flops
+from sensikernels._core.errors import UsageError
+from sensikernels.hf import (
+    apply,
+    compact,
+    restore_dropout,
+    sensitivity,
+    training_flops,
+    use_counter_dropout,
+)
+from sensikernels.masks import Budget, plan
 from sensikernels.nn import CounterDropout
 from tests.hf.conftest import make_batch, make_model
 

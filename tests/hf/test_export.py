@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sensikernels.errors import SensiError, UsageError
+from sensikernels._core.errors import SensiError, UsageError
 from sensikernels.hf import apply, compact, export, restore
 from sensikernels.hf import export as module_export
 from tests.hf.conftest import make_batch, make_model
@@ -29,7 +29,7 @@ def test_stock_is_of_full_size_and_computes_the_same(
 ) -> None:
     model, batch = make_model().eval(), make_batch()
     made = make_plan(model, granularity=granularity)
-    apply(model, made, form="masked" if source == "masked" else "packed")
+    apply(model, made, form="masked" if source == "masked" else "compact")
     given = compact(model) if source.startswith("compact") else model
     if source.endswith("again"):
         again = make_plan(given, granularity="dimensions")

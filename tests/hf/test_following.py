@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sensikernels import SubsetAdamW
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.hf import applied, apply, restore
 from sensikernels.masks import Plan
 from tests.hf.conftest import make_batch, make_model
@@ -132,7 +132,7 @@ def test_a_step_after_apply_is_that_of_the_kept_entries(name: str) -> None:
     optimizers = [PER_ENTRY[name](m.parameters()) for m in (model, twin)]
     for one, optimizer in zip((model, twin), optimizers, strict=True):
         step(one, optimizer)
-        apply(one, made, form="packed" if one is model else "masked", optimizer=optimizer)
+        apply(one, made, form="compact" if one is model else "masked", optimizer=optimizer)
         for seed in (1, 2):
             step(one, optimizer, seed)
         restore(one, optimizer=optimizer)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.hf import apply, compact, export, restore, sensitivity
 from sensikernels.masks import Budget, Plan, plan
 from tests.hf.conftest import make_model
@@ -130,7 +130,7 @@ def test_the_fast_step_is_stocks(head: str) -> None:
         batch["attention_mask"][:] = 1  # its loss reads padding's hidden states
     stock, fast = make(head), make(head)
     wanted = stock(**batch)
-    apply(fast, parts=("dropout", "packed", "cls", "fused"))
+    apply(fast, features=("dropout", "packed", "cls", "fused"))
     got = fast(**batch)
     mask = batch["attention_mask"]
     compare(
@@ -160,7 +160,7 @@ def test_a_bert_without_pooler(head: str, tmp_path: Path) -> None:
     made = plan(
         sensitivity(model, [], "magnitude"), Budget(flops=0.7), multiples=SMALL, minimums=SMALL
     )
-    apply(model, made, parts=("packed", "fused"))
+    apply(model, made, features=("packed", "fused"))
     wanted = outputs(model, batch)
     small = compact(model)
     restore(model)
@@ -213,11 +213,11 @@ def test_no_tokens_are_one_clear_error(rows: int, length: int) -> None:
     if rows and length:
         return
     model = make("BertForSequenceClassification").eval()
-    apply(model, parts=("packed", "fused"))
+    apply(model, features=("packed", "fused"))
     with pytest.raises(UsageError, match="input_ids: expected at least one token"):
         model(input_ids=torch.ones(rows, length, dtype=torch.long))
     bare = make("BertForMaskedLM").eval()
-    apply(bare, parts=("packed", "fused"))
+    apply(bare, features=("packed", "fused"))
     ids = torch.ones(2, 3, dtype=torch.long)
     with pytest.raises(UsageError, match="input_ids: expected at least one token"):
         bare(input_ids=ids, attention_mask=torch.zeros_like(ids))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.hf import apply, class_of, compact, restore, sensitivity
 from sensikernels.masks import Budget, Mask, Plan, plan
 from tests.hf.conftest import make_batch, make_model
@@ -128,7 +128,7 @@ def test_compact_holds_what_was_trained_whatever_came_between(
     way: str, features: tuple[str, ...]
 ) -> None:
     model, batch = make_model(), make_batch()
-    apply(model, make_plan(model), parts=features)
+    apply(model, make_plan(model), features=features)
     model = WAYS[way](model)
     if not features:  # SGD takes no row-sparse gradient with a table of low precision
         train(model)
@@ -147,7 +147,7 @@ def test_changed_models_stay_their_class(way: str, features: tuple[str, ...]) ->
 
     for model in (make_model(), make_model().bert):
         kind = type(model)
-        apply(model, parts=features)
+        apply(model, features=features)
         twin = WAYS[way](model)
         for changed in (model, twin):
             bert = getattr(changed, "bert", changed)
@@ -164,7 +164,7 @@ def test_changed_models_stay_their_class(way: str, features: tuple[str, ...]) ->
 
 def test_a_saved_config_names_the_class_it_was(tmp_path: Any) -> None:
     model = make_model().bert
-    apply(model, parts=FAST)
+    apply(model, features=FAST)
     model.save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
     assert '"BertModel"' in text
@@ -240,7 +240,7 @@ def test_applying_and_compacting_draw_no_random_number() -> None:
     made = make_plan(model)
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    apply(model, made, parts=("packed",))
+    apply(model, made, features=("packed",))
     compact(model)
     restore(model)
     assert torch.equal(torch.get_rng_state(), state)
@@ -279,7 +279,7 @@ def test_compact_carries_what_was_switched_on() -> None:
     seen: list[int] = []
     model.get_submodule(FIRST).register_forward_hook(lambda m, i, o: seen.append(1))
     model.set_attn_implementation("eager")
-    apply(model, make_plan(make_model()), parts=("dropout",))
+    apply(model, make_plan(make_model()), features=("dropout",))
     small = compact(model)
     assert small.is_gradient_checkpointing
     assert {n: m.training for n, m in small.named_modules()} == {

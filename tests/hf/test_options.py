@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.hf import apply, restore
 from sensikernels.masks import Mask, Plan
 from tests.hf.conftest import make_batch, make_model
@@ -151,7 +151,7 @@ def test_as_the_stock_modules(name: str, features: tuple[str, ...]) -> None:
     batch = padded(make_batch())
     wanted = stock(**batch)
     wanted.loss.backward()
-    apply(model, parts=features)
+    apply(model, features=features)
     got = model(**batch)
     got.loss.backward()
     torch.testing.assert_close(got.logits, wanted.logits, rtol=0, atol=1e-10)
@@ -164,7 +164,7 @@ def test_as_the_stock_modules(name: str, features: tuple[str, ...]) -> None:
 def test_a_row_that_gets_no_gradient_gets_none() -> None:
     for features in FUSED:
         model = make_model()
-        apply(model, parts=features)
+        apply(model, features=features)
         model(**padded(make_batch())).loss.backward()
         grad = grads(model)["bert.embeddings.word_embeddings.weight"].to_dense()
         assert not grad[0].any()
@@ -185,9 +185,9 @@ def test_hooks_on_what_is_not_called_are_refused(path: str) -> None:
     model = make_model()
     handle = model.get_submodule(path).register_forward_hook(scaled)
     with pytest.raises(UsageError, match=f"model: {path.removeprefix('bert.')}: expected no hooks"):
-        apply(model, parts=("packed",))
+        apply(model, features=("packed",))
     handle.remove()
-    apply(model, parts=("packed",))
+    apply(model, features=("packed",))
     model.get_submodule(path).register_forward_pre_hook(lambda m, i: None)
     with pytest.raises(UsageError, match="expected no hooks on a module that packed tokens do not"):
         model(**make_batch())
@@ -199,14 +199,14 @@ def test_a_table_that_counts_tokens_is_refused() -> None:
     model = make_model()
     by_frequency(model)
     with pytest.raises(UsageError, match="word_embeddings: expected no scale_grad_by_freq"):
-        apply(model, parts=("packed",))
+        apply(model, features=("packed",))
 
 
 def test_hooks_that_record_outputs_do_not_count() -> None:
     model, batch = make_model(), make_batch()
     model(**batch, output_hidden_states=True)  # transformers leaves its hooks behind
     wanted = model(**batch).loss
-    apply(model, parts=("packed", "fused"))
+    apply(model, features=("packed", "fused"))
     torch.testing.assert_close(model(**batch).loss, wanted)
 
 
@@ -217,7 +217,7 @@ def test_hooks_on_selective_layers_are_called_in_a_group() -> None:
     for model in models:
         model.get_submodule(names[1]).register_forward_hook(scaled)
     made = Plan(method="x", update_masks=dict.fromkeys(names, mask))
-    apply(models[1], made, parts=("packed", "fused"))
+    apply(models[1], made, features=("packed", "fused"))
     batch = make_batch()
     torch.testing.assert_close(models[1](**batch).logits, models[0](**batch).logits)
 
@@ -229,7 +229,7 @@ def test_modes_of_single_modules_are_honoured() -> None:
         for module in one.modules():
             if isinstance(module, nn.Dropout) or hasattr(module, "attention_head_size"):
                 module.eval()
-    apply(model, parts=("dropout", "packed", "cls", "fused"))
+    apply(model, features=("dropout", "packed", "cls", "fused"))
     torch.testing.assert_close(model(**make_batch()).logits, stock(**make_batch()).logits)
 
 
@@ -237,7 +237,7 @@ def test_replaced_dropout_is_still_nn_dropout() -> None:
     model = make_model(dropout=0.1)
     handle = model.get_submodule(f"{OUT}.dropout").register_forward_hook(scaled)
     before = {n: type(m) for n, m in model.named_modules()}
-    apply(model, parts=("dropout",))
+    apply(model, features=("dropout",))
     assert all(isinstance(m, before[n]) for n, m in model.named_modules())
     twin = pickled(model)
     restore(twin)

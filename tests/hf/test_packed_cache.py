@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.hf import cache_frozen_prefix, restore_packed, use_packed
 from tests.hf.packed_cases import LENGTHS, draw, make, run, same
 

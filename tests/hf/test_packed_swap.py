@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.hf import (
     apply,
     compact,
@@ -27,7 +27,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.mark.parametrize("granularity", ["heads", "dimensions"])
 @pytest.mark.parametrize("order", ["plan first", "packed first"])
-@pytest.mark.parametrize("form", ["packed", "masked"])
+@pytest.mark.parametrize("form", ["compact", "masked"])
 def test_trimmed_packed_is_trimmed(granularity: str, order: str, form: str) -> None:
     model, batch = make().double(), draw("classification", LENGTHS["ragged"])
     made = plan(
@@ -47,7 +47,7 @@ def test_trimmed_packed_is_trimmed(granularity: str, order: str, form: str) -> N
     got, ours = run(model, batch)
     torch.testing.assert_close(got.logits, out.logits, rtol=0, atol=1e-10)
     same(ours, wanted)
-    if form == "packed":
+    if form == "compact":
         small = compact(model)
         assert packing_of(small) is None
         torch.testing.assert_close(small.eval()(**batch).logits, out.logits)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from sensikernels.glue import Batches, collate_packed, embedded_model_path, encode, load
+from sensikernels.data import Batches, collate_packed, embedded_model_path, encode, load
 from sensikernels.hf import load_model, load_tokenizer, quiet, use_packed
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.optim import SubsetAdamW
 
 STEPS, ROWS = 200, 16
 

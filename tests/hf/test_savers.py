@@ -22,7 +22,7 @@ def make(state: str) -> nn.Module:
     made = plans(model)["rows" if state == "selective" else "trim"]
     planned = state in ("fast, trimmed", "selective", "compact")
     if state != "stock":
-        apply(model, made if planned else None, parts=FAST)
+        apply(model, made if planned else None, features=FAST)
     if state == "fast, restored":
         restore(model)
     return compact(model) if state == "compact" else model

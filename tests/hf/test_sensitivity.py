@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sensikernels.errors import UsageError
-from sensikernels.hf import CRITERIA, sensitivity, structure
+from sensikernels._core.errors import UsageError
+from sensikernels.hf import CRITERIA, sensitivity, structure_of
 from tests.hf.conftest import make_batch, make_model
 
 GRANULARITIES = ["heads", "dimensions"]
@@ -18,7 +18,7 @@ def mask_gradients(
 ) -> dict[str, Tensor]:
     """∂L/∂m by autograd, with explicit masks of ones multiplied in by hooks."""
     masks, handles = {}, []
-    for coupling in structure(model, granularity).couplings:
+    for coupling in structure_of(model, granularity).couplings:
         mask = masks[coupling.name] = torch.ones(coupling.units, requires_grad=True)
         size = coupling.unit_size
         if coupling.kind == "qk":
@@ -64,7 +64,7 @@ def test_first_order_is_weight_times_gradient() -> None:
     model, batch = make_model(), make_batch()
     got = sensitivity(model, [batch], "first-order").values
     model.eval()(**batch).loss.backward()
-    for coupling in structure(model).couplings:
+    for coupling in structure_of(model).couplings:
         expected = torch.zeros(coupling.units, dtype=torch.float64)
         for member in coupling.members:
             weight = model.get_parameter(f"{member.module}.weight")

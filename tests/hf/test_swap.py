@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from sensikernels.errors import UsageError
-from sensikernels.hf import applied, apply, compact, restore, sensitivity
+from sensikernels._core.errors import UsageError
+from sensikernels.hf import applied, apply, compact, measured_flops, restore, sensitivity
 from sensikernels.masks import Budget, Mask, Plan, plan
 from sensikernels.nn import MaskedLinear, SelectiveLinear
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.optim import SubsetAdamW
 from tests.hf.conftest import make_batch, make_model
 
 SMALL = {"neurons": 4, "dimensions": 2}
@@ -48,7 +48,7 @@ def test_trimmed_is_masked(task: str, granularity: str) -> None:
         if isinstance(module, MaskedLinear):
             wanted = cut(wanted, module, name)
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-12)
-    assert made.verify(twin, batch).ratio == pytest.approx(made.flops_ratio, rel=0.02)
+    assert measured_flops(made, twin, batch).ratio == pytest.approx(made.flops_ratio, rel=0.02)
 
 
 def cut(wanted: torch.Tensor, module: MaskedLinear, name: str) -> torch.Tensor:
@@ -60,7 +60,7 @@ def cut(wanted: torch.Tensor, module: MaskedLinear, name: str) -> torch.Tensor:
     return wanted if columns is None or wanted.ndim == 1 else wanted[:, columns.long()]
 
 
-@pytest.mark.parametrize("form", ["packed", "masked"])
+@pytest.mark.parametrize("form", ["compact", "masked"])
 @pytest.mark.parametrize("granularity", ["heads", "dimensions"])
 def test_apply_then_restore_is_bit_equal(form: str, granularity: str) -> None:
     model, batch = make_model(), make_batch()
@@ -182,7 +182,7 @@ def test_compact_refuses() -> None:
     with pytest.raises(UsageError, match="expected a plan applied, got none"):
         compact(model)
     apply(model, make_plan(model), form="masked")
-    with pytest.raises(UsageError, match="applied as 'packed', got 'masked'"):
+    with pytest.raises(UsageError, match="applied as 'compact', got 'masked'"):
         compact(model)
 
 
@@ -202,7 +202,7 @@ def test_wrong_plans_change_nothing() -> None:
     with pytest.raises(UsageError, match="restore first"):
         apply(model, made)
     restore(model)
-    with pytest.raises(UsageError, match="expected a plan or parts applied, got none"):
+    with pytest.raises(UsageError, match="expected a plan or features applied, got none"):
         restore(model)
 
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sensikernels.errors import UsageError
-from sensikernels.hf import structure
-from sensikernels.masks import training_flops
+from sensikernels._core.errors import UsageError
+from sensikernels.hf import structure_of, training_flops
 from tests.hf.conftest import make_batch, make_model
 
 
@@ -18,13 +17,13 @@ def test_flops_formula_is_what_is_counted(task: str, granularity: str, dropout: 
     model, batch = make_model(task, dropout=dropout), make_batch(task)
     counted = training_flops(model, batch) / batch["input_ids"].numel()
     length = batch["input_ids"].shape[1]
-    assert structure(model, granularity).flops(length) == pytest.approx(counted, rel=1e-9)
+    assert structure_of(model, granularity).flops(length) == pytest.approx(counted, rel=1e-9)
 
 
 def test_params_leave_out_the_embeddings() -> None:
     model = make_model()
     expected = sum(p.numel() for n, p in model.named_parameters() if "embeddings." not in n)
-    assert structure(model).params() == structure(model, "dimensions").params() == expected
+    assert structure_of(model).params() == structure_of(model, "dimensions").params() == expected
 
 
 def test_counting_leaves_the_model_alone() -> None:
@@ -41,6 +40,6 @@ def test_counting_leaves_the_model_alone() -> None:
 
 def test_other_architectures_are_refused() -> None:
     with pytest.raises(UsageError, match=r"laid out like BERT's.*got Sequential"):
-        structure(nn.Sequential(nn.Linear(2, 2)))
+        structure_of(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(UsageError, match="granularity: expected one of dimensions, heads"):
-        structure(make_model(), "rows")
+        structure_of(make_model(), "rows")

@@ -1,4 +1,4 @@
-"""GELU in registers, packing copies, and which configuration a shape gets."""
+"""GELU in registers, compacting copies, and which configuration a shape gets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sensikernels.layouts import pack
+from sensikernels.layouts import kept_values
 from tests import kernel_checks as checks
 
 pytestmark = pytest.mark.interpret
@@ -14,10 +14,10 @@ pytestmark = pytest.mark.interpret
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:
     """The epilogue's GELU of every finite entry, through a product with the identity."""
-    from sensikernels.ops.masked_linear.triton_packed import packed_linear
+    from sensikernels.ops.masked_linear.triton_compact import compact_linear
 
     table = F.pad(x, (0, -len(x) % 128)).view(-1, 128)
-    y, pre = packed_linear(table, torch.eye(128), None, 128, gelu=True)
+    y, pre = compact_linear(table, torch.eye(128), None, 128, gelu=True)
     assert torch.equal(pre, table)
     return y.flatten()[: len(x)]
 
@@ -44,35 +44,35 @@ def test_gelu_of_every_finite_bfloat16_rounds_as_the_exact_one_does():
 
 def test_gelu_of_what_is_not_finite():
     x = torch.tensor([float("nan"), float("inf"), -0.0, 0.0])  # PyTorch on CPU: NaN at infinity
-    from sensikernels.ops.masked_linear.triton_packed import packed_linear
+    from sensikernels.ops.masked_linear.triton_compact import compact_linear
 
-    y, _ = packed_linear(torch.zeros(3, 8), torch.zeros(4, 8), x, 4, gelu=True)
+    y, _ = compact_linear(torch.zeros(3, 8), torch.zeros(4, 8), x, 4, gelu=True)
     assert y.isnan().tolist() == [[True, False, False, False]] * 3
     assert y[:, 1:].tolist() == [[float("inf"), 0.0, 0.0]] * 3
 
 
 @pytest.mark.parametrize("pattern", ["rows", "columns", "heads", "one", "none"])
-def test_repack_packed(pattern: str):
-    from sensikernels.ops.common.triton_gather import repack
+def test_repack_compact(pattern: str):
+    from sensikernels.ops.common.triton_gather import take_kept
 
-    layout = checks.packed(pattern, (80, 50), "cpu")
+    layout = checks.compact(pattern, (80, 50), "cpu")
     tensors = [torch.randn(80, 50).half(), *(torch.randn(80, 50) for _ in range(3))]
-    for got, source in zip(repack(tensors, layout), tensors, strict=True):
-        assert torch.equal(got, pack(source, layout))
+    for got, source in zip(take_kept(tensors, layout), tensors, strict=True):
+        assert torch.equal(got, kept_values(source, layout))
 
 
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("block", [(32, 32), (24, 40)])
 def test_repack_blocks_into_given_memory(block: tuple[int, int], compact: bool):
-    from sensikernels.ops.common.triton_gather import repack
+    from sensikernels.ops.common.triton_gather import take_kept
 
     layout = checks.blocks("ragged", block, (100, 130), "cpu", compact=compact)
     tensors = [torch.randn(100, 130).half(), torch.randn(100, 130), torch.randn(130, 100).t()]
     into = [torch.empty(layout.values_shape, dtype=t.dtype) for t in tensors]
-    got = repack(tensors, layout, into)
+    got = take_kept(tensors, layout, into)
     assert all(a is b for a, b in zip(got, into, strict=True))
     for mine, source in zip(got, tensors, strict=True):
-        assert torch.equal(mine, pack(source, layout))
+        assert torch.equal(mine, kept_values(source, layout))
 
 
 def test_gathered_columns_have_rows_of_whole_16_elements():
@@ -101,7 +101,7 @@ def test_every_block_shape_gets_a_configuration():
 
 def test_every_shipped_configuration_is_chosen_by_some_shape():
     from sensikernels.ops.common import triton_sdd
-    from sensikernels.ops.masked_linear import triton_blocks, triton_packed
+    from sensikernels.ops.masked_linear import triton_blocks, triton_compact
     from sensikernels.ops.selective_linear import triton_rows
 
     dtypes, sizes = (torch.float32, torch.bfloat16), (16, 32, 64, 128)
@@ -113,14 +113,14 @@ def test_every_shipped_configuration_is_chosen_by_some_shape():
         id(triton_blocks.select(a, b, t, 6, dtype, 132)) for a, b, dtype in pairs for t in tokens
     }
     assert blocks == {id(c) for c in triton_blocks.CONFIGS}
-    packed = {
-        id(triton_packed.select(t, n, dtype, 132, scattered=scattered))
+    compact = {
+        id(triton_compact.select(t, n, dtype, 132, scattered=scattered))
         for t in tokens
         for n in (64, 768, 3072)
         for dtype in dtypes
         for scattered in (False, True)
     }
-    assert packed == {id(c) for c in triton_packed.CONFIGS}
+    assert compact == {id(c) for c in triton_compact.CONFIGS}
     rows = {id(triton_rows.select(a, b, dtype)) for a, b, dtype in pairs}
     assert rows == {id(c) for c in triton_rows.CONFIGS}
 
@@ -143,6 +143,6 @@ def test_a_device_with_little_shared_memory_gets_fewer_stages(monkeypatch: pytes
 def test_results_have_the_same_bits_every_time():
     from sensikernels.ops.selective_linear import triton as kernels
 
-    layout = checks.packed("rows", (40, 48), "cpu")
+    layout = checks.compact("rows", (40, 48), "cpu")
     x, dy = torch.randn(100, 48), torch.randn(100, 40)
     checks.check_bitwise_repeatable(lambda: [kernels.selective_grad_values(dy, x, layout)])

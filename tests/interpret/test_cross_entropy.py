@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.cross_entropy import checks
 from tests.ops.cross_entropy import cases
 

@@ -82,15 +82,15 @@ def test_bfloat16_blocks():
 @pytest.mark.parametrize("pattern", ["rows", "columns", "heads", "one", "none", "all"])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("ends", [(), ("compact_input",), ("compact_output",)], ids=str)
-def test_packed(pattern: str, activation: str, ends: tuple[str, ...]):
-    layout = checks.packed(pattern, (80, 104), "cpu", **dict.fromkeys(ends, True))
+def test_compact(pattern: str, activation: str, ends: tuple[str, ...]):
+    layout = checks.compact(pattern, (80, 104), "cpu", **dict.fromkeys(ends, True))
     checks.check_masked_linear(layout, tokens=37, dtype=FP32, device="cpu", activation=activation)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 130])
 @pytest.mark.parametrize("strides", ["sliced", "transposed"])
-def test_packed_tokens_and_strides(tokens: int, strides: str):
-    layout = checks.packed("rows", (70, 33), "cpu")
+def test_compact_tokens_and_strides(tokens: int, strides: str):
+    layout = checks.compact("rows", (70, 33), "cpu")
     checks.check_masked_linear(
         layout, tokens=tokens, dtype=FP16, device="cpu", activation="gelu", strides=strides
     )
@@ -108,13 +108,13 @@ def test_backward_activation_strided(strides: str):
 
 
 def test_layouts_by_element_are_refused():
-    from sensikernels.errors import UsageError
+    from sensikernels._core.errors import UsageError
     from sensikernels.layouts import layout_of
     from sensikernels.ops.masked_linear import triton as kernels
 
     layout = layout_of(torch.eye(4, dtype=torch.bool), (1, 1), (4, 4))
-    with pytest.raises(UsageError, match="layout: expected packed or blocks"):
+    with pytest.raises(UsageError, match="layout: expected compact or blocks"):
         kernels.masked_linear_forward(torch.ones(2, 4), torch.ones(4), layout, None, "none")
-    layout = checks.packed("rows", (8, 8), "cpu")
+    layout = checks.compact("rows", (8, 8), "cpu")
     with pytest.raises(UsageError, match="x: expected one of"):
         kernels.masked_linear_grad_input(torch.ones(2, 8).double(), torch.ones(3, 8), layout)

@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from sensikernels.layouts import Layout, assign_, layout_of, pack
+from sensikernels.layouts import Layout, assign_, kept_values, layout_of
 from tests import kernel_checks as checks
 from tests.tolerance import assert_close_to_reference
 
@@ -19,7 +19,7 @@ def _layout(kind: str) -> Layout:
         return checks.blocks("random", (32, 32), (96, 128), "cpu")
     if kind == "compact":
         return checks.blocks("ragged", (32, 32), (96, 128), "cpu", compact=True)
-    return checks.packed(kind, (96, 128), "cpu")
+    return checks.compact(kind, (96, 128), "cpu")
 
 
 @pytest.mark.parametrize("kind", ["blocks", "compact", "rows", "columns", "heads"])
@@ -29,7 +29,7 @@ def test_masked_linear(kind: str, activation: str):
 
     layout = _layout(kind)
     x = torch.randn(2, 3, layout.in_width)
-    values = pack(torch.randn(layout.shape), layout)
+    values = kept_values(torch.randn(layout.shape), layout)
     bias, dy = torch.randn(layout.out_width), torch.randn(2, 3, layout.out_width)
 
     def run(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -56,7 +56,7 @@ def test_selective_linear(kind: str, activation: str):
 
     def run(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
         w = weight.to(dtype, copy=True)
-        values = pack(w, layout)
+        values = kept_values(w, layout)
         assign_(w, values, layout)
         leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in (x, values, bias)]
         y = selective_linear(
@@ -72,7 +72,7 @@ def test_selective_linear(kind: str, activation: str):
 
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 @pytest.mark.parametrize("op", ["masked_linear", "selective_linear"])
-def test_on_a_gpu_a_packed_layer_takes_gelu_and_bias_in_one_pass(
+def test_on_a_gpu_a_compact_layer_takes_gelu_and_bias_in_one_pass(
     monkeypatch: pytest.MonkeyPatch, op: str, kind: str
 ):
     """What a CUDA tensor runs, with the answer to "is it one" turned round."""
@@ -80,7 +80,7 @@ def test_on_a_gpu_a_packed_layer_takes_gelu_and_bias_in_one_pass(
     asked: list[torch.Tensor] = []
     layout = _layout(kind)
     weight = torch.randn(layout.shape)
-    values, frozen = pack(weight, layout), () if op == "masked_linear" else (weight,)
+    values, frozen = kept_values(weight, layout), () if op == "masked_linear" else (weight,)
     leaves = [t.requires_grad_() for t in (torch.randn(6, 128), values.clone(), torch.randn(96))]
     dy = torch.randn(6, 96)
     linear = getattr(import_module(f"sensikernels.ops.{op}.api"), op)
@@ -103,21 +103,21 @@ def test_on_a_gpu_a_mask_change_is_one_launch(
     monkeypatch: pytest.MonkeyPatch, kind: str, count: int
 ):
     from sensikernels.ops.common import triton_gather
-    from sensikernels.ops.masked_linear import packing, repack
+    from sensikernels.ops.masked_linear import take_kept
 
     launches: list[int] = []
-    launch = triton_gather.repack
+    launch = triton_gather.take_kept
 
     def counted(tensors: list[torch.Tensor], *rest: object) -> list[torch.Tensor]:
         launches.append(len(tensors))
         return launch(tensors, *rest)
 
-    monkeypatch.setattr(packing, "fused_activation", lambda t: True)
-    monkeypatch.setattr(triton_gather, "repack", counted)
+    monkeypatch.setattr(take_kept, "fused_activation", lambda t: True)
+    monkeypatch.setattr(triton_gather, "take_kept", counted)
     layout = _layout(kind)
     tensors = [torch.randn(layout.shape) for _ in range(count)]
-    for got, source in zip(repack(tensors, layout), tensors, strict=True):
-        assert torch.equal(got, pack(source, layout))
+    for got, source in zip(take_kept(tensors, layout), tensors, strict=True):
+        assert torch.equal(got, kept_values(source, layout))
     assert launches == [min(count, 4)] + [1] * (count > 4)
 
 
@@ -130,7 +130,7 @@ def test_linears_that_share_x(kind: str):
     linears = []
     for layout in layouts:
         weight = torch.randn(96, 128)
-        values = pack(weight, layout).clone().requires_grad_()
+        values = kept_values(weight, layout).clone().requires_grad_()
         linears.append(Selected(weight, values, layout, torch.randn(96, requires_grad=True)))
     leaves = [x, *(t for one in linears for t in (one.values, one.bias))]
     dys = list(torch.randn(3, 2, 3, 96))
@@ -144,7 +144,7 @@ def test_linears_that_share_x(kind: str):
 
 
 def test_single_elements_have_no_kernel():
-    from sensikernels.errors import UsageError
+    from sensikernels._core.errors import UsageError
     from sensikernels.ops.masked_linear.api import masked_linear
 
     layout = layout_of(torch.eye(8, dtype=torch.bool), (1, 1), (8, 8))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sensikernels.layouts import BlockLayout, PackedLayout, layout_of
+from sensikernels.layouts import BlockLayout, CompactLayout, layout_of
 from tests import kernel_checks as checks
 
 pytestmark = pytest.mark.interpret
@@ -21,8 +21,8 @@ def descriptors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.usefixtures("descriptors")
 @pytest.mark.parametrize("pattern", ["rows", "columns", "heads", "one", "none", "all"])
 @pytest.mark.parametrize("saved", [False, True])
-def test_packed(pattern: str, saved: bool):
-    layout = checks.packed(pattern, (80, 96), "cpu")
+def test_compact(pattern: str, saved: bool):
+    layout = checks.compact(pattern, (80, 96), "cpu")
     checks.check_grad_values([layout], tokens=67, dtype=FP32, device="cpu", saved=saved)
 
 
@@ -36,7 +36,7 @@ def test_every_pattern_of_blocks(pattern: str):
 @pytest.mark.parametrize("tokens", [0, 1, 5, 63, 130])
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
 def test_any_number_of_tokens(tokens: int, dtype: torch.dtype):
-    rows = checks.packed("rows", (33, 50), "cpu")
+    rows = checks.compact("rows", (33, 50), "cpu")
     checks.check_grad_values([rows], tokens=tokens, dtype=dtype, device="cpu", saved=False)
     blocks = checks.blocks("ragged", (64, 32), (128, 96), "cpu")
     checks.check_grad_values([blocks], tokens=tokens, dtype=dtype, device="cpu", saved=False)
@@ -49,14 +49,14 @@ def test_tokens_are_split(tokens: int, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(triton_launch, "SPLIT_TOKENS", 64)
     blocks = checks.blocks("one", (64, 64), (128, 128), "cpu")
-    rows = checks.packed("heads", (48, 64), "cpu")
+    rows = checks.compact("heads", (48, 64), "cpu")
     for layout in (blocks, rows):
         checks.check_grad_values([layout], tokens=tokens, dtype=FP32, device="cpu", saved=False)
 
 
 @pytest.mark.parametrize("kept", [("rows", "heads", "one"), ("all", "rows"), ("none", "rows")])
-def test_packed_linears_that_share_x(kept: tuple[str, ...]):
-    layouts = [checks.packed(one, (64, 72), "cpu") for one in kept]
+def test_compact_linears_that_share_x(kept: tuple[str, ...]):
+    layouts = [checks.compact(one, (64, 72), "cpu") for one in kept]
     checks.check_grad_values(layouts, tokens=50, dtype=FP32, device="cpu", saved=False)
 
 
@@ -100,23 +100,23 @@ def test_compact_blocks_save_only_the_columns_they_read():
 def test_nothing_of_x_is_saved_when_only_the_bias_trains():
     from sensikernels.ops.selective_linear import triton as kernels
 
-    layout = checks.packed("none", (16, 24), "cpu")
+    layout = checks.compact("none", (16, 24), "cpu")
     assert kernels.selective_save(torch.randn(3, 24), layout) is None
 
 
 def test_what_cannot_share_a_product_is_refused():
-    from sensikernels.errors import UsageError
+    from sensikernels._core.errors import UsageError
     from sensikernels.ops.selective_linear import triton as kernels
 
     x, dy = torch.randn(4, 32), torch.randn(4, 32)
-    rows = checks.packed("rows", (32, 32), "cpu")
+    rows = checks.compact("rows", (32, 32), "cpu")
     blocks = checks.blocks("random", (16, 16), (32, 32), "cpu")
     wide = checks.blocks("random", (16, 32), (32, 32), "cpu")
-    columns = checks.packed("columns", (32, 32), "cpu")
-    assert isinstance(rows, PackedLayout)
+    columns = checks.compact("columns", (32, 32), "cpu")
+    assert isinstance(rows, CompactLayout)
     assert isinstance(blocks, BlockLayout)
     for layouts, message in [
-        ([rows, blocks], "all packed or all blocks"),
+        ([rows, blocks], "all compact or all blocks"),
         ([rows, columns], "the same kept columns"),
         ([blocks, wide], "blocks of one shape"),
         ([rows] * 4, "1 to 3"),
@@ -124,5 +124,5 @@ def test_what_cannot_share_a_product_is_refused():
         with pytest.raises(UsageError, match=message):
             kernels.selective_grad_values_grouped([dy] * len(layouts), x, layouts)
     elements = layout_of(torch.eye(32, dtype=torch.bool), (1, 1), (32, 32))
-    with pytest.raises(UsageError, match="layouts: expected all packed or all blocks"):
+    with pytest.raises(UsageError, match="layouts: expected all compact or all blocks"):
         kernels.selective_grad_values(dy, x, elements)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensikernels.errors import DataError, UsageError
+from sensikernels._core.errors import DataError, UsageError
 from sensikernels.masks import Budget, Plan, Scores, StepCosts, plan, uniform
 from tests.masks.conftest import make_scores, make_structure
 

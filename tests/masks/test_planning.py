@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.masks import Budget, Plan, Scores, plan
 from tests.masks.conftest import make_scores, make_structure
 

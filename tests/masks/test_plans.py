@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sensikernels.errors import CheckpointError
+from sensikernels._core.errors import CheckpointError
 from sensikernels.masks import Budget, Plan, Scores, plan
 from tests.masks.conftest import make_scores, make_structure
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from sensikernels.errors import UsageError
-from sensikernels.hf import restore
-from sensikernels.masks import training_flops
+from sensikernels._core.errors import UsageError
+from sensikernels.hf import restore, training_flops
 from sensikernels.methods import BitFit, Run
 from sensikernels.methods.bitfit import SUBSETS, select
 from tests.hf.conftest import make_batch, make_model

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sensikernels._bits import unpack_bits
-from sensikernels.errors import UsageError
+from sensikernels._core.bits import unpack_bits
+from sensikernels._core.errors import UsageError
 from sensikernels.methods import DPS, Run
 from sensikernels.methods.dps import kept_count, matrices, stage_length, stage_of
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.optim import SubsetAdamW
 from tests.hf.conftest import make_batch, make_model
 
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from sensikernels.errors import UsageError
-from sensikernels.hf import restore, uncached, use_packed
-from sensikernels.masks import training_flops
+from sensikernels._core.errors import UsageError
+from sensikernels.hf import restore, training_flops, uncached, use_packed
 from sensikernels.methods import Freeze, Run
 from sensikernels.training.memory import resident_bytes
 from tests.hf.conftest import make_batch, make_model

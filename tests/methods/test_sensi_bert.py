@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.hf import applied
 from sensikernels.masks import Budget
 from sensikernels.methods import METHODS, Run, SensiBert, method
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.optim import SubsetAdamW
 from tests.hf.conftest import make_batch, make_model
 
 SMALL = {"neurons": 2}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.masks.mask import Mask
 from sensikernels.nn import MaskedLinear, SelectiveLinear
 
@@ -279,7 +279,7 @@ def test_reprs_and_explanations():
     masked = MaskedLinear.from_linear(nn.Linear(IN, OUT), masks()["heads"], activation="gelu")
     assert "pattern=heads, density=" in repr(masked)
     assert "activation=gelu" in repr(masked)
-    assert masked.explain().form == "packed"
+    assert masked.explain().form == "compact"
     selective = SelectiveLinear.from_linear(nn.Linear(IN, OUT, bias=False), masks()["blocks"])
     assert "pattern=blocks" in repr(selective)
     assert "bias=False" in repr(selective)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sensikernels import dispatch
-from sensikernels.dispatch import BreakEven
-from sensikernels.errors import DataError
+from sensikernels._core.errors import DataError
 from sensikernels.layouts import layout_of
 from sensikernels.nn import tune as tuning
+from sensikernels.ops.common import dispatch
+from sensikernels.ops.common.dispatch import BreakEven
 from sensikernels.ops.masked_linear import explain
 
 
@@ -58,6 +58,6 @@ def test_analytic_break_even_rises_with_the_block():
 
 def test_a_broken_table_is_refused(tmp_path: Path):
     broken = tmp_path / "x.json"
-    broken.write_text('{"break_even": [{"kind": "packed"}]}')
+    broken.write_text('{"break_even": [{"kind": "compact"}]}')
     with pytest.raises(DataError, match="expected a dispatch table"):
         dispatch.read_table(broken)

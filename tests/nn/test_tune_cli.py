@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sensikernels import dispatch
 from sensikernels.cli import main
 from sensikernels.nn import tune as tuning
+from sensikernels.ops.common import dispatch
 
 
 @pytest.fixture(autouse=True)

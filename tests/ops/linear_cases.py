@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensikernels import _native
-from sensikernels.layouts import Layout, PackedLayout, layout_of
+from sensikernels._core import extension
+from sensikernels.layouts import CompactLayout, Layout, layout_of
 
 # name: block shape, weight shape; 0 stands for the whole side
 GRIDS = {
@@ -27,11 +27,11 @@ GRIDS = {
 @pytest.fixture(autouse=True)
 def poison_native() -> Iterator[None]:
     """What the compiled kernels allocate past the dispatcher is NaN too until it is written."""
-    if _native.available():
-        _native.ops().poison(True)
+    if extension.available():
+        extension.ops().poison(True)
     yield
-    if _native.available():
-        _native.ops().poison(False)
+    if extension.available():
+        extension.ops().poison(False)
 
 
 def grid_of(name: str, keep: str = "some") -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
@@ -59,4 +59,4 @@ def make_layout(name: str, keep: str = "some", *, compact: str = "") -> Layout:
 
 def served(layout: Layout) -> tuple[str, ...]:
     """Backends that must agree on the CPU."""
-    return ("auto", "native") if not isinstance(layout, PackedLayout) else ("native",)
+    return ("auto", "native") if not isinstance(layout, CompactLayout) else ("native",)

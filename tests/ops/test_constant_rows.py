@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sensikernels import _native
+from sensikernels._core import extension
 from sensikernels.ops.dropout_add_norm import dropout_add_norm
 from sensikernels.ops.embed_norm import embed_norm
 
 needs_native = pytest.mark.skipif(
-    _native.why_not() is not None, reason=f"native: {_native.why_not()}"
+    extension.why_not() is not None, reason=f"native: {extension.why_not()}"
 )
 WIDTHS = (1, 2, 3, 10, 17, 33, 100, 384, 768, 1000)
 Norm = Callable[[Tensor, Tensor, Tensor, str], Tensor]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensikernels import _native
+from sensikernels._core import extension
 from sensikernels.layouts import Layout
 from sensikernels.ops.bias_gelu import bias_gelu
 from sensikernels.ops.cross_entropy import cross_entropy
@@ -24,7 +24,7 @@ from sensikernels.ops.varlen_attention import varlen_attention
 from tests.ops.linear_cases import GRIDS, make_layout
 
 pytestmark = pytest.mark.skipif(
-    _native.why_not() is not None, reason=f"native: {_native.why_not()}"
+    extension.why_not() is not None, reason=f"native: {extension.why_not()}"
 )
 Call = Callable[..., Tensor]
 LEADING: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (3,), (2, 3), (0, 3), (2, 0, 3), (4, 1, 2))

@@ -7,17 +7,18 @@ import pytest
 import torch
 
 from sensikernels import SubsetAdamW, compact
-from sensikernels.errors import CheckpointError, UsageError
-from sensikernels.glue import DataCollatorPacked, encode, load
+from sensikernels._core.errors import CheckpointError, UsageError
+from sensikernels.data import DataCollatorPacked, encode, load
 from sensikernels.hf import (
     applied,
     load_model,
     load_tokenizer,
     packing_of,
     to_padded,
+    training_flops,
     use_packed,
 )
-from sensikernels.masks import Budget, StepCosts, training_flops
+from sensikernels.masks import Budget, StepCosts
 from sensikernels.training import SensiCallback
 
 ROWS, BATCH = 96, 8

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sensikernels import SubsetAdamW, compact, restore
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.hf import applied, apply, sensitivity
 from sensikernels.masks import Budget, plan
 from sensikernels.training import SensiCallback
@@ -312,7 +312,7 @@ def test_the_best_model_is_the_best_trimmed_one(make: Any, early: bool, caplog: 
 def test_an_evaluation_in_bfloat16(make: Any, packing: bool) -> None:
     model = make_model()
     if packing:
-        apply(model, parts=("dropout", "packed", "cls", "fused"))
+        apply(model, features=("dropout", "packed", "cls", "fused"))
     trainer = make(sensi(), evaluated=rows(16), bf16_full_eval=True, model=model)
     trainer.train()
     assert math.isfinite(trainer.evaluate()["eval_loss"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.masks import Budget, Plan
 from sensikernels.training import SensiCallback
 from sensikernels.training.distributed import World
@@ -49,7 +49,7 @@ def _train(
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     from sensikernels import SubsetAdamW
-    from sensikernels.glue import DataCollatorPacked, encode, load
+    from sensikernels.data import DataCollatorPacked, encode, load
     from sensikernels.hf import load_model, load_tokenizer, use_packed
 
     tokenizer = load_tokenizer(model)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensikernels.errors import CheckpointError, SensiError, UsageError
+from sensikernels._core.errors import CheckpointError, SensiError, UsageError
 from sensikernels.masks import Budget
 from sensikernels.training import checkpoint, finetune
 from sensikernels.training.output import output_folder, write_json, writing
@@ -189,7 +189,7 @@ def full_disk(*_, **__):
     [
         "safetensors.torch.save_file",
         "sensikernels.masks.Plan.save",
-        "sensikernels._files._sync",
+        "sensikernels._core.files._sync",
         "pathlib.Path.mkdir",
     ],
 )

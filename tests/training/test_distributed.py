@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from sensikernels.errors import SensiError, UsageError
+from sensikernels._core.errors import SensiError, UsageError
 from sensikernels.hf import sensitivity
 from sensikernels.masks import Plan
 from sensikernels.training import finetune
@@ -69,20 +69,20 @@ def assert_same_run(one, two, rtol=1e-4):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_parts_are_the_batch_and_their_weights_its_mean(asked, size):
+def test_shares_are_the_batch_and_their_weights_its_mean(asked, size):
     asked = asked("out", batch_size=6)
     alone, *members = (
         Data.load(asked, torch.device("cpu"), World(rank=rank, size=many))
         for many in (1, size)
         for rank in range(many)
     )
-    whole = list(alone.parts(1, 2))
-    for global_batch, *parts in zip(whole, *(m.parts(1, 2) for m in members), strict=True):
+    whole = list(alone.shares(1, 2))
+    for global_batch, *shares in zip(whole, *(m.shares(1, 2) for m in members), strict=True):
         labels = global_batch.batch["labels"].double()
-        means = [p.batch["labels"].double().mean() * p.weight for p in parts]
+        means = [p.batch["labels"].double().mean() * p.weight for p in shares]
         torch.testing.assert_close(sum(means) / size, labels.mean())
-        assert {p.tokens for p in parts} == {global_batch.tokens}
-        assert sum(p.weight > 0 for p in parts) == min(size, len(labels))
+        assert {p.tokens for p in shares} == {global_batch.tokens}
+        assert sum(p.weight > 0 for p in shares) == min(size, len(labels))
     assert global_batch.weight == 1
     rows = [b["labels"].tolist() for b in alone.evaluated()]
     turns = [[b["labels"].tolist() for b in m.evaluated(m.world)] for m in members]

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from sensikernels.errors import SensiError
+from sensikernels._core.errors import SensiError
 from sensikernels.training import checkpoint, finetune
 from sensikernels.training.finish import rounding
 from sensikernels.training.runner import Runner
@@ -38,7 +38,7 @@ PLACES = {
     f"{FINISH}.write_json": {"model", "plan.json"},
     "sensikernels.training.loop.step_time_ratio": set(),
     "sensikernels.training.runner.predict": set(),
-    "sensikernels.glue.compute": set(),
+    "sensikernels.data.compute": set(),
 }
 
 

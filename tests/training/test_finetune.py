@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.masks import Budget, Plan
 from sensikernels.methods import METHODS
 from sensikernels.training import finetune

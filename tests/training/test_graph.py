@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sensikernels import Mask, MaskedLinear
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.optim import SubsetAdamW
 from sensikernels.training import finetune
 from sensikernels.training.graph import GraphedStep, fingerprint
 from sensikernels.training.loop import prepare

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sensikernels._bits import pack_bits
+from sensikernels._core.bits import pack_bits
 from sensikernels.ops.embed_norm import embed_norm
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.optim import SubsetAdamW
 from sensikernels.training.graph import GraphedStep, fingerprint
 from tests.device_kernels import _library, device_kernels  # noqa: F401
 from tests.graph_replay import acted_graphs  # noqa: F401

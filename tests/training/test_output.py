@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.training import finetune
 from sensikernels.training.output import CHECKPOINTS, LOCK, REPORT, output_folder, tidy
 from tests.training.children import STEP, run
@@ -18,7 +18,7 @@ from tests.training.children import STEP, run
 HOLD = """
 import sys
 from pathlib import Path
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.training.output import output_folder
 try:
     with output_folder(Path(sys.argv[1]), resume=False):

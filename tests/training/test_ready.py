@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sensikernels.errors import DataError, SensiError, UsageError
+from sensikernels._core.errors import DataError, SensiError, UsageError
 from sensikernels.masks import Budget, Plan
 from sensikernels.training import finetune, rank
 from sensikernels.training.loop import Session

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sensikernels.glue import load
+from sensikernels.data import load
 from sensikernels.masks import Budget, Plan
 from sensikernels.methods import METHODS
 from sensikernels.training import Settings, finetune

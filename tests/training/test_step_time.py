@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.masks import Budget, Plan, StepCosts
-from sensikernels.methods import latency
+from sensikernels.methods import step_time
 from sensikernels.training import finetune, loop, step_costs
 from tests.training.processes import run_together
 
@@ -17,8 +17,8 @@ from tests.training.processes import run_together
 @pytest.fixture
 def few_rounds(monkeypatch):
     """Where a table's figures do not matter it need not take twenty seconds."""
-    quick = partial(latency.measure_costs, seconds=0.0)
-    for module in (latency, loop):
+    quick = partial(step_time.measure_costs, seconds=0.0)
+    for module in (step_time, loop):
         monkeypatch.setattr(module, "measure_costs", quick)
 
 
@@ -48,7 +48,7 @@ def test_asked_and_met_are_reported(settings, costs, tmp_path):
 
 
 def test_the_benchmark_times_the_plan_beside_the_dense_step(settings, costs):
-    from sensikernels.bench.latency import measure
+    from sensikernels.bench.step_time import measure
 
     asked = {"budget": Budget(step_time=0.9), "costs": costs, "device": "cpu"}
     made = measure(settings(**asked, max_train_samples=64), 3)

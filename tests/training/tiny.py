@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sensikernels.glue import load
+from sensikernels.data import load
 
 
 def save_tiny(path: Path, *, layers: int = 2) -> Path:

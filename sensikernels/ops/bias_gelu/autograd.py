@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sensikernels._columns import unwatched
 from sensikernels.ops.bias_gelu import ops
+from sensikernels.ops.common.columns import unwatched
 
 _OPS = torch.ops.sensikernels
 

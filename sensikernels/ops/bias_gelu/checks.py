@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sensikernels._checks import require
+from sensikernels._core.checks import require
 from sensikernels.ops.common.checks import check_tensor
 from sensikernels.ops.common.choice import described
 

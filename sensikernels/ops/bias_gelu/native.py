@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._columns import launcher
+from sensikernels.ops.common.columns import launcher
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:

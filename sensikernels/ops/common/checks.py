@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sensikernels import _settings
-from sensikernels._checks import require, require_one_of
-from sensikernels._philox import DRAWS
-from sensikernels.layouts import BlockLayout, Layout, PackedLayout, from_arguments
+from sensikernels._core import environment
+from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.philox import DRAWS
+from sensikernels.layouts import BlockLayout, CompactLayout, Layout, from_arguments
 from sensikernels.ops.common.choice import described
 
 KERNELS = ("native", "triton")
@@ -61,7 +61,7 @@ def check_kernels(backend: str, x: Tensor) -> None:
     """``backend`` names kernels that run where ``x`` is."""
     if backend not in KERNELS:
         require_one_of(backend, "backend", KERNELS)
-    if backend == "triton" and not (x.is_cuda or x.is_meta or _settings.interpreting()):
+    if backend == "triton" and not (x.is_cuda or x.is_meta or environment.interpreting()):
         require(False, "backend", "a CUDA tensor for triton", f"triton with x on {x.device}")
 
 
@@ -75,7 +75,7 @@ def check_layout(layout: Layout, x: Tensor) -> None:
 
 def product_layout(
     dy: Tensor, sizes: Sequence[int], index: Sequence[Tensor], backend: str
-) -> PackedLayout | BlockLayout:
+) -> CompactLayout | BlockLayout:
     """The layout that arguments describe, beside ``dy [T, out_width]`` and its kernels."""
     check_kernels(backend, dy)
     check_rank(dy, "dy", 2)

@@ -7,19 +7,19 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sensikernels import _native, _settings
-from sensikernels._checks import require_one_of
-from sensikernels._compile import constant_when_traced
-from sensikernels.errors import UsageError
+from sensikernels._core import environment, extension
+from sensikernels._core.checks import require_one_of
+from sensikernels._core.compile import constant_when_traced
+from sensikernels._core.errors import UsageError
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def choose(x: Tensor, backend: str = "auto") -> tuple[str, str]:
     """The backend that serves ``x`` and why. Raises UsageError for a named one that cannot."""
-    if backend not in _settings.BACKENDS:
-        require_one_of(backend, "backend", _settings.BACKENDS)
-    asked = _settings.backend() if backend == "auto" else backend
+    if backend not in environment.BACKENDS:
+        require_one_of(backend, "backend", environment.BACKENDS)
+    asked = environment.backend() if backend == "auto" else backend
     return _choose(x.device.type, x.dtype, asked)
 
 
@@ -50,11 +50,11 @@ def _native_refusal(device: str, dtype: torch.dtype) -> str | None:
         return f"it runs on the CPU, x is on {device}"
     if dtype not in DTYPES:
         return f"it serves float32 and bfloat16, x is {dtype}"
-    return None if _native.available() else _native.why_not()
+    return None if extension.available() else extension.why_not()
 
 
 def _triton_refusal(device: str, dtype: torch.dtype) -> str | None:
-    if device == "cpu" and not _settings.interpreting():
+    if device == "cpu" and not environment.interpreting():
         return "x is on the CPU"
     return None if dtype != torch.float64 else "it serves 16 and 32 bit floats"
 
@@ -62,7 +62,7 @@ def _triton_refusal(device: str, dtype: torch.dtype) -> str | None:
 def resolve(x: Tensor, backend: str) -> str:
     """The backend an operator runs for ``x``; on meta tensors nothing runs, a name is enough."""
     if x.is_meta:
-        require_one_of(backend, "backend", _settings.BACKENDS)
+        require_one_of(backend, "backend", environment.BACKENDS)
         return backend
     return choose(x, backend)[0]
 

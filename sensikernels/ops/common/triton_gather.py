@@ -1,4 +1,4 @@
-"""Copies that pack: columns of activations, and a layer's weight, master and moments at once."""
+"""Copies of what is kept: columns of activations; a layer's weight, master and moments at once."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sensikernels.layouts import BlockLayout, PackedLayout
+from sensikernels.layouts import BlockLayout, CompactLayout
 from sensikernels.ops.common import triton_launch as launch
 from sensikernels.ops.common.triton_launch import Config
 
-MOST_READ = 3  # matrices whose columns go into one packed copy: dY of q, k, v
-MOST_PACKED = 4  # weight, master copy, two moments
+MOST_READ = 3  # matrices whose columns go into one compact copy: dY of q, k, v
+MOST_TAKEN = 4  # weight, master copy, two moments
 
 
 @triton.jit(do_not_specialize=["tokens", "n0", "n1", "n2"])
@@ -69,7 +69,7 @@ def _copy(src, dst, at, to, mask, live):
 
 
 @triton.jit(do_not_specialize=["count", "height", "width", "tiles_i"])
-def repack_kernel(
+def take_kept_kernel(
     src0,
     src1,
     src2,
@@ -134,7 +134,7 @@ def repack_kernel(
 
 
 GATHER = Config(tile={"BLOCK_T": 32, "BLOCK_N": 128}, warps=4, stages=1)
-REPACK = Config(tile={"BLOCK_I": 32, "BLOCK_J": 64}, warps=4, stages=1)
+TAKE_KEPT = Config(tile={"BLOCK_I": 32, "BLOCK_J": 64}, warps=4, stages=1)
 
 
 @launch.on_its_device
@@ -153,8 +153,8 @@ def gather_columns(sources: Sequence[Tensor], columns: Sequence[Tensor | None]) 
     counts = [c.shape[0] for c in index]
     total = sum(counts)
     padded = triton.cdiv(total, 16) * 16
-    packed = x.new_empty((tokens, padded))
-    if packed.numel():
+    compact = x.new_empty((tokens, padded))
+    if compact.numel():
         block_t, block_n = GATHER.tile.values()
         grid = (triton.cdiv(padded, block_n), triton.cdiv(tokens, block_t))
         fill = MOST_READ - len(srcs)
@@ -163,7 +163,7 @@ def gather_columns(sources: Sequence[Tensor], columns: Sequence[Tensor | None]) 
             *[x] * fill,
             *index,
             *[index[0]] * fill,
-            packed,
+            compact,
             tokens,
             *counts,
             *[0] * fill,
@@ -172,14 +172,14 @@ def gather_columns(sources: Sequence[Tensor], columns: Sequence[Tensor | None]) 
             padded,
             **GATHER.options,
         )
-    return packed[:, :total]
+    return compact[:, :total]
 
 
 @launch.on_its_device
-def repack(
-    tensors: Sequence[Tensor], layout: PackedLayout | BlockLayout, into: Sequence[Tensor] = ()
+def take_kept(
+    tensors: Sequence[Tensor], layout: CompactLayout | BlockLayout, into: Sequence[Tensor] = ()
 ) -> list[Tensor]:
-    """``layouts.pack`` of up to ``MOST_PACKED`` tensors shaped like the weight, in one launch.
+    """``layouts.kept_values`` of up to ``MOST_TAKEN`` tensors of the weight's shape, in one launch.
 
     Weight, master copy and moments may differ in dtype. ``into``: contiguous tensors of
     ``layout.values_shape`` to write (a captured graph keeps their addresses); new ones by default.
@@ -192,10 +192,10 @@ def repack(
     count, (height, width) = (layout.values_shape[0] if blocks else 1), layout.values_shape[-2:]
     out_rows, out_cols = (layout.out_width, layout.in_width) if blocks else layout.values_shape
     none = srcs[0].new_empty(0, dtype=torch.int32)
-    block_i, block_j = REPACK.tile.values()
+    block_i, block_j = TAKE_KEPT.tile.values()
     tiles_i = triton.cdiv(height, block_i)
-    fill = MOST_PACKED - len(srcs)
-    repack_kernel[(triton.cdiv(width, block_j), count * tiles_i, len(srcs))](
+    fill = MOST_TAKEN - len(srcs)
+    take_kept_kernel[(triton.cdiv(width, block_j), count * tiles_i, len(srcs))](
         *srcs,
         *srcs[:1] * fill,
         *dsts,
@@ -215,7 +215,7 @@ def repack(
         HAS_ROWS=layout.rows is not None,
         HAS_COLS=layout.columns is not None,
         BLOCKS=blocks,
-        **REPACK.options,
+        **TAKE_KEPT.options,
     )
     return dsts
 
@@ -244,8 +244,8 @@ def _cases():
         plain = ["count", "height", "width", "tiles_i"]
         signature |= dict.fromkeys([*plain, "out_rows", "out_cols", "stride"], "i32")
         yield {
-            "name": f"repack/{form}/{REPACK.name}",
-            "kernel": repack_kernel,
+            "name": f"take_kept/{form}/{TAKE_KEPT.name}",
+            "kernel": take_kept_kernel,
             "signature": signature,
             "divisible": [name for name in signature if name not in plain],
             "constexprs": {
@@ -253,10 +253,10 @@ def _cases():
                 "HAS_ROWS": form == "rows",
                 "HAS_COLS": form == "columns",
                 "BLOCKS": form == "blocks",
-                **REPACK.tile,
+                **TAKE_KEPT.tile,
             },
-            "num_warps": REPACK.warps,
-            "num_stages": REPACK.stages,
+            "num_warps": TAKE_KEPT.warps,
+            "num_stages": TAKE_KEPT.stages,
             "gemm": False,
         }
 

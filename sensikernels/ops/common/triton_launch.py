@@ -12,9 +12,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sensikernels import _settings
+from sensikernels._core import environment
 
-INTERPRET = _settings.interpreting()
+INTERPRET = environment.interpreting()
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 POINTERS, BULK, ONE = ("sm_80", "sm_90", "gfx942"), ("sm_90", "sm_100"), ("sm_90",)
 SPLIT_TOKENS = 512

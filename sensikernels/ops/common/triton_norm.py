@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sensikernels._philox import DRAWS, TILE
+from sensikernels._core.philox import DRAWS, TILE
 from sensikernels.ops.common.triton_launch import processors
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
-from sensikernels._values import readable
+from sensikernels._core.checks import require
+from sensikernels._core.values import readable
 from sensikernels.ops.common.checks import check_tensor
 from sensikernels.ops.common.choice import described
 from sensikernels.ops.cross_entropy import reference

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 
 
 def check(labels: Tensor, classes: int, ignore_index: int) -> None:

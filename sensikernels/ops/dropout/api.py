@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels import _settings
-from sensikernels._checks import require, require_one_of
+from sensikernels._core import environment
+from sensikernels._core.checks import require, require_one_of
 from sensikernels.ops.common.checks import check_tensor
 from sensikernels.ops.common.choice import choose
 from sensikernels.ops.dropout.autograd import Dropout
@@ -44,8 +44,8 @@ def dropout(
         require(False, "x", "a floating dtype", x.dtype)
     if seed is not None:
         check_tensor(seed, "seed", (), torch.int64, x.device)
-    if backend not in _settings.BACKENDS:
-        require_one_of(backend, "backend", _settings.BACKENDS)
+    if backend not in environment.BACKENDS:
+        require_one_of(backend, "backend", environment.BACKENDS)
     if not training or p == 0.0:
         return x
     if seed is None:

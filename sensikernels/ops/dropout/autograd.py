@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensikernels._columns import unwatched
+from sensikernels.ops.common.columns import unwatched
 from sensikernels.ops.dropout import ops
 
 _OPS = torch.ops.sensikernels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sensikernels._columns import launcher
+from sensikernels.ops.common.columns import launcher
 
 
 def dropout(x: Tensor, seed: Tensor, threshold: int) -> Tensor:

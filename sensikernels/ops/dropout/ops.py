@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
+from sensikernels._core.checks import require
 from sensikernels.ops.common.checks import check_drops
 from sensikernels.ops.common.choice import resolve
 from sensikernels.ops.dropout import native, reference

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._philox import DRAWS, dropped
+from sensikernels._core.philox import DRAWS, dropped
 
 __all__ = ["DRAWS", "dropout"]
 

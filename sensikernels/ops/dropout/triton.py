@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sensikernels._philox import DRAWS, LANES, TILE
+from sensikernels._core.philox import DRAWS, LANES, TILE
 
 CONFIGS = ({"BLOCK": 512, "num_warps": 4, "num_stages": 1},)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require, require_one_of
-from sensikernels._philox import DRAWS
+from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.philox import DRAWS
 from sensikernels.ops.common.checks import check_tensor
 from sensikernels.ops.common.choice import choose
 from sensikernels.ops.dropout_add_norm import reference

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sensikernels._columns import unwatched
+from sensikernels.ops.common.columns import unwatched
 from sensikernels.ops.dropout_add_norm import native, ops
 
 _OPS = torch.ops.sensikernels

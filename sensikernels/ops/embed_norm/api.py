@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
-from sensikernels._philox import DRAWS
+from sensikernels._core.checks import require
+from sensikernels._core.philox import DRAWS
 from sensikernels.ops.common.checks import check_tensor
 from sensikernels.ops.common.choice import choose
 from sensikernels.ops.embed_norm import reference

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sensikernels._philox import DRAWS, dropped
+from sensikernels._core.philox import DRAWS, dropped
 
 
 def embed_norm(

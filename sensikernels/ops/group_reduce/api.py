@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sensikernels import _settings
-from sensikernels._checks import require, require_one_of
-from sensikernels.errors import UsageError
+from sensikernels._core import environment
+from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.common.choice import described
 from sensikernels.ops.group_reduce import ops, reference, repeat
 from sensikernels.ops.group_reduce.table import (
@@ -70,8 +70,8 @@ def choose_backend(
     weights: Sequence[Tensor], grads: Sequence[Tensor] | None, backend: str
 ) -> tuple[str, str]:
     """The backend that serves this call, and why."""
-    require_one_of(backend, "backend", _settings.BACKENDS)
-    asked = _settings.backend() if backend == "auto" else backend
+    require_one_of(backend, "backend", environment.BACKENDS)
+    asked = environment.backend() if backend == "auto" else backend
     if asked == "reference":
         return asked, "asked for by name"
     device = weights[0].device.type if weights else "cpu"
@@ -189,7 +189,7 @@ def group_reduce(
             named backend that cannot serve the call.
     """
     statistics = ordered_statistics(statistics)
-    asked, brought = (backend, _settings.backend()), table is not None
+    asked, brought = (backend, environment.backend()), table is not None
     pairs = weights if grads is None and NEEDS_GRAD.isdisjoint(statistics) else grads
     if table is None:
         table = repeat.known_table(weights, groups, names)

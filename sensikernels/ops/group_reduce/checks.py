@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require, require_one_of
-from sensikernels._values import readable, require_within
+from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.values import readable, require_within
 from sensikernels.ops.common.checks import KERNELS, check_count, check_tensor
 from sensikernels.ops.group_reduce.table import (
     CHUNK_FIELDS,

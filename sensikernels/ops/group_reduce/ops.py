@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensikernels import _settings
-from sensikernels._checks import require
-from sensikernels._columns import unwatched
+from sensikernels._core import environment
+from sensikernels._core.checks import require
+from sensikernels.ops.common.columns import unwatched
 from sensikernels.ops.group_reduce import checks, native
 from sensikernels.ops.group_reduce.table import DTYPE_CODE, STATISTICS, GroupTable
 
@@ -31,7 +31,7 @@ def native_refusal(device: str) -> str | None:
 
 def triton_refusal(device: str) -> str | None:
     """Why the Triton kernels cannot serve ``device``; None if they can."""
-    if device != "cuda" and not _settings.interpreting():
+    if device != "cuda" and not environment.interpreting():
         return f"Triton runs on CUDA tensors, not on {device}"
     return None
 

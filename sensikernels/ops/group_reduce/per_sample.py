@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
+from sensikernels._core.checks import require
 from sensikernels.ops.group_reduce.reference import reduce_blocks
 from sensikernels.ops.group_reduce.table import Group, block_of
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
+from sensikernels._core.checks import require
 
 STATISTICS: Final = (
     "sum_abs_wg",
@@ -64,7 +64,7 @@ class Span:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Grouping:
     """Chunks (the first launch's work list) and, per group, the partial sums that make it up.
 
     A chunk is nine integers, see ``CHUNK_FIELDS``. ``ROW_SUMS``: one partial per row of the
@@ -262,7 +262,7 @@ def make_layout(
     flat: Sequence[bool],
     groups: Sequence[Group],
     names: Sequence[str],
-) -> Layout:
+) -> Grouping:
     """The layout of tensors of these shapes; ``flat[i]``: tensor ``i`` is contiguous."""
     chunks, order, counts, members, spans, flats = [], [], [], [], [], []
     partials = offset = n_members = 0
@@ -285,7 +285,7 @@ def make_layout(
     empty = np.zeros(0, np.int64)
     ordered = np.concatenate([empty, *order])
     identity = bool((ordered == np.arange(partials)).all())
-    return Layout(
+    return Grouping(
         chunks=np.concatenate([np.zeros((0, len(CHUNK_FIELDS)), np.int64), *chunks]),
         starts=np.concatenate([[0], np.cumsum(np.concatenate([empty, *counts]))]).astype(np.int64),
         order=(empty if identity else ordered).astype(np.int32),

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sensikernels import _settings
-from sensikernels.layouts import Layout, PackedLayout
+from sensikernels._core import environment
+from sensikernels.layouts import CompactLayout, Layout
 from sensikernels.ops.masked_linear import dispatch, reference
-from sensikernels.ops.masked_linear.autograd import KernelLinear, PackedLinear
+from sensikernels.ops.masked_linear.autograd import CompactLinear, KernelLinear
 from sensikernels.ops.masked_linear.checks import check
 
 
@@ -22,7 +22,7 @@ def masked_linear(
     activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:
-    """``act(x @ W^T + bias)``, W being ``unpack(values, layout)``: zero where nothing is kept.
+    """``act(x @ W^T + bias)``, W being ``full_weight(values, layout)``: zero where nothing is kept.
 
     The mask multiplies the weight only: a full-width output keeps the bias of dropped rows.
 
@@ -33,19 +33,19 @@ def masked_linear(
         bias: ``[out_features]``, or ``[kept_out]`` for a layout with compact output.
         activation: ``none`` or ``gelu`` (exact, by erf; only the pre-activation is saved).
         backend: ``auto`` chooses (``explain`` says what); ``reference``, ``native`` (oneDNN or
-            cuBLAS on packed shapes, the compiled extension for blocks) or ``triton``.
+            cuBLAS on compact shapes, the compiled extension for blocks) or ``triton``.
 
     Returns:
         ``[..., out_features]`` or ``[..., kept_out]``, in x's dtype; under autocast in autocast's
-        dtype. Differentiable in x, values and bias (once, except for a compact packed layout).
+        dtype. Differentiable in x, values and bias (once, except for a compact compact layout).
 
     Raises:
         UsageError: shapes, dtypes or devices disagree, or a named backend cannot serve.
     """
     check(x, values, layout, bias, activation)
     if backend == "auto":
-        backend = _settings.backend()
-    if backend == "auto" and isinstance(layout, PackedLayout) and layout.direct:
+        backend = environment.backend()
+    if backend == "auto" and isinstance(layout, CompactLayout) and layout.direct:
         return _linear(x, values, bias, activation)
     device = "cpu" if x.is_cpu else x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
@@ -64,11 +64,11 @@ def _run(
     if choice.form == "dense":
         return reference.masked_linear(x, values, layout, bias, activation)
     if choice.backend == "torch":
-        assert isinstance(layout, PackedLayout)
+        assert isinstance(layout, CompactLayout)
         if layout.direct:
             return _linear(x, values, bias, activation)
-        packed = (x, values, bias, layout, activation)
-        return PackedLinear.apply(*packed)  # type: ignore[no-untyped-call]
+        compact = (x, values, bias, layout, activation)
+        return CompactLinear.apply(*compact)  # type: ignore[no-untyped-call]
     arguments = (x, values, bias, layout, activation, choice.backend)
     return KernelLinear.apply(*arguments)  # type: ignore[no-untyped-call]
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sensikernels._columns import (
+from sensikernels.layouts import BlockLayout, CompactLayout, to_arguments
+from sensikernels.ops.common.columns import (
     fused_activation,
     gather,
     matrix,
@@ -22,14 +23,13 @@ from sensikernels._columns import (
     serves,
     unwatched,
 )
-from sensikernels.layouts import BlockLayout, PackedLayout, to_arguments
 from sensikernels.ops.masked_linear import ops
 
 _OPS = torch.ops.sensikernels
 _gelu_backward = torch.ops.aten.gelu_backward
 
 
-class PackedLinear(torch.autograd.Function):
+class CompactLinear(torch.autograd.Function):
     """Gather columns, GEMM on the kept entries, scatter to full width."""
 
     @staticmethod
@@ -38,7 +38,7 @@ class PackedLinear(torch.autograd.Function):
         x: Tensor,
         values: Tensor,
         bias: Tensor | None,
-        layout: PackedLayout,
+        layout: CompactLayout,
         activation: str,
     ) -> Tensor:
         rows, width = layout.scatter_rows, layout.out_width
@@ -67,7 +67,7 @@ class PackedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # The wrapper costs as much as a small product; it says no to a second derivative.
-        return (_packed_once if torch.is_grad_enabled() else _packed_backward)(ctx, grad)
+        return (_once if torch.is_grad_enabled() else _compact_backward)(ctx, grad)
 
 
 def _adds_late(read: Tensor) -> bool:
@@ -75,9 +75,9 @@ def _adds_late(read: Tensor) -> bool:
     return read.dtype == torch.float32 and serves(read)
 
 
-def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _compact_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     read, values, *through = ctx.saved_tensors
-    layout: PackedLayout = ctx.layout
+    layout: CompactLayout = ctx.layout
     bias_needed = ctx.needs_input_grad[2]
     full = matrix(grad)
     dy = gather(full, layout.scatter_rows)
@@ -101,7 +101,7 @@ def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dvalues, dbias, None, None
 
 
-_packed_once = once_differentiable(_packed_backward)
+_once = once_differentiable(_compact_backward)
 
 
 def _through_gelu(dy: Tensor, pre: Tensor, bias_needed: bool) -> tuple[Tensor, Tensor | None]:
@@ -122,7 +122,7 @@ class KernelLinear(torch.autograd.Function):
         x: Tensor,
         values: Tensor,
         bias: Tensor | None,
-        layout: PackedLayout | BlockLayout,
+        layout: CompactLayout | BlockLayout,
         activation: str,
         backend: str,
     ) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require, require_one_of
-from sensikernels.layouts import BlockLayout, Layout, PackedLayout
+from sensikernels._core.checks import require, require_one_of
+from sensikernels.layouts import BlockLayout, CompactLayout, Layout
 from sensikernels.ops.common.checks import check_kernels, check_layout, check_rank
 
 ACTIVATIONS = ("none", "gelu")
@@ -40,7 +40,7 @@ def check_forward(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    layout: PackedLayout | BlockLayout,
+    layout: CompactLayout | BlockLayout,
     activation: str,
     backend: str,
 ) -> None:

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sensikernels import _settings
-from sensikernels._checks import require, require_one_of
-from sensikernels._columns import fused_activation
-from sensikernels.dispatch import Choice, break_even, compare
-from sensikernels.layouts import BlockLayout, ElementLayout, Layout, PackedLayout
+from sensikernels._core import environment
+from sensikernels._core.checks import require, require_one_of
+from sensikernels.layouts import BlockLayout, CompactLayout, ElementLayout, Layout
+from sensikernels.ops.common.columns import fused_activation
+from sensikernels.ops.common.dispatch import Choice, break_even, compare
 
 
 def choose(layout: Layout, x: Tensor, backend: str, *, explaining: bool = False) -> Choice:
@@ -21,7 +21,7 @@ def choose(layout: Layout, x: Tensor, backend: str, *, explaining: bool = False)
         UsageError: a named backend cannot serve this layout or device.
     """
     if backend == "auto" and not isinstance(layout, ElementLayout):
-        direct = isinstance(layout, PackedLayout) and layout.direct
+        direct = isinstance(layout, CompactLayout) and layout.direct
         return _DIRECT if direct else _auto(layout, x, explaining)
     if backend == "reference":
         return _DENSE
@@ -29,18 +29,18 @@ def choose(layout: Layout, x: Tensor, backend: str, *, explaining: bool = False)
         require(backend == "auto", "backend", f"auto or reference ({_ELEMENTS.reason})", backend)
         return _ELEMENTS
     if backend == "triton":
-        ok = x.is_cuda or _settings.interpreting()
+        ok = x.is_cuda or environment.interpreting()
         require(ok, "backend", "a CUDA tensor for triton", f"triton with x on {x.device}")
         return _NAMED[_form(layout), "triton"]
     if backend != "native":
-        require_one_of(backend, "backend", _settings.BACKENDS)
-    if isinstance(layout, PackedLayout):
-        return _NAMED["packed", "torch"]
+        require_one_of(backend, "backend", environment.BACKENDS)
+    if isinstance(layout, CompactLayout):
+        return _NAMED["compact", "torch"]
     require(not x.is_cuda, "backend", "triton for blocks on a GPU", "native")
     return _NAMED["block-sparse", "native"]
 
 
-def _auto(layout: PackedLayout | BlockLayout, x: Tensor, explaining: bool) -> Choice:
+def _auto(layout: CompactLayout | BlockLayout, x: Tensor, explaining: bool) -> Choice:
     if explaining or torch.compiler.is_compiling():
         return _measured(layout, x, explaining)
     key = (x.dtype, (x.numel() // (layout.in_width or 1)).bit_length())
@@ -50,12 +50,12 @@ def _auto(layout: PackedLayout | BlockLayout, x: Tensor, explaining: bool) -> Ch
     return choice
 
 
-def _measured(layout: PackedLayout | BlockLayout, x: Tensor, explaining: bool) -> Choice:
+def _measured(layout: CompactLayout | BlockLayout, x: Tensor, explaining: bool) -> Choice:
     form = _form(layout)
     block = min(layout.block_shape) if isinstance(layout, BlockLayout) else 0
     limit, source = break_even(x, form, block)
     kept = layout.density
-    if isinstance(layout, PackedLayout):
+    if isinstance(layout, CompactLayout):
         # The scatter in the epilogue spares a pass over y; chosen columns are saved, so gathered.
         rows_alone = layout.scatter_rows is not None and layout.gather_columns is None
         served = "triton" if rows_alone and fused_activation(x) else "torch"
@@ -65,19 +65,19 @@ def _measured(layout: PackedLayout | BlockLayout, x: Tensor, explaining: bool) -
     return replace(chosen, reason=compare(kept, limit, source)) if explaining else chosen
 
 
-def _form(layout: PackedLayout | BlockLayout) -> str:
-    return "packed" if isinstance(layout, PackedLayout) else "block-sparse"
+def _form(layout: CompactLayout | BlockLayout) -> str:
+    return "compact" if isinstance(layout, CompactLayout) else "block-sparse"
 
 
 _DENSE = Choice(form="dense", backend="torch", reason="asked for by name")
-_DIRECT = Choice(form="packed", backend="torch", reason="nothing to gather or scatter")
+_DIRECT = Choice(form="compact", backend="torch", reason="nothing to gather or scatter")
 _ELEMENTS = Choice(
-    form="dense", backend="torch", reason="single elements run dense on the unpacked weight"
+    form="dense", backend="torch", reason="single elements run dense on the full weight"
 )
 _FORMS = (
     ("dense", "torch"),
-    ("packed", "torch"),
-    ("packed", "triton"),
+    ("compact", "torch"),
+    ("compact", "triton"),
     ("block-sparse", "native"),
     ("block-sparse", "triton"),
 )
@@ -95,5 +95,5 @@ def explain(
 ) -> Choice:
     """What ``masked_linear`` would run for ``tokens`` rows of ``dtype`` on ``device``, and why."""
     x = torch.empty(1, dtype=dtype, device=device).expand(tokens, layout.in_width)
-    named = _settings.backend() if backend == "auto" else backend
+    named = environment.backend() if backend == "auto" else backend
     return choose(layout, x, named, explaining=True)

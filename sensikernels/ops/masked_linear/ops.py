@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sensikernels import _blocks
-from sensikernels._checks import require
-from sensikernels.layouts import BlockLayout, PackedLayout, from_arguments
+from sensikernels._core.checks import require
+from sensikernels.layouts import BlockLayout, CompactLayout, from_arguments
+from sensikernels.ops.common import blocks
 from sensikernels.ops.common.checks import check_activation, check_tensor, product_layout
 from sensikernels.ops.masked_linear import checks
 
@@ -39,7 +39,7 @@ def forward(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    layout: PackedLayout | BlockLayout,
+    layout: CompactLayout | BlockLayout,
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
@@ -48,7 +48,7 @@ def forward(
         from sensikernels.ops.masked_linear.triton import masked_linear_forward
 
         return masked_linear_forward(x, values, layout, bias, activation)
-    pre = _blocks.forward(x, values, _require_blocks(layout), bias)
+    pre = blocks.forward(x, values, _require_blocks(layout), bias)
     return (F.gelu(pre), pre) if activation == "gelu" else (pre, None)
 
 
@@ -63,26 +63,26 @@ def grad_activation(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tens
 
 
 def grad_input(
-    dy: Tensor, values: Tensor, layout: PackedLayout | BlockLayout, backend: str
+    dy: Tensor, values: Tensor, layout: CompactLayout | BlockLayout, backend: str
 ) -> Tensor:
     """``dy @ W``, ``[T, in_width]``."""
     if backend == "triton":
         from sensikernels.ops.masked_linear.triton import masked_linear_grad_input
 
         return masked_linear_grad_input(dy, values, layout)
-    return _blocks.grad_input(dy, values, _require_blocks(layout))
+    return blocks.grad_input(dy, values, _require_blocks(layout))
 
 
-def grad_values(dy: Tensor, x: Tensor, layout: PackedLayout | BlockLayout, backend: str) -> Tensor:
+def grad_values(dy: Tensor, x: Tensor, layout: CompactLayout | BlockLayout, backend: str) -> Tensor:
     """``dy^T @ x`` at the kept entries."""
     if backend == "triton":
         from sensikernels.ops.masked_linear.triton import masked_linear_grad_values
 
         return masked_linear_grad_values(dy, x, layout)
-    return _blocks.grad_values(dy, x, _require_blocks(layout))
+    return blocks.grad_values(dy, x, _require_blocks(layout))
 
 
-def _require_blocks(layout: PackedLayout | BlockLayout) -> BlockLayout:
+def _require_blocks(layout: CompactLayout | BlockLayout) -> BlockLayout:
     if not (isinstance(layout, BlockLayout) and layout.row_ptr.is_cpu):
         require(False, "backend", "triton for this layout and device", "native")
     assert isinstance(layout, BlockLayout)

@@ -1,6 +1,6 @@
 """Launchers of the masked linear: forward, input gradient, gradient of the kept entries.
 
-Activations are matrices ``[T, features]``; any row stride is read as it is. Products of packed
+Activations are matrices ``[T, features]``; any row stride is read as it is. Products of compact
 layers that nothing is gathered for or scattered from go to cuBLAS.
 """
 
@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from sensikernels._checks import require
-from sensikernels.layouts import BlockLayout, Layout, PackedLayout
+from sensikernels._core.checks import require
+from sensikernels.layouts import BlockLayout, CompactLayout, Layout
 from sensikernels.ops.common.triton_gather import gather_columns
 from sensikernels.ops.common.triton_gelu import column_sum
 from sensikernels.ops.common.triton_launch import INTERPRET, NAMES
 from sensikernels.ops.common.triton_sdd import block_gradients
 from sensikernels.ops.masked_linear.triton_blocks import block_linear
-from sensikernels.ops.masked_linear.triton_packed import packed_linear
+from sensikernels.ops.masked_linear.triton_compact import compact_linear
 
 __all__ = [
     "masked_linear_backward_activation",
@@ -42,7 +42,7 @@ def masked_linear_forward(
     read = _read(x, layout.gather_columns)
     if layout.scatter_rows is None and not gelu:
         return F.linear(read, values, bias), None
-    return packed_linear(
+    return compact_linear(
         read, values, bias, layout.out_width, scatter=layout.scatter_rows, gelu=gelu
     )
 
@@ -55,7 +55,7 @@ def masked_linear_grad_input(dy: Tensor, values: Tensor, layout: Layout) -> Tens
     read = _read(dy, layout.scatter_rows)
     if layout.gather_columns is None:
         return read @ values
-    return packed_linear(
+    return compact_linear(
         read, values, None, layout.in_width, scatter=layout.gather_columns, inner_first=True
     )[0]
 
@@ -84,7 +84,7 @@ def _read(matrix: Tensor, columns: Tensor | None) -> Tensor:
 
 
 def _check(x: Tensor, layout: Layout | None) -> None:
-    ok = layout is None or isinstance(layout, (PackedLayout, BlockLayout))
-    require(ok, "layout", "packed or blocks for backend triton", type(layout).__name__)
+    ok = layout is None or isinstance(layout, (CompactLayout, BlockLayout))
+    require(ok, "layout", "compact or blocks for backend triton", type(layout).__name__)
     require(x.dtype in NAMES, "x", f"one of {', '.join(map(str, NAMES))} for triton", x.dtype)
     require(x.is_cuda or INTERPRET, "x", "a tensor on a GPU for backend triton", x.device)

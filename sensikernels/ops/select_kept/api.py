@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sensikernels import _settings
-from sensikernels._checks import require, require_one_of
-from sensikernels._columns import unwatched
-from sensikernels.errors import UsageError
+from sensikernels._core import environment
+from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.errors import UsageError
+from sensikernels.ops.common.columns import unwatched
 from sensikernels.ops.select_kept import native, ops, reference
 from sensikernels.ops.select_kept.checks import BUDGET, EQUAL, PER_SEGMENT
 from sensikernels.ops.select_kept.reference import reads_host
@@ -222,7 +222,7 @@ def choose_units_backend(
 ) -> tuple[str, str]:
     """The backend that selects these units, and why."""
     require_one_of(backend, "backend", UNIT_BACKENDS)
-    asked = _settings.backend() if backend == "auto" else backend
+    asked = environment.backend() if backend == "auto" else backend
     if asked == "reference":
         return asked, "asked for by name"
     if not reads_host(scores):

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensikernels import _settings
-from sensikernels._checks import require, require_one_of
-from sensikernels.errors import UsageError
+from sensikernels._core import environment
+from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.common.choice import described
 from sensikernels.ops.select_kept import native
 
@@ -19,7 +19,7 @@ _BACKENDS = ("auto", "native", "reference")
 def choose_chain_backend(backend: str) -> tuple[str, str]:
     """The backend that selects a chain, and why."""
     require_one_of(backend, "backend", _BACKENDS)
-    asked = _settings.backend() if backend == "auto" else backend
+    asked = environment.backend() if backend == "auto" else backend
     if asked == "reference":
         return asked, "asked for by name"
     refusal = native.refusal("cpu", "select_chain")

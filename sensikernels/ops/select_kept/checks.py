@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
-from sensikernels._values import readable, require_within
+from sensikernels._core.checks import require
+from sensikernels._core.values import readable, require_within
 from sensikernels.ops.common.checks import check_count, check_kernels, check_tensor
 from sensikernels.ops.common.choice import described
 

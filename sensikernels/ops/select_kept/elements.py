@@ -9,10 +9,10 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from sensikernels import _settings
-from sensikernels._bits import pack_bits, unpack_bits
-from sensikernels._checks import require, require_one_of
-from sensikernels.errors import UsageError
+from sensikernels._core import environment
+from sensikernels._core.bits import pack_bits, unpack_bits
+from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.select_kept import ops
 from sensikernels.ops.select_kept.checks import ALIGN
 from sensikernels.ops.select_kept.reference import descending, sort_keys
@@ -72,8 +72,8 @@ def keep_reference(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def choose_backend(tensors: Sequence[Tensor], backend: str) -> tuple[str, str]:
     """The backend that serves this call, and why."""
-    require_one_of(backend, "backend", _settings.BACKENDS)
-    asked = _settings.backend() if backend == "auto" else backend
+    require_one_of(backend, "backend", environment.BACKENDS)
+    asked = environment.backend() if backend == "auto" else backend
     if asked == "reference":
         return asked, "asked for by name"
     device = tensors[0].device.type if tensors else "cpu"

@@ -8,18 +8,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sensikernels import _native
+from sensikernels._core import extension
 
 
 @cache
 def refusal(device: str, op: str = "select_elements") -> str | None:
     """Why the extension cannot run ``op`` on ``device``; None if it can."""
-    if not _native.available():
-        return _native.why_not()
+    if not extension.available():
+        return extension.why_not()
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     name = f"sensikernels_native::{op}"
-    if key is None or not hasattr(_native.ops(), op) or not has(name, key):
+    if key is None or not hasattr(extension.ops(), op) or not has(name, key):
         return f"the extension was built without a kernel of {op} for {device}"
     return None
 
@@ -35,12 +35,12 @@ def select_elements(
     counts: Tensor,
 ) -> None:
     """Exact counts, ties to the lowest entry; one count for all tensors or one each."""
-    _native.ops().select_elements(tensors, grads, offsets, k, score, arena, threshold, counts)
+    extension.ops().select_elements(tensors, grads, offsets, k, score, arena, threshold, counts)
 
 
 def select_units(*arguments: Any) -> float:
     """Fills bits, indices and counts; returns the cost of the minimum."""
-    return cast(float, _native.ops().select_units(*arguments))
+    return cast(float, extension.ops().select_units(*arguments))
 
 
 def fill_in_order(
@@ -48,9 +48,9 @@ def fill_in_order(
 ) -> Tensor:
     """On a device: what is taken when chunks are met in this order; one launch."""
     arguments = (cost, segment, free, left.contiguous(), prefix, segments)
-    return cast(Tensor, _native.ops().fill_in_order(*arguments))
+    return cast(Tensor, extension.ops().fill_in_order(*arguments))
 
 
 def select_chain(value: Tensor, own: Tensor, passed: Tensor, bins: int) -> Tensor:
     """See ``chain.chain_reference``."""
-    return cast(Tensor, _native.ops().select_chain(value, own, passed, bins))
+    return cast(Tensor, extension.ops().select_chain(value, own, passed, bins))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensikernels import _settings
-from sensikernels._checks import require
+from sensikernels._core import environment
+from sensikernels._core.checks import require
 from sensikernels.ops.select_kept import native, reference
 from sensikernels.ops.select_kept.checks import DTYPES, check_elements, check_order, check_units
 
@@ -187,7 +187,7 @@ def triton_refusal(device: str, dtypes: set[torch.dtype]) -> str | None:
     other = [d for d in dtypes if d not in DTYPES]
     if other:
         return f"{other[0]} is served by the reference only"
-    if device != "cuda" and not _settings.interpreting():
+    if device != "cuda" and not environment.interpreting():
         return f"Triton runs on CUDA tensors, not on {device}"
     return None
 

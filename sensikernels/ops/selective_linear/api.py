@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sensikernels import _settings
+from sensikernels._core import environment
 from sensikernels.layouts import Layout
 from sensikernels.ops.selective_linear import dispatch, reference
 from sensikernels.ops.selective_linear.autograd import SelectiveLinear
@@ -47,7 +47,7 @@ def selective_linear(
         UsageError: shapes, dtypes or devices disagree, or a named backend cannot serve.
     """
     check(x, weight, values, layout, bias, activation)
-    choice = dispatch.choose(layout, x, _settings.backend() if backend == "auto" else backend)
+    choice = dispatch.choose(layout, x, environment.backend() if backend == "auto" else backend)
     device = "cpu" if x.is_cpu else x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

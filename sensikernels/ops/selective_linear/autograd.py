@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sensikernels._columns import fused_activation, gather, matrix, unwatched
-from sensikernels.layouts import ElementLayout, Layout, pack, to_arguments
+from sensikernels.layouts import ElementLayout, Layout, kept_values, to_arguments
+from sensikernels.ops.common.columns import fused_activation, gather, matrix, unwatched
 from sensikernels.ops.selective_linear import ops
 
 _OPS = torch.ops.sensikernels
@@ -20,7 +20,7 @@ class SelectiveLinear(torch.autograd.Function):
     """Dense forward and input gradient; weight gradient of the kept entries only.
 
     ``backend`` names what forms that gradient: ``torch`` (one GEMM on the kept rows and columns,
-    all of a packed layout's entries), or ``native`` / ``triton`` (kept blocks only).
+    all of a compact layout's entries), or ``native`` / ``triton`` (kept blocks only).
     """
 
     @staticmethod
@@ -84,10 +84,10 @@ def _through_gelu(
 
 def _grad_values(dy: Tensor, read: Tensor, layout: Layout, backend: str) -> Tensor:
     if isinstance(layout, ElementLayout):
-        return pack(dy.T @ read, layout)
+        return kept_values(dy.T @ read, layout)
     dy = gather(dy, layout.rows)
     if backend == "torch":
-        return pack(torch.mm(dy.t(), read), layout, compact=True)
+        return kept_values(torch.mm(dy.t(), read), layout, compact=True)
     if unwatched(dy):
         return ops.grad_values(dy, read, layout, backend)
     return _OPS.selective_grad_values(dy, read, *to_arguments(layout), backend)

@@ -8,9 +8,9 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require, require_one_of
-from sensikernels._values import readable
-from sensikernels.layouts import BlockLayout, Layout, PackedLayout, from_arguments
+from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.values import readable
+from sensikernels.layouts import BlockLayout, CompactLayout, Layout, from_arguments
 from sensikernels.ops.common.checks import check_kernels, check_layout, check_rank, check_tensor
 
 ACTIVATIONS = ("none", "gelu")
@@ -52,7 +52,7 @@ def check(
 
 def apart(
     dys: Sequence[Tensor], x: Tensor, sizes: Sequence[int], index: Sequence[Tensor], backend: str
-) -> list[PackedLayout | BlockLayout]:
+) -> list[CompactLayout | BlockLayout]:
     """The checked layouts that ``grouped_through_dispatcher`` wrote one after the other."""
     check_kernels(backend, x)
     check_rank(x, "x", 2)
@@ -81,7 +81,7 @@ def apart(
 
 def alone(
     dy: Tensor, x: Tensor, sizes: Sequence[int], index: Sequence[Tensor], backend: str
-) -> PackedLayout | BlockLayout:
+) -> CompactLayout | BlockLayout:
     """The checked layout of one linear, whose gradient a kernel of its own forms."""
     (layout,) = apart([dy], x, sizes, index, backend)
     if backend == "native" and not isinstance(layout, BlockLayout):
@@ -89,7 +89,7 @@ def alone(
     return layout
 
 
-def _same_columns(a: PackedLayout | BlockLayout, b: PackedLayout | BlockLayout) -> bool:
+def _same_columns(a: CompactLayout | BlockLayout, b: CompactLayout | BlockLayout) -> bool:
     """Whether x, read for one, is read for the other; by size where values cannot be read."""
     if a.columns is None or b.columns is None or a.columns.shape != b.columns.shape:
         return False
@@ -97,7 +97,7 @@ def _same_columns(a: PackedLayout | BlockLayout, b: PackedLayout | BlockLayout) 
 
 
 def _check_operands(
-    dy: Tensor, x: Tensor, layout: PackedLayout | BlockLayout, backend: str
+    dy: Tensor, x: Tensor, layout: CompactLayout | BlockLayout, backend: str
 ) -> None:
     """Both hold the kept features alone or, where kernels choose them themselves, all."""
     ends = zip((dy, x), ("dy", "x"), (layout.rows, layout.columns), layout.shape, strict=True)

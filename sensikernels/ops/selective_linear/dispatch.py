@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels import _settings
-from sensikernels._checks import require, require_one_of
-from sensikernels.dispatch import Choice, break_even, compare
-from sensikernels.layouts import BlockLayout, ElementLayout, Layout, PackedLayout
+from sensikernels._core import environment
+from sensikernels._core.checks import require, require_one_of
+from sensikernels.layouts import BlockLayout, CompactLayout, ElementLayout, Layout
+from sensikernels.ops.common.dispatch import Choice, break_even, compare
 
 
 def choose(layout: Layout, x: Tensor, backend: str, *, explaining: bool = False) -> Choice:
@@ -23,13 +23,13 @@ def choose(layout: Layout, x: Tensor, backend: str, *, explaining: bool = False)
         require(backend == "auto", "backend", f"auto or reference ({_ELEMENTS.reason})", backend)
         return _ELEMENTS
     if backend == "triton":
-        ok = x.is_cuda or _settings.interpreting()
+        ok = x.is_cuda or environment.interpreting()
         require(ok, "backend", "a CUDA tensor for triton", f"triton with x on {x.device}")
         return _TRITON
     if backend not in ("auto", "native"):
-        require_one_of(backend, "backend", _settings.BACKENDS)
-    if isinstance(layout, PackedLayout):
-        return _PACKED
+        require_one_of(backend, "backend", environment.BACKENDS)
+    if isinstance(layout, CompactLayout):
+        return _COMPACT
     if backend == "native":
         require(not x.is_cuda, "backend", "triton for blocks on a GPU", "native")
         return _NATIVE
@@ -59,7 +59,7 @@ _ELEMENTS = Choice(
 )
 _TRITON = Choice(form="selective", backend="triton", reason="asked for by name")
 _NATIVE = Choice(form="selective", backend="native", reason="asked for by name")
-_PACKED = Choice(form="packed", backend="torch", reason="one GEMM on the kept rows and columns")
+_COMPACT = Choice(form="compact", backend="torch", reason="one GEMM on the kept rows and columns")
 
 
 def explain(
@@ -72,5 +72,5 @@ def explain(
 ) -> Choice:
     """What forms the gradient for ``tokens`` rows of ``dtype`` on ``device``, and why."""
     x = torch.empty(1, dtype=dtype, device=device).expand(tokens, layout.shape[1])
-    named = _settings.backend() if backend == "auto" else backend
+    named = environment.backend() if backend == "auto" else backend
     return choose(layout, x, named, explaining=True)

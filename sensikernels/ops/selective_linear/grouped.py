@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sensikernels import _settings
-from sensikernels._checks import require
-from sensikernels._columns import fused_activation, gather, matrix, unwatched
-from sensikernels.layouts import BlockLayout, ElementLayout, Layout, PackedLayout
+from sensikernels._core import environment
+from sensikernels._core.checks import require
+from sensikernels.layouts import BlockLayout, CompactLayout, ElementLayout, Layout
+from sensikernels.ops.common.columns import fused_activation, gather, matrix, unwatched
 from sensikernels.ops.selective_linear import ops
 from sensikernels.ops.selective_linear.checks import check
 
@@ -37,7 +37,7 @@ def why_apart(layouts: Sequence[Layout], dtype: torch.dtype) -> str | None:
     """Why linears with these layouts cannot share a product; None if they can."""
     first, *others = layouts
     if isinstance(first, ElementLayout) or any(type(one) is not type(first) for one in others):
-        return "a product is shared by packed layouts or by blocks, not by elements or a mixture"
+        return "a product is shared by compact layouts or by blocks, not by elements or a mixture"
     if len(layouts) > MOST:
         return f"at most {MOST} linears share a product, got {len(layouts)}"
     joinable = isinstance(first, BlockLayout) and not torch.compiler.is_compiling()
@@ -123,7 +123,7 @@ def selective_linear_grouped(
 
     Args:
         x: ``[..., in_features]``.
-        linears: one to three, all packed with the same kept columns, or all of blocks of one shape
+        linears: one to three, all compact with the same kept columns, or all of blocks of one shape
             (of x the columns that any of them keeps are saved); every ``values`` is trained.
         backend: ``auto``, ``native`` or ``triton``.
 
@@ -139,7 +139,7 @@ def selective_linear_grouped(
     for one in linears:
         check(x, one.weight, one.values, one.layout, one.bias, "none")
         require(one.values.requires_grad, "values", "ones that are trained", "a frozen one")
-    served = _backend(layouts[0], x, _settings.backend() if backend == "auto" else backend)
+    served = _backend(layouts[0], x, environment.backend() if backend == "auto" else backend)
     tensors = [t for one in linears for t in (one.weight.detach(), one.values, one.bias)]
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
@@ -152,12 +152,12 @@ def selective_linear_grouped(
 
 def _backend(layout: Layout, x: Tensor, asked: str) -> str:
     if asked == "triton":
-        ok = x.is_cuda or _settings.interpreting()
+        ok = x.is_cuda or environment.interpreting()
         require(ok, "backend", "a CUDA tensor for triton", f"triton with x on {x.device}")
     require(asked in ("auto", "native", "triton"), "backend", "auto, native or triton", asked)
     if asked == "triton" or (asked == "auto" and fused_activation(x)):
         return "triton"
-    require(not x.is_cuda or isinstance(layout, PackedLayout), "backend", "triton", asked)
+    require(not x.is_cuda or isinstance(layout, CompactLayout), "backend", "triton", asked)
     return "native"
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sensikernels import _blocks
-from sensikernels._checks import require
-from sensikernels.layouts import BlockLayout, PackedLayout, to_arguments
+from sensikernels._core.checks import require
+from sensikernels.layouts import BlockLayout, CompactLayout, to_arguments
+from sensikernels.ops.common import blocks
 from sensikernels.ops.common.checks import check_activation
 from sensikernels.ops.selective_linear.checks import alone, apart
 
@@ -29,7 +29,7 @@ _LIB.define(
 _LIB.define("selective_grad_activation(Tensor dy, Tensor pre, str backend) -> (Tensor, Tensor)")
 
 
-def grad_values(dy: Tensor, x: Tensor, layout: PackedLayout | BlockLayout, backend: str) -> Tensor:
+def grad_values(dy: Tensor, x: Tensor, layout: CompactLayout | BlockLayout, backend: str) -> Tensor:
     """``dy^T @ x`` at the kept entries."""
     if backend == "triton":
         from sensikernels.ops.selective_linear.triton import selective_grad_values
@@ -38,27 +38,27 @@ def grad_values(dy: Tensor, x: Tensor, layout: PackedLayout | BlockLayout, backe
     if dy.is_cuda or not isinstance(layout, BlockLayout):
         require(False, "backend", "triton for this layout and device", "native")
     assert isinstance(layout, BlockLayout)
-    return _blocks.grad_values(dy, x, layout)
+    return blocks.grad_values(dy, x, layout)
 
 
 def grad_values_grouped(
-    dys: Sequence[Tensor], x: Tensor, layouts: Sequence[PackedLayout | BlockLayout], backend: str
+    dys: Sequence[Tensor], x: Tensor, layouts: Sequence[CompactLayout | BlockLayout], backend: str
 ) -> list[Tensor]:
     """``dy^T @ x`` at the kept entries of each layout; the dys are those of kept rows alone."""
     if backend == "triton":
         from sensikernels.ops.selective_linear.triton import selective_grad_values_grouped
 
         return selective_grad_values_grouped(dys, x, layouts)
-    blocks = [layout for layout in layouts if isinstance(layout, BlockLayout)]
-    if blocks:
+    of_blocks = [layout for layout in layouts if isinstance(layout, BlockLayout)]
+    if of_blocks:
         require(not x.is_cuda, "backend", "triton for blocks on a GPU", "native")
-        return _blocks.grad_values_grouped(dys, x, blocks)
+        return blocks.grad_values_grouped(dys, x, of_blocks)
     product = (dys[0] if len(dys) == 1 else torch.cat(list(dys), 1)).T @ x
     return list(product.split([dy.shape[1] for dy in dys]))
 
 
 def grouped_through_dispatcher(
-    dys: Sequence[Tensor], x: Tensor, layouts: Sequence[PackedLayout | BlockLayout], backend: str
+    dys: Sequence[Tensor], x: Tensor, layouts: Sequence[CompactLayout | BlockLayout], backend: str
 ) -> list[Tensor]:
     """``grad_values_grouped`` where something watches operators."""
     sizes, index = zip(*map(to_arguments, layouts), strict=True)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sensikernels.layouts import Layout, unpack
+from sensikernels.layouts import Layout, full_weight
 
 
 def selective_linear(
@@ -18,6 +18,6 @@ def selective_linear(
     activation: str,
 ) -> Tensor:
     """``act(x @ W^T + bias)``, W being the frozen ``weight`` with ``values`` put in; any float."""
-    kept = unpack(torch.ones_like(values), layout).bool()
-    pre = F.linear(x, torch.where(kept, unpack(values, layout), weight.detach()), bias)
+    kept = full_weight(torch.ones_like(values), layout).bool()
+    pre = F.linear(x, torch.where(kept, full_weight(values, layout), weight.detach()), bias)
     return F.gelu(pre) if activation == "gelu" else pre

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sensikernels._checks import require
-from sensikernels.layouts import BlockLayout, Layout, PackedLayout
+from sensikernels._core.checks import require
+from sensikernels.layouts import BlockLayout, CompactLayout, Layout
 from sensikernels.ops.common.triton_gather import MOST_READ, gather_columns
 from sensikernels.ops.common.triton_gelu import column_sum
 from sensikernels.ops.common.triton_launch import INTERPRET, NAMES
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-def selective_save(x: Tensor, layout: PackedLayout | BlockLayout) -> Tensor | None:
+def selective_save(x: Tensor, layout: CompactLayout | BlockLayout) -> Tensor | None:
     """What the backward needs of ``x [T, in]``: its kept columns; None where no entry is kept."""
     if layout.kept_entries == 0:
         return None
@@ -30,7 +30,7 @@ def selective_save(x: Tensor, layout: PackedLayout | BlockLayout) -> Tensor | No
     return x if columns is None or x.shape[1] == columns.shape[0] else _pack(x, columns)
 
 
-def selective_grad_values(dy: Tensor, x: Tensor, layout: PackedLayout | BlockLayout) -> Tensor:
+def selective_grad_values(dy: Tensor, x: Tensor, layout: CompactLayout | BlockLayout) -> Tensor:
     """``dY^T @ x`` at the kept entries, in ``layout.values_shape``.
 
     ``dy`` is ``[T, out_features]`` or only the kept rows' columns of it; ``x`` is
@@ -40,11 +40,11 @@ def selective_grad_values(dy: Tensor, x: Tensor, layout: PackedLayout | BlockLay
 
 
 def selective_grad_values_grouped(
-    dys: Sequence[Tensor], x: Tensor, layouts: Sequence[PackedLayout | BlockLayout]
+    dys: Sequence[Tensor], x: Tensor, layouts: Sequence[CompactLayout | BlockLayout]
 ) -> list[Tensor]:
     """``selective_grad_values`` of up to three linears that read the same x, in one product.
 
-    All layouts are blocks of one shape, or all are packed with the same columns (q, k, v: whole
+    All layouts are blocks of one shape, or all are compact with the same columns (q, k, v: whole
     rows). The gradients are views of one arena.
 
     Raises:
@@ -64,10 +64,10 @@ def selective_grad_values_grouped(
         for dy, layout in zip(dys, layouts, strict=True)
     ]
     if len(dys) == 1 and rows[0] is None:
-        packed = dys[0]
+        compact = dys[0]
     else:
-        packed = gather_columns(dys, rows)
-    return list(row_gradient(packed, _narrow(x, layouts[0].columns)).split(counts))
+        compact = gather_columns(dys, rows)
+    return list(row_gradient(compact, _narrow(x, layouts[0].columns)).split(counts))
 
 
 def selective_backward_activation(
@@ -90,7 +90,7 @@ def _narrow(matrix: Tensor, columns: Tensor | None) -> Tensor:
 def _check(dys: Sequence[Tensor], x: Tensor, layouts: Sequence[Layout]) -> None:
     kinds = sorted({type(layout).__name__ for layout in layouts})
     require(
-        kinds in (["BlockLayout"], ["PackedLayout"]), "layouts", "all packed or all blocks", kinds
+        kinds in (["BlockLayout"], ["CompactLayout"]), "layouts", "all compact or all blocks", kinds
     )
     most = min(MOST, MOST_READ)
     require(1 <= len(dys) == len(layouts) <= most, "dys", f"1 to {most}, one a layout", len(dys))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require, require_one_of
+from sensikernels._core.checks import require, require_one_of
 from sensikernels.ops.subset_adamw import ops as _registered  # noqa: F401
 from sensikernels.ops.subset_adamw.checks import check_lists
 from sensikernels.ops.subset_adamw.engine import choose

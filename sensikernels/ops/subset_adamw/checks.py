@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
-from sensikernels._values import readable, require_within
+from sensikernels._core.checks import require
+from sensikernels._core.values import readable, require_within
 from sensikernels.ops.common.checks import check_count, check_tensor
 from sensikernels.ops.common.choice import described
 from sensikernels.ops.subset_adamw.engine import choose

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sensikernels import _native, _settings
-from sensikernels._checks import require_one_of
-from sensikernels.errors import UsageError
+from sensikernels._core import environment, extension
+from sensikernels._core.checks import require_one_of
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.subset_adamw import native, reference
 from sensikernels.ops.subset_adamw.item import Item
 
@@ -29,11 +29,11 @@ def choose(backend: str, device: torch.device, dtypes: set[torch.dtype]) -> tupl
         if refusal is not None:
             raise UsageError(f"backend: native cannot run this step: {refusal}")
         return backend, "asked for"
-    if _settings.backend() == "reference":
+    if environment.backend() == "reference":
         return "reference", "SENSIKERNELS_BACKEND=reference"
     if refusal is None:
         return "native", f"the extension's {device.type} kernel serves all parameters"
-    _native.available()
+    extension.available()
     return "reference", refusal
 
 
@@ -43,7 +43,7 @@ class Engine:
     def __init__(self, backend: str) -> None:
         require_one_of(backend, "backend", BACKENDS)
         self.backend = backend
-        self._plan = native.Plan()
+        self._table = native.StepTable()
         self._items: Sequence[Item] | None = None
         self._runs_native = False
 
@@ -65,7 +65,7 @@ class Engine:
         strided = [(item.param, item.home) for item in items if item.home is not None]
         for param, home in strided:
             param.copy_(home)
-        run = self._plan.update if self._runs_native else reference.update
+        run = self._table.update if self._runs_native else reference.update
         norm = run(
             items,
             hyper,

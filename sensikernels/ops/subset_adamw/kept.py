@@ -9,8 +9,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from sensikernels._bits import pack_bits, unpack_bits
-from sensikernels._checks import require, require_one_of
+from sensikernels._core.bits import pack_bits, unpack_bits
+from sensikernels._core.checks import require, require_one_of
 
 KINDS: Final = ("all", "rows", "columns", "blocks", "elements")
 SPAN: Final = 4096

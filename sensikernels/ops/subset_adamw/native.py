@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensikernels import _native
-from sensikernels._bits import pack_bits
+from sensikernels._core import extension
+from sensikernels._core.bits import pack_bits
 from sensikernels.ops.subset_adamw.item import Item
 from sensikernels.ops.subset_adamw.kept import SPAN, matrix_shape
 
@@ -52,11 +52,11 @@ def why_not(device: torch.device, dtypes: set[torch.dtype]) -> str | None:
     other = sorted(str(dtype) for dtype in dtypes - DTYPES.keys())
     if other:
         return f"parameters of {', '.join(other)}"
-    reason = _native.why_not()
+    reason = extension.why_not()
     if reason is not None:
         return reason
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type, "")
-    known = hasattr(_native.ops(), "subset_adamw_step")
+    known = hasattr(extension.ops(), "subset_adamw_step")
     name = "sensikernels_native::subset_adamw_step"
     if not (key and known and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)):
         return f"the extension has no {device.type} kernel for it"
@@ -76,7 +76,7 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True)
 
 
-class Plan:
+class StepTable:
     """The table of an item list, rebuilt only for another list."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class Plan:
         grads = [_served(item) for item in items]
         by_rows = [place for place, item in enumerate(items) if item.entries is not None]
         named: dict[int, Tensor] = {}
-        host, run = reads_host(hyper.device), _native.ops()
+        host, run = reads_host(hyper.device), extension.ops()
         for place in by_rows if host else ():
             named[place], grads[place] = run.subset_adamw_coalesce(
                 items[place].entries, grads[place]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
-from sensikernels.errors import UsageError
+from sensikernels._core.checks import require
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.varlen_attention import checks, reference
 from sensikernels.ops.varlen_attention.autograd import VarlenAttention
 from sensikernels.ops.varlen_attention.choice import choose

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sensikernels import _native
+from sensikernels._core import extension
 from sensikernels.ops.varlen_attention import reference
 from sensikernels.ops.varlen_attention.layout import Padded, Whole, pad
 
@@ -128,8 +128,8 @@ def _rows_and_one(like: Tensor, size: int) -> Tensor:
 def _dropped(p: Tensor, seed: Tensor, starts: Tensor, threshold: int) -> Tensor:
     """``reference.dropped``; the compiled kernel overwrites ``p``."""
     compiled = p.device.type == "cpu" and p.dtype in (torch.float32, torch.bfloat16)
-    if threshold == reference.DRAWS or not (compiled and _native.available()):
+    if threshold == reference.DRAWS or not (compiled and extension.available()):
         return reference.dropped(p, seed, starts, threshold)
     p = p.contiguous()
-    _native.ops().varlen_attention_drop(p, starts.contiguous(), seed, threshold)
+    extension.ops().varlen_attention_drop(p, starts.contiguous(), seed, threshold)
     return p

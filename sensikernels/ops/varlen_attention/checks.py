@@ -7,8 +7,8 @@ from operator import sub
 import torch
 from torch import Tensor
 
-from sensikernels._checks import require
-from sensikernels._values import readable
+from sensikernels._core.checks import require
+from sensikernels._core.values import readable
 from sensikernels.ops.common.checks import check_drops, check_tensor
 from sensikernels.ops.common.choice import described
 

@@ -7,10 +7,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sensikernels import _settings
-from sensikernels._checks import require_one_of
-from sensikernels._compile import constant_when_traced
-from sensikernels.errors import UsageError
+from sensikernels._core import environment
+from sensikernels._core.checks import require_one_of
+from sensikernels._core.compile import constant_when_traced
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.varlen_attention import flash, native
 
 BACKENDS = ("auto", "reference", "native", "flash", "buckets")
@@ -45,7 +45,7 @@ def _choose(
 def _chosen(
     device: str, dtype: torch.dtype, size: int, seeded: bool, backend: str
 ) -> tuple[str, str]:
-    asked = _settings.backend() if backend == "auto" else backend
+    asked = environment.backend() if backend == "auto" else backend
     where = torch.device(device)
     refusals = {
         "reference": None,

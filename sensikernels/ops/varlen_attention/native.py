@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels import _native
-from sensikernels._columns import launcher
+from sensikernels._core import extension
+from sensikernels.ops.common.columns import launcher
 
 DTYPES = (torch.float32, torch.bfloat16)
 PAIRS = True
@@ -19,7 +19,7 @@ def refusal(device: str, dtype: torch.dtype) -> str | None:
         return f"it runs on the CPU, query is on {device}"
     if dtype not in DTYPES:
         return f"it serves float32 and bfloat16, query is {dtype}"
-    return None if _native.available() else _native.why_not()
+    return None if extension.available() else extension.why_not()
 
 
 def forward(

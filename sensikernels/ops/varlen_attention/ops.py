@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sensikernels._checks import require
+from sensikernels._core.checks import require
 from sensikernels.ops.varlen_attention import buckets, flash, native
 from sensikernels.ops.varlen_attention.checks import check_call, check_saved
 from sensikernels.ops.varlen_attention.choice import check_kernels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._philox import philox
+from sensikernels._core.philox import philox
 from sensikernels.ops.varlen_attention.layout import pad, unpad
 
 DRAWS = 1 << 16

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sensikernels import _native
-from sensikernels.errors import UsageError
+from sensikernels._core import extension
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.bias_gelu import bias_gelu, explain
 from tests.tolerance import assert_close_to_reference
 
@@ -18,7 +18,7 @@ SHAPES = [(0, 8), (1, 1), (3, 5), (17, 48), (2, 9, 100), (130, 384), (7,)]
 
 
 def need(backend: str) -> None:
-    if backend == "native" and not _native.available():
+    if backend == "native" and not extension.available():
         pytest.skip("no compiled extension")
 
 

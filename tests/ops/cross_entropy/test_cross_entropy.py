@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sensikernels import _native
-from sensikernels.errors import UsageError
+from sensikernels._core import extension
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.cross_entropy import cross_entropy, explain
 from tests.ops.cross_entropy.cases import draw, run
 from tests.tolerance import assert_close_to_reference
@@ -22,7 +22,7 @@ _OPS = torch.ops.sensikernels
 
 
 def need(backend: str) -> None:
-    if backend == "native" and not _native.available():
+    if backend == "native" and not extension.available():
         pytest.skip("no compiled extension")
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sensikernels import _native
-from sensikernels.errors import UsageError
+from sensikernels._core import extension
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.dropout import dropout
 from sensikernels.ops.dropout_add_norm import dropout_add_norm, explain
 from tests.ops.dropout_add_norm.cases import DTYPES, SEED, parts, run
@@ -21,7 +21,7 @@ SHAPES = [(0, 8), (1, 17), (3, 5), (2, 9, 100), (40, 129), (130, 384), (7,)]
 
 
 def need(backend: str) -> None:
-    if backend == "native" and not _native.available():
+    if backend == "native" and not extension.available():
         pytest.skip("no compiled extension")
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensikernels import _native
-from sensikernels.errors import UsageError
+from sensikernels._core import extension
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.dropout_add_norm import dropout_add_norm
 from sensikernels.ops.dropout_add_norm.native import recovers
 from tests.ops.dropout_add_norm.cases import DTYPES, SEED, parts, run
 from tests.tolerance import assert_close_to_reference
 
-pytestmark = pytest.mark.skipif(not _native.available(), reason="no compiled extension")
+pytestmark = pytest.mark.skipif(not extension.available(), reason="no compiled extension")
 ROWS, HIDDEN = 130, 384
 
 
@@ -79,7 +79,7 @@ def test_auto_saves_the_sum_where_the_output_forgets(kind: str, dtype: torch.dty
 def test_norms_of_a_pretrained_encoder(dtype: torch.dtype):
     """All but the last layer's output norm (one weight of 5e-33) recover, as precisely."""
     pytest.importorskip("transformers")
-    from sensikernels.glue import embedded_model_path
+    from sensikernels.data import embedded_model_path
     from sensikernels.hf import load_model, quiet
 
     with quiet():

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sensikernels import _native
-from sensikernels.errors import UsageError
+from sensikernels._core import extension
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.dropout import dropout
 from sensikernels.ops.embed_norm import embed_norm, explain
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.optim import SubsetAdamW
 from tests.tolerance import assert_close_to_reference
 
 BACKENDS = ["reference", "native"]
@@ -23,7 +23,7 @@ NAMES = ["word", "position", "token_type", "weight", "bias"]
 
 
 def need(backend: str) -> None:
-    if backend == "native" and not _native.available():
+    if backend == "native" and not extension.available():
         pytest.skip("no compiled extension")
 
 

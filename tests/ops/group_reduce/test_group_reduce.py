@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensikernels import _native
-from sensikernels.errors import UsageError
+from sensikernels._core import extension
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.group_reduce import (
     STATISTICS,
     GroupTable,
@@ -25,7 +25,7 @@ from sensikernels.ops.group_reduce.api import zeros
 from sensikernels.ops.group_reduce.table import make_layout, plan_tensor
 from tests.ops.group_reduce.cases import GROUPS, assert_sums, inputs
 
-BACKENDS = ["reference"] + (["native"] if _native.available() else [])
+BACKENDS = ["reference"] + (["native"] if extension.available() else [])
 KINDS = ["float32", "mixed", "sliced", "transposed", "special"]
 
 
@@ -245,7 +245,7 @@ def test_autocast_changes_nothing():
         assert torch.equal(group_reduce([w], [g], STATISTICS).arena, plain)
 
 
-@pytest.mark.skipif(not _native.available(), reason="no compiled extension")
+@pytest.mark.skipif(not extension.available(), reason="no compiled extension")
 def test_op_contract_and_compile():
     w, g = inputs((16, 32), "float32")
     table = GroupTable([w], [g], groups="row")

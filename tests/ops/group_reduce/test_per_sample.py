@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.group_reduce import per_sample, per_sample_grad_squared
 from sensikernels.ops.group_reduce.reference import reduce_blocks
 

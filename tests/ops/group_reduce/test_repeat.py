@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensikernels import _native
-from sensikernels.errors import UsageError
+from sensikernels._core import extension
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.group_reduce import GroupTable, group_reduce, ops
 
-pytestmark = pytest.mark.skipif(not _native.available(), reason="no compiled extension")
+pytestmark = pytest.mark.skipif(not extension.available(), reason="no compiled extension")
 NAMES = ("sum_abs_wg", "sum_weight_squared")
 
 

@@ -10,7 +10,7 @@ import sys
 import torch
 
 import sensikernels
-from sensikernels.errors import SensiError
+from sensikernels._core.errors import SensiError
 from tests.ops.malformed import functions, launchers, operators
 from tests.ops.malformed.damage import Base, damages
 

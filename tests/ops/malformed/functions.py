@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensikernels.layouts import PackedLayout, layout_of
+from sensikernels.layouts import CompactLayout, layout_of
 from sensikernels.ops.bias_gelu import bias_gelu
 from sensikernels.ops.cross_entropy import cross_entropy
 from sensikernels.ops.dropout import dropout
@@ -73,13 +73,13 @@ def linears() -> Iterator[Base]:
             backend=backend,
         )
 
-        def packed(rows: Tensor, columns: Tensor, backend: str) -> Tensor:
-            layout = PackedLayout(shape=(12, 32), rows=rows, columns=columns)
+        def compact(rows: Tensor, columns: Tensor, backend: str) -> Tensor:
+            layout = CompactLayout(shape=(12, 32), rows=rows, columns=columns)
             return masked_linear(floats(5, 32), floats(3, 4), layout, backend=backend)
 
         yield function(
-            f"PackedLayout/{backend}",
-            packed,
+            f"CompactLayout/{backend}",
+            compact,
             rows=ints(0, 2, 11, dtype=torch.int32),
             backend=backend,
             columns=ints(1, 2, 7, 31, dtype=torch.int32),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sensikernels import _native
+from sensikernels._core import extension
 from sensikernels.layouts import BlockLayout, layout_of
 from tests.ops.malformed.damage import Base
 from tests.ops.malformed.operators import floats, ints, seed
@@ -25,7 +25,7 @@ def launcher(name: str, **arguments: Any) -> Base:
         for k, v in arguments.items()
         if isinstance(v, torch.Tensor | list) and k not in ("seed", "minimum", "multiple")
     )
-    call = getattr(_native.ops(), name)
+    call = getattr(extension.ops(), name)
     return Base(name=name, call=call, arguments=arguments, indices=indices, ascending=indices)
 
 

@@ -135,12 +135,12 @@ def linears() -> Iterator[Base]:
     yield operator("selective_grad_activation", **pair)
 
 
-def packed() -> Iterator[Base]:
+def compact() -> Iterator[Base]:
     """Rows and columns: the grouped product alone serves them on a CPU."""
     rows, columns = ints(0, 2, 5, dtype=torch.int32), ints(1, 2, 7, dtype=torch.int32)
     yield operator(
         "selective_grad_values_grouped",
-        "selective_grad_values_grouped/packed",
+        "selective_grad_values_grouped/compact",
         dys=[floats(5, 3)],
         x=floats(5, 3),
         sizes=[9, 6, 8, 0, 0, 1, 1],
@@ -510,7 +510,7 @@ def steps() -> Iterator[Base]:
 MAKERS = (
     columns,
     linears,
-    packed,
+    compact,
     elementwise,
     embeddings,
     losses,

@@ -10,19 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.layouts import (
     BlockLayout,
+    CompactLayout,
     ElementLayout,
     Layout,
-    PackedLayout,
     assign_,
     from_arguments,
+    full_weight,
+    kept_values,
     layout_of,
-    pack,
     to_arguments,
     to_device,
-    unpack,
 )
 from sensikernels.ops.masked_linear import masked_linear
 
@@ -70,7 +70,7 @@ def test_one_changed_entry_is_found(layout: Layout, data: st.DataObject):
     place = data.draw(st.integers(0, named[name].numel() - 1))
     other = named[name].clone()
     value = data.draw(st.integers(-3, 60) | st.sampled_from([2**31 - 1, -(2**31)]))
-    feature = isinstance(layout, (PackedLayout, ElementLayout)) or name in ("rows", "columns")
+    feature = isinstance(layout, (CompactLayout, ElementLayout)) or name in ("rows", "columns")
     if feature:  # another ascending choice is as good as this
         value = data.draw(st.sampled_from([-1, 2**31 - 1, int(other[place - 1])]))
     if value == int(other[place]):
@@ -80,17 +80,17 @@ def test_one_changed_entry_is_found(layout: Layout, data: st.DataObject):
     with pytest.raises(UsageError, match=r"expected"):
         damaged.check()
     with pytest.raises(UsageError, match=r"expected"):
-        pack(torch.zeros(layout.shape), damaged)
+        kept_values(torch.zeros(layout.shape), damaged)
     assert not damaged.sound
 
 
 def test_every_use_looks_at_the_values():
-    bad = PackedLayout(shape=(8, 8), rows=None, columns=torch.tensor([0, 9, 5]).int())
+    bad = CompactLayout(shape=(8, 8), rows=None, columns=torch.tensor([0, 9, 5]).int())
     values = torch.zeros(8, 3)
     for use in (
         lambda: masked_linear(torch.zeros(4, 8), values, bad),
-        lambda: unpack(values, bad),
-        lambda: pack(torch.zeros(8, 8), bad),
+        lambda: full_weight(values, bad),
+        lambda: kept_values(torch.zeros(8, 8), bad),
         lambda: assign_(torch.zeros(8, 8), values, bad),
         lambda: from_arguments(*to_arguments(bad)),
     ):
@@ -100,7 +100,7 @@ def test_every_use_looks_at_the_values():
 
 @pytest.mark.parametrize("through", ["in place", "data", "numpy"])
 def test_an_index_written_to_is_looked_at_again(through: str):
-    layout = PackedLayout(shape=(8, 8), rows=None, columns=torch.tensor([0, 3, 5]).int())
+    layout = CompactLayout(shape=(8, 8), rows=None, columns=torch.tensor([0, 3, 5]).int())
     sizes, index = to_arguments(layout)
     assert from_arguments(sizes, index) is from_arguments(sizes, index)
     written = {"in place": index[0], "data": index[0].data, "numpy": index[0].numpy()}[through]
@@ -114,13 +114,13 @@ def test_an_index_written_to_is_looked_at_again(through: str):
 def test_shapes_and_dtypes_are_checked_when_it_is_made():
     index = torch.tensor([0, 2])
     with pytest.raises(UsageError, match=r"rows: expected int32 \[n\]"):
-        PackedLayout(shape=(4, 4), rows=index, columns=None)
+        CompactLayout(shape=(4, 4), rows=index, columns=None)
     with pytest.raises(UsageError, match=r"index: expected int32 \[n\]"):
         ElementLayout(shape=(4, 4), index=index.int()[None])
     with pytest.raises(UsageError, match="columns: expected a tensor on cpu"):
-        PackedLayout(shape=(4, 4), rows=index.int(), columns=index.int().to("meta"))
+        CompactLayout(shape=(4, 4), rows=index.int(), columns=index.int().to("meta"))
     with pytest.raises(UsageError, match="shape: expected two integers >= 0"):
-        PackedLayout(shape=(4, -4), rows=None, columns=None)
+        CompactLayout(shape=(4, -4), rows=None, columns=None)
     blocks = layout_of(torch.eye(3).bool(), (4, 4), (12, 12))
     assert isinstance(blocks, BlockLayout)
     with pytest.raises(UsageError, match=r"row_idx: expected int32 \[3\]"):
@@ -135,7 +135,7 @@ def test_shapes_and_dtypes_are_checked_when_it_is_made():
 
 def test_strided_indices_are_read():
     wide = torch.tensor([0, 9, 2, 9, 5, 9]).int()
-    layout = PackedLayout(shape=(8, 8), rows=wide[::2], columns=None)
+    layout = CompactLayout(shape=(8, 8), rows=wide[::2], columns=None)
     x, values = torch.randn(4, 8), torch.randn(3, 8)
     want = masked_linear(x, values, layout, backend="reference")
     torch.testing.assert_close(masked_linear(x, values, layout, backend="native"), want)

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sensikernels
-from sensikernels import _native
-from sensikernels.errors import UsageError
+from sensikernels._core import extension
+from sensikernels._core.errors import UsageError
 from tests.ops.malformed import child, launchers
 from tests.ops.malformed.damage import Base, damages
 
 ROOT = Path(__file__).parents[3]
 needs_native = pytest.mark.skipif(
-    _native.why_not() is not None, reason=f"native: {_native.why_not()}"
+    extension.why_not() is not None, reason=f"native: {extension.why_not()}"
 )
 pytestmark = needs_native
 # What no value has to be read for.

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensikernels import _settings, _values
-from sensikernels.errors import UsageError
+from sensikernels._core import environment
+from sensikernels._core import values as checked
+from sensikernels._core.errors import UsageError
 
 
 @given(
@@ -22,10 +23,10 @@ def test_the_first_wrong_place_is_found(values: list[int], dtype: torch.dtype, a
     rises = [i == 0 or v > values[i - 1] for i, v in enumerate(values)]
     wrong = [i for i, ok in enumerate(inside) if not (ok and (rises[i] or not ascending))]
     if not wrong:
-        _values.require_within(index, "index", 9, ascending=ascending)
+        checked.require_within(index, "index", 9, ascending=ascending)
         return
     with pytest.raises(UsageError, match=rf"got indices with {values[wrong[0]]} at {wrong[0]}$"):
-        _values.require_within(index, "index", 9, ascending=ascending)
+        checked.require_within(index, "index", 9, ascending=ascending)
 
 
 def test_a_device_is_waited_for_only_when_asked(monkeypatch: pytest.MonkeyPatch):
@@ -34,18 +35,18 @@ def test_a_device_is_waited_for_only_when_asked(monkeypatch: pytest.MonkeyPatch)
 
         is_cpu, is_meta = False, False
 
-    monkeypatch.setattr(_values, "_PLAIN", (Elsewhere,))
-    assert not _values.readable(Elsewhere())  # type: ignore[arg-type]
-    monkeypatch.setattr(_settings, "_CHECK", "1")
+    monkeypatch.setattr(checked, "_PLAIN", (Elsewhere,))
+    assert not checked.readable(Elsewhere())  # type: ignore[arg-type]
+    monkeypatch.setattr(environment, "_CHECK", "1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not _values.readable(Elsewhere())  # type: ignore[arg-type]
+    assert not checked.readable(Elsewhere())  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert _values.readable(Elsewhere())  # type: ignore[arg-type]
-    monkeypatch.setattr(_settings, "_CHECK", "yes")
+    assert checked.readable(Elsewhere())  # type: ignore[arg-type]
+    monkeypatch.setattr(environment, "_CHECK", "yes")
     with pytest.raises(UsageError, match="SENSIKERNELS_CHECK: expected one of 0, 1, got 'yes'"):
-        _settings.checks_values()
+        environment.checks_values()
 
 
 def test_meta_tensors_have_no_values():
-    assert _values.readable(torch.tensor([1]))
-    assert not _values.readable(torch.tensor([1], device="meta"))
+    assert checked.readable(torch.tensor([1]))
+    assert not checked.readable(torch.tensor([1], device="meta"))

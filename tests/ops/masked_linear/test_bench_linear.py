@@ -24,7 +24,7 @@ SMALL = Case(
     block=16,
     dtype=torch.float32,
     candidates=("block-sparse", "auto"),
-    baselines=("dense", "hand-packed"),
+    baselines=("dense", "hand-compacted"),
 )
 
 
@@ -51,7 +51,7 @@ def test_rows_have_rates_and_reasons(table: list[Case]):
     found, said = run()
     assert {one.tokens for one in found} == {8}
     assert {one.direction for one in found} == {"forward", "forward+backward", "grad_weight"}
-    assert any("without hand-packed: blocks cannot be packed" in line for line in said)
+    assert any("without hand-compacted: blocks cannot be compact" in line for line in said)
     assert any("without semi-structured: 2:4 needs CUDA" in line for line in said)
     rated = [one.extra for one in found if "gflops" in one.extra]
     assert len(rated) == len({(one.case, one.direction, one.candidate) for one in found})
@@ -135,9 +135,9 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch):
 def test_quick_covers_each_bar():
     cases = linear.quick_cases()
     names = {name for case in cases for name in case.candidates}
-    assert names == {"packed", "block-sparse", "selective", "auto"}
+    assert names == {"compact", "block-sparse", "selective", "auto"}
     assert {case.dtype for case in cases} == {torch.float32, torch.bfloat16}
-    assert {"dense", "hand-packed", "torch-bsr"} <= {b for case in cases for b in case.baselines}
+    assert {"dense", "hand-compacted", "torch-bsr"} <= {b for case in cases for b in case.baselines}
     assert {1.0, 0.5, 0.25, 0.1} <= {case.density for case in cases}
 
 

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sensikernels import _native
-from sensikernels.errors import UsageError
+from sensikernels._core import extension
+from sensikernels._core.errors import UsageError
 from sensikernels.layouts import (
     BlockLayout,
     Layout,
+    full_weight,
+    kept_values,
     layout_of,
-    pack,
     to_arguments,
-    unpack,
 )
 from sensikernels.ops.masked_linear import explain, masked_linear
 from tests.ops.linear_cases import GRIDS, make_layout
@@ -34,7 +34,9 @@ def inputs(layout: Layout, tokens: int, dtype: torch.dtype = torch.float32) -> l
         (tokens, layout.out_width),
     )
     tensors = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
-    tensors[1] = pack(unpack(tensors[1], layout), layout)  # padding of cut blocks is zero
+    tensors[1] = kept_values(
+        full_weight(tensors[1], layout), layout
+    )  # padding of cut blocks is zero
     return [t.requires_grad_() for t in tensors[:3]] + tensors[3:]
 
 
@@ -158,7 +160,7 @@ def test_autocast_follows_linear(name: str):
     x, values, bias, dy = inputs(layout, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = masked_linear(x, values, layout, bias)
-        dense = F.linear(x, unpack(values, layout), bias)
+        dense = F.linear(x, full_weight(values, layout), bias)
     assert y.dtype == dense.dtype == torch.bfloat16
     torch.testing.assert_close(y, dense, atol=0.1, rtol=0.05)
     grads = torch.autograd.grad(y, (x, values, bias), dy.bfloat16())
@@ -182,15 +184,15 @@ def test_compiles_without_a_break(name: str, activation: str):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.skipif(not _native.available(), reason="no compiled extension")
+@pytest.mark.skipif(not extension.available(), reason="no compiled extension")
 def test_the_compiled_kernels_are_poisoned_too():
     """A gather of nothing from no row leaves its memory as it came."""
     rows, none = torch.empty(0, 3), torch.empty(0, dtype=torch.int32)
-    untouched = _native.ops().block_grad_input(
+    untouched = extension.ops().block_grad_input(
         torch.zeros(4, 0), torch.zeros(0, 16, 16), none.new_zeros(1), none, none, 8
     )
     assert untouched.isnan().all()
-    assert _native.ops().gather_columns(rows, none).shape == (0, 0)
+    assert extension.ops().gather_columns(rows, none).shape == (0, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -249,18 +251,18 @@ def test_pack_and_unpack_are_inverse(seed: int, out: int, into: int, data: st.Da
     mask = grid.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:out, :into]
     compact = block != (1, 1) and data.draw(st.booleans())
     layout = layout_of(grid, block, (out, into), compact_input=compact, compact_output=compact)
-    values = pack(weight, layout)
+    values = kept_values(weight, layout)
     assert tuple(values.shape) == layout.values_shape
-    assert torch.equal(unpack(values, layout), weight * mask)
-    assert torch.equal(pack(unpack(values, layout), layout), values)
+    assert torch.equal(full_weight(values, layout), weight * mask)
+    assert torch.equal(kept_values(full_weight(values, layout), layout), values)
     assert layout.kept_entries == int(mask.sum())
-    narrow = unpack(values, layout, compact=True)
+    narrow = full_weight(values, layout, compact=True)
     assert tuple(narrow.shape) == (layout.out_width, layout.in_width)
 
 
 def test_explain_names_choice_and_reason():
     direct = explain(make_layout("rows", compact="out"))
-    assert (direct.form, direct.reason) == ("packed", "nothing to gather or scatter")
+    assert (direct.form, direct.reason) == ("compact", "nothing to gather or scatter")
     blocks = explain(make_layout("blocks"), tokens=128)
     assert blocks.form == "block-sparse"
     assert "break-even" in blocks.reason

@@ -7,14 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensikernels import _native
-from sensikernels._bits import pack_bits, unpack_bits
-from sensikernels.errors import UsageError
+from sensikernels._core import extension
+from sensikernels._core.bits import pack_bits, unpack_bits
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.select_kept import explain, select_elements
 from sensikernels.ops.select_kept.elements import NEEDS_GRAD, SCORES
 from tests.ops.select_kept.cases import entries
 
-native = pytest.mark.skipif(not _native.available(), reason="no compiled extension")
+native = pytest.mark.skipif(not extension.available(), reason="no compiled extension")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

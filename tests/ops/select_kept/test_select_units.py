@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.select_kept import explain_units, reference, select_kept
 from tests.shim import compile_shim, run_shim
 

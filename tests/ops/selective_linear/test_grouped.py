@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sensikernels.errors import UsageError
-from sensikernels.layouts import Layout, layout_of, pack, to_arguments
+from sensikernels._core.errors import UsageError
+from sensikernels.layouts import Layout, kept_values, layout_of, to_arguments
 from sensikernels.ops.selective_linear import (
     Selected,
     selective_linear,
@@ -49,7 +49,7 @@ def inputs(kind: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, list[Sel
     linears, dys = [], []
     for i, layout in enumerate(layouts(kind)):
         weight = torch.randn(layout.shape, dtype=torch.float64).to(dtype)
-        values = pack(weight, layout).clone().requires_grad_()
+        values = kept_values(weight, layout).clone().requires_grad_()
         bias = torch.randn(layout.shape[0], dtype=torch.float64).to(dtype).requires_grad_()
         linears.append(Selected(weight, values, layout, bias if i else None))
         dys.append(torch.randn(tokens, layout.shape[0], dtype=torch.float64).to(dtype))
@@ -112,7 +112,7 @@ def test_layouts_are_joined_once():
         assert one.grid_shape[1] == 4
     weight = torch.randn(32, IN)
     for one, other in zip((first, second), made, strict=True):
-        assert torch.equal(pack(weight, one), pack(weight, other))
+        assert torch.equal(kept_values(weight, one), kept_values(weight, other))
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "blocks"])

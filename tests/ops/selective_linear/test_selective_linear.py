@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sensikernels.errors import UsageError
+from sensikernels._core.errors import UsageError
 from sensikernels.layouts import (
     BlockLayout,
     ElementLayout,
     Layout,
     assign_,
+    kept_values,
     layout_of,
-    pack,
     to_arguments,
 )
 from sensikernels.ops.selective_linear import explain, selective_linear
@@ -28,7 +28,7 @@ def inputs(layout: Layout, tokens: int, dtype: torch.dtype = torch.float32) -> l
     out, into = layout.shape
     shapes = ((tokens, into), (out, into), (out,), (tokens, out))
     x, weight, bias, dy = (torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes)
-    values = pack(weight, layout).clone()
+    values = kept_values(weight, layout).clone()
     return [x.requires_grad_(), weight, values.requires_grad_(), bias.requires_grad_(), dy]
 
 
@@ -182,7 +182,7 @@ def test_flops_count_the_kept_entries():
 
 
 def test_explain_names_choice_and_reason():
-    assert explain(make_layout("rows")).form == "packed"
+    assert explain(make_layout("rows")).form == "compact"
     blocks = explain(make_layout("blocks"))
     assert (blocks.form, blocks.backend) == ("selective", "native")
     assert "break-even" in blocks.reason

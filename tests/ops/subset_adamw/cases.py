@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensikernels import _native
-from sensikernels._bits import pack_bits
+from sensikernels._core import extension
+from sensikernels._core.bits import pack_bits
 from sensikernels.ops.subset_adamw.kept import matrix_shape
 
-BACKENDS = ("reference", "native") if _native.available() else ("reference",)
+BACKENDS = ("reference", "native") if extension.available() else ("reference",)
 KINDS = ("all", "rows", "columns", "blocks", "elements")
 
 

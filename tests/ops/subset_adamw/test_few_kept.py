@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels.optim import SubsetAdamW
 from tests.ops.subset_adamw.cases import BACKENDS, KINDS, kept_of
 
 SHAPES = ((300, 512), (41, 1003), (70001,), (64, 96))

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sensikernels.errors import UsageError
-from sensikernels.ops.subset_adamw import SubsetAdamW, explain, native, subset_adamw
+from sensikernels._core.errors import UsageError
+from sensikernels.ops.subset_adamw import explain, native, subset_adamw
 from sensikernels.ops.subset_adamw.kept import make_layout
+from sensikernels.optim import SubsetAdamW
 from tests.ops.subset_adamw.cases import BACKENDS, KINDS, kept_of, same_bits
 
 SHAPES = ((6, 40), (33,), (24, 35))

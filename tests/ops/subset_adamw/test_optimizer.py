@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sensikernels.errors import UsageError
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels._core.errors import UsageError
+from sensikernels.optim import SubsetAdamW
 from tests.ops.subset_adamw.cases import BACKENDS, KINDS, kept_of, same_bits
 
 

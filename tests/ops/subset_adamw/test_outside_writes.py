@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from sensikernels.errors import UsageError
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels._core.errors import UsageError
+from sensikernels.optim import SubsetAdamW
 
 Change = Callable[[SubsetAdamW, nn.Parameter, nn.Parameter], Any]
 CHANGES: dict[str, Change] = {

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
-from sensikernels.errors import UsageError
-from sensikernels.ops.subset_adamw import SubsetAdamW, waiting
+from sensikernels._core.errors import UsageError
+from sensikernels.optim import SubsetAdamW, waiting
 
 ROWS, WIDE, STEPS = 40, 4, 60
 BASE = 1e-2

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensikernels._bits import pack_bits
-from sensikernels.errors import UsageError
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels._core.bits import pack_bits
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.subset_adamw.api import MODES
 from sensikernels.ops.subset_adamw.kept import KeptLayout
+from sensikernels.optim import SubsetAdamW
 from tests.ops.subset_adamw.cases import BACKENDS, same_bits
 
 SHAPE = (24, 40)

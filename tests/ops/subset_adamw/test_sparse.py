@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sensikernels import _native
-from sensikernels.errors import UsageError
-from sensikernels.ops.subset_adamw import SubsetAdamW, reference
+from sensikernels._core import extension
+from sensikernels._core.errors import UsageError
+from sensikernels.ops.subset_adamw import reference
+from sensikernels.optim import SubsetAdamW
 from tests.ops.subset_adamw.cases import BACKENDS, same_bits
 from tests.tolerance import assert_close_to_reference
 
@@ -153,7 +154,9 @@ def test_coalescing(rows: list[int]) -> None:
     assert entries[first].tolist() == sorted(set(rows))
     torch.testing.assert_close(sums, grad.to_dense()[entries])
     if "native" in BACKENDS:
-        touched, compiled = _native.ops().subset_adamw_coalesce(grad._indices()[0], grad._values())
+        touched, compiled = extension.ops().subset_adamw_coalesce(
+            grad._indices()[0], grad._values()
+        )
         distinct = sorted(set(rows))
         assert touched.tolist() == distinct + [-1] * (len(rows) - len(distinct))
         assert same_bits(compiled[: len(distinct)], sums[first])

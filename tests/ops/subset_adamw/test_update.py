@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sensikernels._bits import unpack_bits
-from sensikernels.ops.subset_adamw import SubsetAdamW
+from sensikernels._core.bits import unpack_bits
 from sensikernels.ops.subset_adamw.kept import KeptLayout
+from sensikernels.optim import SubsetAdamW
 from tests.ops.subset_adamw.cases import BACKENDS, KINDS, bits, kept_of, same_bits
 from tests.tolerance import assert_close_to_reference
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensikernels import _native
-from sensikernels.errors import UsageError
+from sensikernels._core import extension
+from sensikernels._core.errors import UsageError
 from sensikernels.ops.varlen_attention import explain, varlen_attention
 from tests.ops.varlen_attention.cases import offsets, operands, run, seed_of
 
@@ -18,7 +18,7 @@ _OPS = torch.ops.sensikernels
 
 
 def need(backend: str) -> None:
-    if backend == "native" and not _native.available():
+    if backend == "native" and not extension.available():
         pytest.skip("no compiled extension")
 
 
@@ -98,7 +98,7 @@ def test_explain() -> None:
     x = torch.randn(3, 1, 4)
     assert explain(x.half(), x.half()).startswith("varlen_attention: buckets (native: it serves")
     assert explain(x, x, "reference") == "varlen_attention: reference (asked for by name)"
-    if _native.available():
+    if extension.available():
         half = x.bfloat16()
         for given in (x, half):
             assert explain(given, given) == "varlen_attention: native (the fastest for cpu)"

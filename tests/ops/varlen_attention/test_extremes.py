@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensikernels import _native
+from sensikernels._core import extension
 from sensikernels.ops.varlen_attention import varlen_attention
 
 pytestmark = pytest.mark.skipif(
-    _native.why_not() is not None, reason=f"native: {_native.why_not()}"
+    extension.why_not() is not None, reason=f"native: {extension.why_not()}"
 )
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from sensikernels import _native
+from sensikernels._core import extension
 from sensikernels.ops.varlen_attention import native, varlen_attention
 from sensikernels.ops.varlen_attention import reference as ref
 from tests.ops.varlen_attention.cases import PADDING, offsets, operands, run, seed_of
@@ -31,7 +31,7 @@ LENGTHS = [
 
 
 def need(backend: str) -> None:
-    if backend == "native" and not _native.available():
+    if backend == "native" and not extension.available():
         pytest.skip("no compiled extension")
 
 

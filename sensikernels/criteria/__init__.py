@@ -1,6 +1,0 @@
-"""Statistics that rank units: taps on activations, sums over weights and gradients."""
-
-from sensikernels.criteria.taps import STATISTICS, UnitTap, tap
-from sensikernels.criteria.weights import unit_sums
-
-__all__ = ["STATISTICS", "UnitTap", "tap", "unit_sums"]

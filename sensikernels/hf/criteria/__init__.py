@@ -1,0 +1,6 @@
+"""Statistics that rank units: taps on activations, sums over weights and gradients."""
+
+from sensikernels.hf.criteria.taps import STATISTICS, UnitTap, tap
+from sensikernels.hf.criteria.weights import unit_sums
+
+__all__ = ["STATISTICS", "UnitTap", "tap", "unit_sums"]
