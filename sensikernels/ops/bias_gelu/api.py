@@ -8,7 +8,8 @@ from torch import Tensor
 from sensikernels.ops.bias_gelu import reference
 from sensikernels.ops.bias_gelu.autograd import BiasGelu
 from sensikernels.ops.bias_gelu.checks import check
-from sensikernels.ops.common.choice import choose
+from sensikernels.ops.common.choice import Choice
+from sensikernels.ops.common.rowwise import choice, serving
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -30,7 +31,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -
         UsageError: shapes, dtypes or devices do not fit, or a backend that cannot serve.
     """
     check(x, bias)
-    chosen, _ = choose(x, backend)
+    chosen = serving(x, backend)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return reference.bias_gelu(x, bias)
@@ -38,7 +39,6 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -
     return out
 
 
-def explain(x: Tensor, backend: str = "auto") -> str:
-    """One line: which backend serves ``x``, and why."""
-    name, why = choose(x, backend)
-    return f"bias_gelu: {name} ({why})"
+def explain(x: Tensor, backend: str = "auto") -> Choice:
+    """Which backend serves ``x``, and why."""
+    return choice(x, backend)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sensikernels._core.checks import require
-from sensikernels.ops.common.checks import check_tensor
-from sensikernels.ops.common.choice import described
+from sensikernels.ops.common.checks import check_tensor, described
 
 
 def check(x: Tensor, bias: Tensor | None) -> None:

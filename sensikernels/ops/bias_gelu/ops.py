@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sensikernels.ops.bias_gelu import checks, native, reference
-from sensikernels.ops.common.choice import resolve, rows
+from sensikernels.ops.common.rowwise import resolve, rows
 
 _LIB = torch.library.Library("sensikernels", "FRAGMENT")
 _LIB.define("bias_gelu(Tensor x, Tensor? bias, str backend) -> Tensor")

@@ -15,9 +15,13 @@ from sensikernels._core import environment
 from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.philox import DRAWS
 from sensikernels.layouts import BlockLayout, CompactLayout, Layout, from_arguments
-from sensikernels.ops.common.choice import described
 
 KERNELS = ("native", "triton")
+
+
+def described(x: Tensor) -> str:
+    """``dtype [shape] on device``, for messages."""
+    return f"{x.dtype} {list(x.shape)} on {x.device}"
 
 
 def check_tensor(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels.ops.common.choice import choose
+from sensikernels.ops.common.choice import Choice
+from sensikernels.ops.common.rowwise import choice, serving
 from sensikernels.ops.cross_entropy import checks, reference
 from sensikernels.ops.cross_entropy.autograd import CrossEntropy
 
@@ -38,7 +39,7 @@ def cross_entropy(
     """
     checks.check(logits, labels)
     labels = labels.long()
-    chosen, _ = choose(logits, backend)
+    chosen = serving(logits, backend)
     checks.check_labels(labels, logits.shape[1], ignore_index, chosen)
     if chosen == "reference":
         with torch.autocast(logits.device.type, enabled=False):
@@ -47,7 +48,6 @@ def cross_entropy(
     return out
 
 
-def explain(logits: Tensor, backend: str = "auto") -> str:
-    """One line: which backend serves ``logits``, and why."""
-    name, why = choose(logits, backend)
-    return f"cross_entropy: {name} ({why})"
+def explain(logits: Tensor, backend: str = "auto") -> Choice:
+    """Which backend serves ``logits``, and why."""
+    return choice(logits, backend)

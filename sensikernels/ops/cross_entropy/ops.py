@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sensikernels.ops.common.choice import resolve
+from sensikernels.ops.common.rowwise import resolve
 from sensikernels.ops.cross_entropy import checks, native, reference
 
 _LIB = torch.library.Library("sensikernels", "FRAGMENT")

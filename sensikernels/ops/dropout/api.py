@@ -8,7 +8,8 @@ from torch import Tensor
 from sensikernels._core import environment
 from sensikernels._core.checks import require, require_one_of
 from sensikernels.ops.common.checks import check_tensor
-from sensikernels.ops.common.choice import choose
+from sensikernels.ops.common.choice import Choice
+from sensikernels.ops.common.rowwise import choice, serving
 from sensikernels.ops.dropout.autograd import Dropout
 from sensikernels.ops.dropout.reference import DRAWS
 
@@ -51,12 +52,11 @@ def dropout(
     if seed is None:
         seed = torch.randint(1 << 62, (), device=x.device)
     threshold = round((1.0 - p) * DRAWS)
-    chosen, _ = choose(x, backend)
+    chosen = serving(x, backend)
     out: Tensor = Dropout.apply(x, seed, threshold, chosen)  # type: ignore[no-untyped-call]
     return out
 
 
-def explain(x: Tensor, backend: str = "auto") -> str:
-    """One line: which backend serves ``x``, and why."""
-    name, why = choose(x, backend)
-    return f"dropout: {name} ({why})"
+def explain(x: Tensor, backend: str = "auto") -> Choice:
+    """Which backend serves ``x``, and why."""
+    return choice(x, backend)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sensikernels._core.checks import require
 from sensikernels.ops.common.checks import check_drops
-from sensikernels.ops.common.choice import resolve
+from sensikernels.ops.common.rowwise import resolve
 from sensikernels.ops.dropout import native, reference
 
 _LIB = torch.library.Library("sensikernels", "FRAGMENT")

@@ -8,7 +8,8 @@ from torch import Tensor
 from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.philox import DRAWS
 from sensikernels.ops.common.checks import check_tensor
-from sensikernels.ops.common.choice import choose
+from sensikernels.ops.common.choice import Choice
+from sensikernels.ops.common.rowwise import choice, serving
 from sensikernels.ops.dropout_add_norm import reference
 from sensikernels.ops.dropout_add_norm.autograd import DropoutAddNorm
 from sensikernels.ops.dropout_add_norm.checks import check
@@ -65,7 +66,7 @@ def dropout_add_norm(
         seed = torch.randint(1 << 62, (), device=x.device)
     if recover not in RECOVER:
         require_one_of(recover, "recover", RECOVER)
-    chosen, _ = choose(x, backend)
+    chosen = serving(x, backend)
     arguments = (x, residual, weight, bias, seed, threshold, eps)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
@@ -74,7 +75,6 @@ def dropout_add_norm(
     return out
 
 
-def explain(x: Tensor, backend: str = "auto") -> str:
-    """One line: which backend serves ``x``, and why."""
-    name, why = choose(x, backend)
-    return f"dropout_add_norm: {name} ({why})"
+def explain(x: Tensor, backend: str = "auto") -> Choice:
+    """Which backend serves ``x``, and why."""
+    return choice(x, backend)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from sensikernels._core.checks import require
-from sensikernels.ops.common.checks import check_drops, check_tensor
-from sensikernels.ops.common.choice import described
+from sensikernels.ops.common.checks import check_drops, check_tensor, described
 
 
 def check(

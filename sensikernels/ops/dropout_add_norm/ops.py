@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensikernels.ops.common.choice import resolve
 from sensikernels.ops.common.columns import matrix
+from sensikernels.ops.common.rowwise import resolve
 from sensikernels.ops.dropout_add_norm import native, reference
 from sensikernels.ops.dropout_add_norm.checks import check_backward, check_forward
 

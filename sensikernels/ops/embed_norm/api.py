@@ -8,7 +8,7 @@ from torch import Tensor
 from sensikernels._core.checks import require
 from sensikernels._core.philox import DRAWS
 from sensikernels.ops.common.checks import check_tensor
-from sensikernels.ops.common.choice import choose
+from sensikernels.ops.common.rowwise import serving
 from sensikernels.ops.embed_norm import reference
 from sensikernels.ops.embed_norm.autograd import EmbedNorm
 from sensikernels.ops.embed_norm.checks import check
@@ -71,7 +71,7 @@ def embed_norm(
         seed = None
     elif seed is None:
         seed = torch.randint(1 << 62, (), device=device)
-    chosen, _ = choose(word, backend)
+    chosen = serving(word, backend)
     if chosen == "reference":
         with torch.autocast(device.type, enabled=False):
             return reference.embed_norm(
@@ -82,7 +82,6 @@ def embed_norm(
     return out
 
 
-def explain(word: Tensor, backend: str = "auto") -> str:
-    """One line: which backend serves tables like ``word``, and why."""
-    name, why = choose(word, backend)
-    return f"embed_norm: {name} ({why})"
+def explain(word: Tensor, backend: str = "auto") -> Choice:
+    """Which backend serves tables like ``word``, and why."""
+    return choice(word, backend)

@@ -9,8 +9,13 @@ from torch import Tensor
 
 from sensikernels._core.checks import require
 from sensikernels._core.values import require_within
-from sensikernels.ops.common.checks import check_count, check_drops, check_rank, check_tensor
-from sensikernels.ops.common.choice import described
+from sensikernels.ops.common.checks import (
+    check_count,
+    check_drops,
+    check_rank,
+    check_tensor,
+    described,
+)
 
 _IDS = ("input_ids", "position_ids", "token_type_ids")
 _TABLES = ("word", "position", "token_type")

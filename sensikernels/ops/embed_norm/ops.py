@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensikernels.ops.common.choice import resolve, rows
+from sensikernels.ops.common.rowwise import resolve, rows
 from sensikernels.ops.embed_norm import native, reference
 from sensikernels.ops.embed_norm.checks import check_backward, check_forward, check_rows
 

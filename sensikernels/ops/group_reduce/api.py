@@ -11,7 +11,7 @@ from torch import Tensor
 from sensikernels._core import environment
 from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import UsageError
-from sensikernels.ops.common.choice import described
+from sensikernels.ops.common.checks import described
 from sensikernels.ops.group_reduce import ops, reference, repeat
 from sensikernels.ops.group_reduce.table import (
     DTYPE_CODE,

@@ -9,7 +9,7 @@ from torch import Tensor
 from sensikernels._core import environment
 from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import UsageError
-from sensikernels.ops.common.choice import described
+from sensikernels.ops.common.checks import described
 from sensikernels.ops.select_kept import native
 
 _NEAR = 1e-9  # of a bucket: a cost so close to a whole number of buckets is that number

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from sensikernels._core.checks import require
 from sensikernels._core.values import readable, require_within
-from sensikernels.ops.common.checks import check_count, check_kernels, check_tensor
-from sensikernels.ops.common.choice import described
+from sensikernels.ops.common.checks import check_count, check_kernels, check_tensor, described
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGN = 64

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from sensikernels._core.checks import require
 from sensikernels._core.values import readable, require_within
-from sensikernels.ops.common.checks import check_count, check_tensor
-from sensikernels.ops.common.choice import described
+from sensikernels.ops.common.checks import check_count, check_tensor, described
 from sensikernels.ops.subset_adamw.engine import choose
 from sensikernels.ops.subset_adamw.kept import KINDS, matrix_shape, unit_count
 

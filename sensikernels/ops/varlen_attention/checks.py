@@ -9,8 +9,7 @@ from torch import Tensor
 
 from sensikernels._core.checks import require
 from sensikernels._core.values import readable
-from sensikernels.ops.common.checks import check_drops, check_tensor
-from sensikernels.ops.common.choice import described
+from sensikernels.ops.common.checks import check_drops, check_tensor, described
 
 
 def check(

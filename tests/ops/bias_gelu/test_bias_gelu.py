@@ -114,7 +114,7 @@ def test_saves_x_alone():
 def test_gradients_of_gradients():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    assert explain(x).startswith("bias_gelu: reference")
+    assert explain(x).backend == "reference"
     assert torch.autograd.gradcheck(bias_gelu, (x, bias))
     assert torch.autograd.gradgradcheck(bias_gelu, (x, bias))
 

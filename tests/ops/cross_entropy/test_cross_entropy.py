@@ -163,7 +163,7 @@ def test_saves_two_floats_a_row_beside_what_there_was():
 def test_gradients_of_gradients():
     logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([1, -100, 4, 0])
-    assert explain(logits).startswith("cross_entropy: reference")
+    assert explain(logits).backend == "reference"
     assert torch.autograd.gradcheck(cross_entropy, (logits, labels))
     assert torch.autograd.gradgradcheck(cross_entropy, (logits, labels))
 

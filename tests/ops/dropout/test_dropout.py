@@ -139,4 +139,4 @@ def test_bad_arguments() -> None:
         dropout(x, backend="triton")
     with pytest.raises(UsageError, match="native cannot serve this call"):
         dropout(x.half(), backend="native")
-    assert explain(x.half()).startswith("dropout: reference")
+    assert explain(x.half()).backend == "reference"

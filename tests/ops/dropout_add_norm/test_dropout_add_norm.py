@@ -143,7 +143,7 @@ def test_saves_no_mask():
 
 def test_gradients_of_gradients():
     leaves = [t.requires_grad_() for t in leaves_of((3, 6), torch.float64, torch.float64)]
-    assert explain(leaves[0]).startswith("dropout_add_norm: reference")
+    assert explain(leaves[0]).backend == "reference"
     assert torch.autograd.gradcheck(ours(0.4), leaves)
     assert torch.autograd.gradgradcheck(ours(0.4), leaves)
 

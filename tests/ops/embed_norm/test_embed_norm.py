@@ -184,7 +184,7 @@ def test_seed_from_torch():
 def test_gradients_of_gradients():
     ids, leaves = case((4,), 6, torch.float64, torch.float64)
     leaves = [t.requires_grad_() for t in leaves]
-    assert explain(leaves[0]).startswith("embed_norm: reference")
+    assert explain(leaves[0]).backend == "reference"
     f = lambda *leaves: ours(0.4)(*ids, *leaves)  # noqa: E731
     assert torch.autograd.gradcheck(f, leaves)
     assert torch.autograd.gradgradcheck(f, leaves)

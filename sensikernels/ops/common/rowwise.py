@@ -1,0 +1,69 @@
+"""Operators over the rows of a matrix, with a kernel of each kind: which one serves ``x``."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sensikernels._core import environment, extension
+from sensikernels._core.checks import require_one_of
+from sensikernels._core.compile import constant_when_traced
+from sensikernels.ops.common.choice import Choice, choose
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def choice(x: Tensor, backend: str = "auto") -> Choice:
+    """What serves ``x`` and why. Raises UsageError for a named backend that cannot."""
+    return _decide(x.device.type, x.dtype, backend)
+
+
+def serving(x: Tensor, backend: str = "auto") -> str:
+    """The name of the backend that serves ``x``, as ``choice``."""
+    return _serving(x.device.type, x.dtype, backend)
+
+
+@constant_when_traced
+def _serving(device: str, dtype: torch.dtype, backend: str) -> str:
+    return _decide(device, dtype, backend).backend
+
+
+@cache
+def _decide(device: str, dtype: torch.dtype, backend: str) -> Choice:
+    refusals = {
+        "native": _native_refusal(device, dtype),
+        "triton": _triton_refusal(device, dtype),
+        "reference": None,
+    }
+    # The interpreter runs on a CPU where it is asked for, and nobody waits for it otherwise.
+    prefer = ("native",) if device == "cpu" else ("native", "triton")
+    return choose(refusals, backend, prefer=prefer, reason=f"the fastest for {device}")
+
+
+def _native_refusal(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cpu":
+        return f"it runs on the CPU, x is on {device}"
+    if dtype not in DTYPES:
+        return f"it serves float32 and bfloat16, x is {dtype}"
+    return None if extension.available() else extension.why_not()
+
+
+def _triton_refusal(device: str, dtype: torch.dtype) -> str | None:
+    if device == "cpu" and not environment.interpreting():
+        return "x is on the CPU"
+    return None if dtype != torch.float64 else "it serves 16 and 32 bit floats"
+
+
+def resolve(x: Tensor, backend: str) -> str:
+    """The backend an operator runs for ``x``; on meta tensors nothing runs, a name is enough."""
+    if x.is_meta:
+        require_one_of(backend, "backend", environment.BACKENDS)
+        return backend
+    return serving(x, backend)
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x`` as a contiguous matrix ``[rows, width]``."""
+    return x.contiguous().view(x.shape[:-1].numel(), x.shape[-1])
