@@ -8,7 +8,8 @@ from torch import Tensor
 from sensikernels._core.checks import require
 from sensikernels._core.philox import DRAWS
 from sensikernels.ops.common.checks import check_tensor
-from sensikernels.ops.common.rowwise import serving
+from sensikernels.ops.common.choice import Choice
+from sensikernels.ops.common.rowwise import choice, serving
 from sensikernels.ops.embed_norm import reference
 from sensikernels.ops.embed_norm.autograd import EmbedNorm
 from sensikernels.ops.embed_norm.checks import check
