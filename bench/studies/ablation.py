@@ -45,7 +45,7 @@ from sensikernels.bench.rows import row, to_dicts, write_dicts
 from sensikernels.bench.step import minilm, sentences
 from sensikernels.bench.timing import interleave
 from sensikernels.hf import STEP_FEATURES, apply, cache_frozen_prefix, sensitivity
-from sensikernels.masks import Budget, plan
+from sensikernels.masks import Budget, Geometry, plan
 from sensikernels.methods.freeze import drop_nothing_below, frozen_lowest
 from sensikernels.training.graph import GraphedStep
 
@@ -101,7 +101,9 @@ def contestant(race: Race, stage: str) -> Contestant:
     made = Contestant(model=model, optimizer=our_optimizer(model), batches=batches)
     if stage == "trim":
         scores = sensitivity(model, race.batches(partial(padded, multiple=8))[:8])
-        chosen = plan(scores, Budget(flops=FLOPS_SHARE), sequence_length=race.mean_length)
+        chosen = plan(
+            scores, Budget(flops=FLOPS_SHARE), geometry=Geometry.uniform(race.mean_length)
+        )
         apply(model, chosen, optimizer=made.optimizer)
     elif stage in ("frozen", "cached"):
         apply(model, frozen_lowest(model, FROZEN_SHARE))

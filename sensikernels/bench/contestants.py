@@ -22,7 +22,7 @@ from sensikernels.data import collate, collate_packed
 from sensikernels.data.rows import TokenRow
 from sensikernels.hf import apply, encoder_layers, sensitivity
 from sensikernels.hf.targets import LAYER_LINEARS
-from sensikernels.masks import Budget, Mask, Plan, plan
+from sensikernels.masks import Budget, Geometry, Mask, Plan, plan
 from sensikernels.methods import DPS, BitFit, Method, Run
 from sensikernels.methods.freeze import frozen_lowest
 from sensikernels.ops.select_kept import select_kept
@@ -119,7 +119,7 @@ class Race:
         length = self.mean_length
         if name == "sensi-bert-0.5":
             scores = sensitivity(one.model, self.batches(partial(padded, multiple=8))[:4])
-            made = plan(scores, Budget(flops=FLOPS_SHARE), sequence_length=length)
+            made = plan(scores, Budget(flops=FLOPS_SHARE), geometry=Geometry.uniform(length))
             apply(one.model, made, optimizer=one.optimizer)
         elif name == "rows-0.1":
             apply(one.model, largest_rows(one.model, ROWS_SHARE))
@@ -133,7 +133,7 @@ class Race:
                 optimizer=one.optimizer,
                 max_steps=200,
                 batches=list,
-                sequence_length=length,
+                geometry=Geometry.uniform(length),
             )
             method.begin(run)
             if name == "dps":  # the other one is done once it has begun

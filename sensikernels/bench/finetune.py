@@ -29,8 +29,9 @@ from sensikernels.data import Batches
 from sensikernels.masks import Budget
 from sensikernels.training import Settings
 from sensikernels.training.data import Data
-from sensikernels.training.loop import fresh_model, prepare, use_device
+from sensikernels.training.loop import prepare, use_device
 from sensikernels.training.runner import Runner, dense_runner
+from sensikernels.training.session import fresh_model
 
 TOLERANCES = (0, 1)
 """Points below HuggingFace's last accuracy."""

@@ -72,7 +72,7 @@ def measure(settings: Settings, rounds: int) -> Row:
     taken = {name: sum(timing.samples_ms) for name, timing in times.items()}
     met = plan.origin["step_time"]
     return row(
-        suite="latency",
+        suite="step-time",
         case=f"{settings.task}-minilm-{settings.batch_size}",
         candidate=f"step-time-{asked:g}",
         baseline="dense",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sensikernels._core.errors import SensiError, UsageError
+from sensikernels.cli import options as o
+from sensikernels.cli.options import MethodCommand
 from sensikernels.cli.suites import Suite
 
 app = typer.Typer(
@@ -26,171 +29,38 @@ app = typer.Typer(
 _ClickError: Any = typer.BadParameter.__mro__[2]
 
 _MOST = 1_000_000
-_DATA, _BUDGET, _TRAINING, _RUN = "Task and model", "Method and budget", "Training", "Run"
 
-Task = Annotated[
-    str,
-    typer.Option(
-        help="demo (embedded), or a GLUE task: sst2, mrpc, stsb, "
-        "qnli, qqp, mnli, mnli-mm, rte, cola, wnli.",
-        rich_help_panel=_DATA,
-    ),
-]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder that holds SST-2/, MRPC/, … in GLUE's "
-        "own layout; without it the hub is asked.",
-        rich_help_panel=_DATA,
-    ),
-]
-Model = Annotated[
-    str,
-    typer.Option(help="minilm (embedded weights), a folder, or a hub name.", rich_help_panel=_DATA),
-]
-MaxTrain = Annotated[
-    int | None,
-    typer.Option(help="Train on this many rows, drawn by --seed.", rich_help_panel=_DATA),
-]
-MethodName = Annotated[
-    str,
-    typer.Option(
-        "--method",
-        help="dense, sensi-bert (rank and trim), "
-        "bitfit (biases only), freeze (upper layers only) or dps (the most moving entries).",
-        rich_help_panel=_BUDGET,
-    ),
-]
-Flops = Annotated[
-    float | None,
-    typer.Option(help="Keep this share of the training step's FLOPs.", rich_help_panel=_BUDGET),
-]
-Params = Annotated[
-    float | None,
-    typer.Option(help="Keep this share of the encoder's parameters.", rich_help_panel=_BUDGET),
-]
-StepTime = Annotated[
-    float | None,
-    typer.Option(
-        help="Keep this share of the dense step's time on this device.", rich_help_panel=_BUDGET
-    ),
-]
-Costs = Annotated[
-    Path | None,
-    typer.Option(
-        help="What widths cost, for --step-time, by "
-        "`sensikernels tune --costs`; else measured anew.",
-        rich_help_panel=_BUDGET,
-    ),
-]
-Units = Annotated[
-    str | None,
-    typer.Option(
-        help="Keep these counts: heads=36,neurons=4608 (in the "
-        "whole model; in each layer with --scope per_layer).",
-        rich_help_panel=_BUDGET,
-    ),
-]
-Scope = Annotated[
-    str,
-    typer.Option(help="global: layers compete; per_layer: each meets it.", rich_help_panel=_BUDGET),
-]
-PlanFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--plan",
-        help="Trim to this plan.json (of `sensikernels plan`) instead of ranking.",
-        rich_help_panel=_BUDGET,
-    ),
-]
-Options = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--method-option",
-        metavar="KEY=VALUE",
-        help="A setting of the method, repeatable. sensi-bert: warmup, criterion, statistic, "
-        "granularity, ranking, multiples; bitfit: subsets; freeze: share, cache; dps: masked_share, "
-        "update_ratio, as_published.",
-        rich_help_panel=_BUDGET,
-    ),
-]
-Ranking = Annotated[
-    int,
-    typer.Option(
-        "--ranking-rows", help="Training rows that rank the units.", rich_help_panel=_BUDGET
-    ),
-]
-Epochs = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
-BatchSize = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
-Lr = Annotated[
-    float | None,
-    typer.Option(help="Peak learning rate; default: the method's own.", rich_help_panel=_TRAINING),
-]
-DenseLr = Annotated[
-    float | None,
-    typer.Option(help="The baseline's; default: --lr, else 5e-5.", rich_help_panel=_TRAINING),
-]
-Dtype = Annotated[
-    str, typer.Option(help="fp32, or bf16 with fp32 master weights.", rich_help_panel=_TRAINING)
-]
-Embeddings = Annotated[
-    str,
-    typer.Option(
-        help="Word table: sparse (only rows that occur move), frozen, or dense.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-Dropout = Annotated[
-    str,
-    typer.Option(
-        help="Masks from a counter (parallel, none stored) or torch's own.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-Packed = Annotated[
-    bool,
-    typer.Option(
-        "--packed/--no-packed",
-        help="Train on packed tokens, or on padded ones.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-Padding = Annotated[
-    int,
-    typer.Option(
-        "--pad-to-multiple",
-        help="Batch lengths are multiples of this, so that shapes repeat.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-MaxLength = Annotated[int, typer.Option(help="Longer rows are cut.", rich_help_panel=_TRAINING)]
-Seed = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_RUN)]
-Parallel = Annotated[
-    str,
-    typer.Option(
-        help="Under torchrun: ddp (copies of the model) or fsdp (shards of it).",
-        rich_help_panel=_RUN,
-    ),
-]
-Compare = Annotated[
-    bool,
-    typer.Option(
-        "--compare-dense",
-        help="Train the dense model in turn, batch by batch: the honest baseline.",
-        rich_help_panel=_RUN,
-    ),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue the run in --output.", rich_help_panel=_RUN)
-]
-Every = Annotated[
-    int, typer.Option(help="Steps between checkpoints; 0: none.", rich_help_panel=_RUN)
-]
-Output = Annotated[Path, typer.Option(help="A new or empty folder.", rich_help_panel=_RUN)]
+
+def collected(run: Callable[[dict[str, Any]], None]) -> Callable[[Any], Any]:
+    """Have a command's arguments reach ``run`` as one mapping, by name."""
+
+    def decorate(declaration: Any) -> Any:
+        @wraps(declaration)
+        def command(**given: Any) -> None:
+            run(given)
+
+        return command
+
+    return decorate
+
+
+def _finetune(given: dict[str, Any]) -> None:
+    from sensikernels._core import environment
+    from sensikernels.cli.show import show_report, watching
+    from sensikernels.training import Settings, finetune
+    from sensikernels.training.distributed import leave
+
+    settings = _settings(Settings, given)
+    first = environment.rank() == 0
+    with watching(settings) if first else nullcontext() as watch:
+        report = finetune(settings, watch)
+    leave()
+    if first:
+        show_report(report, settings.output)
 
 
 @app.command(
+    cls=MethodCommand,
     epilog="""[bold]Examples[/bold]
 
 sensikernels finetune --task demo --flops 0.5 --compare-dense --output runs/demo
@@ -201,96 +71,54 @@ sensikernels finetune --task sst2 --data-dir glue --model bert-base-uncased --fl
 sensikernels finetune --task mrpc --data-dir glue --method bitfit --epochs 3 --output runs/bitfit
 
 sensikernels finetune --task demo --units heads=36,neurons=4608 --method-option warmup=0.2
---output runs/units"""
+--output runs/units""",
 )
+@collected(_finetune)
 def finetune(
-    output: Output,
-    task: Task = "demo",
-    data_dir: DataDir = None,
-    model: Model = "minilm",
-    max_train_samples: MaxTrain = None,
-    method: MethodName = "sensi-bert",
-    flops: Flops = None,
-    params: Params = None,
-    step_time: StepTime = None,
-    costs: Costs = None,
-    units: Units = None,
-    scope: Scope = "global",
-    plan: PlanFile = None,
-    method_option: Options = None,
-    ranking_rows: Ranking = 2048,
-    epochs: Epochs = 1,
-    batch_size: BatchSize = 32,
-    lr: Lr = None,
-    dense_lr: DenseLr = None,
-    dtype: Dtype = "fp32",
-    embeddings: Embeddings = "sparse",
-    dropout: Dropout = "counter",
-    packed: Packed = True,
-    pad_to_multiple: Padding = 8,
-    max_length: MaxLength = 128,
-    seed: Seed = 0,
-    device: Device = "auto",
-    parallel: Parallel = "ddp",
-    compare_dense: Compare = False,
-    resume: Resume = False,
-    checkpoint_every: Every = 500,
+    output: o.Output,
+    task: o.Task = "demo",
+    data_dir: o.DataDir = None,
+    model: o.Model = "minilm",
+    max_train_samples: o.MaxTrain = None,
+    method: o.MethodName = None,
+    flops: o.Flops = None,
+    params: o.Params = None,
+    step_time: o.StepTime = None,
+    costs: o.Costs = None,
+    units: o.Units = None,
+    scope: o.Scope = "global",
+    plan: o.PlanFile = None,
+    method_option: o.Options = None,
+    ranking_rows: o.Ranking = 2048,
+    epochs: o.Epochs = 1,
+    batch_size: o.BatchSize = 32,
+    lr: o.Lr = None,
+    dense_lr: o.DenseLr = None,
+    dtype: o.Dtype = "fp32",
+    embeddings: o.Embeddings = "sparse",
+    dropout: o.Dropout = "counter",
+    packed: o.Packed = True,
+    pad_to_multiple: o.Padding = 8,
+    max_length: o.MaxLength = 128,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    parallel: o.Parallel = "ddp",
+    compare_dense: o.Compare = False,
+    resume: o.Resume = False,
+    checkpoint_every: o.Every = 500,
 ) -> None:
     """Fine-tune at a budget: warm up, rank, trim, go on, compact, save, and say what it cost."""
-    from sensikernels._core import environment
-    from sensikernels.cli.show import show_report, watching
-    from sensikernels.training import Settings
-    from sensikernels.training import finetune as run
-    from sensikernels.training.distributed import leave
-
-    given = dict(locals())
-    settings = _settings(Settings, given)
-    first = environment.rank() == 0
-    with watching(settings) if first else nullcontext() as watch:
-        report = run(settings, watch)
-    leave()
-    if first:
-        show_report(report, settings.output)
 
 
-@app.command(
-    "plan",
-    epilog="""[bold]Example[/bold]
-
-sensikernels plan --task demo --flops 0.5 --output plan.json
-
-sensikernels finetune --task demo --plan plan.json --output runs/planned""",
-)
-def make_plan(
-    task: Task = "demo",
-    data_dir: DataDir = None,
-    model: Model = "minilm",
-    max_train_samples: MaxTrain = None,
-    flops: Flops = None,
-    params: Params = None,
-    step_time: StepTime = None,
-    costs: Costs = None,
-    units: Units = None,
-    scope: Scope = "global",
-    method_option: Options = None,
-    ranking_rows: Ranking = 2048,
-    batch_size: BatchSize = 32,
-    dtype: Dtype = "fp32",
-    pad_to_multiple: Padding = 8,
-    max_length: MaxLength = 128,
-    seed: Seed = 0,
-    device: Device = "auto",
-    output: Annotated[Path | None, typer.Option(help="Write the plan here (plan.json).")] = None,
-) -> None:
-    """Rank and allocate only: the ranking of tensors and what a budget keeps of them."""
+def _plan(given: dict[str, Any]) -> None:
     from sensikernels._core import environment
     from sensikernels._core.files import nobody, require_writable
     from sensikernels.cli.show import show_plan
     from sensikernels.training import Settings, rank
     from sensikernels.training.distributed import leave
 
-    given = {**locals(), "method": "sensi-bert", "output": Path()}
-    settings = _settings(Settings, given)
+    output = given["output"]
+    settings = _settings(Settings, {**given, "output": Path()})
     if output is not None and environment.rank() == 0:
         grids = output.with_suffix(".safetensors")
         require_writable({"output": output, "output's grids": grids}, nobody)
@@ -303,6 +131,40 @@ def make_plan(
         chosen.save(output)
 
 
+@app.command(
+    "plan",
+    cls=MethodCommand,
+    epilog="""[bold]Example[/bold]
+
+sensikernels plan --task demo --flops 0.5 --output plan.json
+
+sensikernels finetune --task demo --plan plan.json --output runs/planned""",
+)
+@collected(_plan)
+def make_plan(
+    task: o.Task = "demo",
+    data_dir: o.DataDir = None,
+    model: o.Model = "minilm",
+    max_train_samples: o.MaxTrain = None,
+    flops: o.Flops = None,
+    params: o.Params = None,
+    step_time: o.StepTime = None,
+    costs: o.Costs = None,
+    units: o.Units = None,
+    scope: o.Scope = "global",
+    method_option: o.Options = None,
+    ranking_rows: o.Ranking = 2048,
+    batch_size: o.BatchSize = 32,
+    dtype: o.Dtype = "fp32",
+    pad_to_multiple: o.Padding = 8,
+    max_length: o.MaxLength = 128,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    output: Annotated[Path | None, typer.Option(help="Write the plan here (plan.json).")] = None,
+) -> None:
+    """Rank and allocate only: the ranking of tensors and what a budget keeps of them."""
+
+
 @app.command()
 def doctor() -> None:
     """Device, versions, usable backends, and why the others are not."""
@@ -311,7 +173,16 @@ def doctor() -> None:
     report.main()
 
 
+def _bench(given: dict[str, Any]) -> None:
+    from sensikernels.cli.suites import run_suite
+
+    suite, device, quick, json = (given.pop(name) for name in ("suite", "device", "quick", "json"))
+    asked = {name.replace("_", "-"): value for name, value in given.items()}
+    run_suite(suite, device, quick, json, asked | {"case": asked["case"] or None})
+
+
 @app.command()
+@collected(_bench)
 def bench(
     suite: Annotated[Suite, typer.Argument(help="What to time.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -319,7 +190,7 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Write the rows and their provenance.")] = None,
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="GLUE's folders, for real batches (step, latency, finetune)."),
+        typer.Option(help="GLUE's folders, for real batches (step, step-time, finetune)."),
     ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, max=_MOST, help="Rounds of each case (linear only).")
@@ -346,19 +217,13 @@ def bench(
     ] = None,
 ) -> None:
     """Time one part of the library against its baselines, interleaved."""
-    from sensikernels.cli.suites import run_suite
 
-    given = {
-        "data-dir": data_dir,
-        "case": case or None,
-        "rounds": rounds,
-        "only": only,
-        "seeds": seeds,
-        "samples": samples,
-        "seconds": seconds,
-        "picture": picture,
-    }
-    run_suite(suite, device, quick, json, given)
+
+def _tune(given: dict[str, Any]) -> None:
+    if given["costs"] is None:
+        _measure_dispatch(given["device"], given["output"])
+    else:
+        _measure_costs(given["costs"], given)
 
 
 @app.command(
@@ -372,26 +237,28 @@ sensikernels tune --costs costs.json --task sst2 --data-dir glue --dtype bf16
 sensikernels finetune --task sst2 --data-dir glue --dtype bf16 --step-time 0.5 --costs costs.json
 --output runs/timed""",
 )
-def measure_dispatch(
-    device: Device = "auto",
+@collected(_tune)
+def tune(
+    device: o.Device = "auto",
     output: Annotated[Path | None, typer.Option(help="Default: where the runs look.")] = None,
     costs: Annotated[
         Path | None,
         typer.Option(help="Write instead what each width of a model costs, for --step-time."),
     ] = None,
-    task: Task = "demo",
-    data_dir: DataDir = None,
-    model: Model = "minilm",
-    batch_size: BatchSize = 32,
-    max_length: MaxLength = 128,
-    dtype: Dtype = "fp32",
+    task: o.Task = "demo",
+    data_dir: o.DataDir = None,
+    model: o.Model = "minilm",
+    batch_size: o.BatchSize = 32,
+    max_length: o.MaxLength = 128,
+    dtype: o.Dtype = "fp32",
 ) -> None:
     """Measure on this device from which density on dense is faster; takes a few minutes."""
+
+
+def _measure_dispatch(device: str, output: Path | None) -> None:
+    """``tune``: the break-even densities of this device."""
     import torch
 
-    if costs is not None:
-        _measure_costs(costs, dict(locals()))
-        return
     from sensikernels._core.files import require_writable
     from sensikernels.cli.show import progress_lines
     from sensikernels.nn.tune import tune
@@ -414,11 +281,12 @@ def _measure_costs(path: Path, given: dict[str, Any]) -> None:
     from sensikernels._core.files import require_writable
     from sensikernels.cli.show import progress_lines
     from sensikernels.masks import StepCosts
+    from sensikernels.methods import BASELINE
     from sensikernels.training import Settings, step_costs
 
     require_writable({"costs": path}, StepCosts.load)
     names = ("task", "data_dir", "model", "batch_size", "max_length", "dtype", "device")
-    asked = Settings(method="dense", output=Path(), **{name: given[name] for name in names})
+    asked = Settings(method=BASELINE.name, output=Path(), **{name: given[name] for name in names})
     with progress_lines() as progress:
         step_costs(asked, progress).save(path)
     typer.echo(f"wrote {path}")
@@ -427,6 +295,7 @@ def _measure_costs(path: Path, given: dict[str, Any]) -> None:
 def _settings(kind: Any, given: dict[str, Any]) -> Any:
     """The command's arguments as ``Settings``."""
     from sensikernels.masks import Budget
+    from sensikernels.methods import DEFAULT
     from sensikernels.training.config import parse_counts, parse_options
 
     fields = {name for name in kind.__dataclass_fields__ if name in given}
@@ -435,8 +304,9 @@ def _settings(kind: Any, given: dict[str, Any]) -> Any:
     shares = {name: given[name] for name in ("flops", "params", "step_time")} | {"units": counts}
     asked = any(value is not None for value in shares.values())
     budget = Budget(**shares, scope=given["scope"]) if asked else None
-    options = parse_options(given["method"], given["method_option"] or ())
-    return kind(**plain, budget=budget, options=options)
+    chosen = given.get("method") or DEFAULT
+    options = parse_options(chosen, given["method_option"] or ())
+    return kind(**plain | {"method": chosen}, budget=budget, options=options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

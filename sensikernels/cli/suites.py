@@ -23,14 +23,14 @@ class Suite(str, Enum):
     reductions = "reductions"
     optimizer = "optimizer"
     step = "step"
-    latency = "latency"
+    step_time = "step-time"
     finetune = "finetune"
 
 
 _TAKES: Mapping[Suite, tuple[str, ...]] = {
     Suite.linear: ("rounds", "seconds", "picture"),
     Suite.step: ("data-dir", "case", "only"),
-    Suite.latency: ("data-dir",),
+    Suite.step_time: ("data-dir",),
     Suite.finetune: ("data-dir", "only", "seeds", "samples", "picture"),
 }
 
@@ -57,7 +57,7 @@ def run_suite(
     picture = asked.pop("picture", None)
     _check_outputs(json, picture)
     try:  # by name: a suite costs its imports only where it is asked for
-        module = import_module(f"sensikernels.bench.{suite.value}")
+        module = import_module(f"sensikernels.bench.{suite.name}")
     except ModuleNotFoundError as error:
         why = f"{error}: pip install 'sensikernels[hf,bench]'"
         raise SensiError(f"bench {suite.value}: {why}") from error

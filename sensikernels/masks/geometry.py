@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from sensikernels._core.checks import require
+
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
@@ -22,15 +24,15 @@ class Geometry:
     their sequences as ``(1, length)``; the same formulas hold.
     """
 
-    shapes: Mapping[tuple[int, int], int]
-    real_tokens: int
-    packed: Mapping[int, int] | None = None
+    shapes: Mapping[tuple[int, float], int]
+    real_tokens: float
+    packed: Mapping[float, int] | None = None
 
     @classmethod
     def total(cls, parts: Sequence[Geometry]) -> Geometry:
         """The geometry of several passes together, all padded or all packed."""
-        shapes: Counter[tuple[int, int]] = Counter()
-        packed: Counter[int] = Counter()
+        shapes: Counter[tuple[int, float]] = Counter()
+        packed: Counter[float] = Counter()
         for part in parts:
             shapes.update(part.shapes)
             packed.update(part.packed or {})
@@ -46,6 +48,13 @@ class Geometry:
         shapes = count_shapes((1, int(length)) for length in lengths)
         return cls(shapes=shapes, real_tokens=int(lengths.sum()), packed={tokens: 1})
 
+    @classmethod
+    def uniform(cls, length: float, attended: float = 1.0) -> Geometry:
+        """Sequences of one ``length``; ``attended``: the share of their tokens that are keys."""
+        require(length > 0, "length", "a positive number of tokens", length)
+        packed = None if attended == 1 else {length: 1}
+        return cls(shapes={(1, length): 1}, real_tokens=attended * length, packed=packed)
+
     @property
     def batches(self) -> int:
         """Number of batches."""
@@ -57,14 +66,14 @@ class Geometry:
         return sum(rows * count for (rows, _), count in self.shapes.items())
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> float:
         """Σ B·S: tokens computed, padding included."""
         if self.packed is not None:
             return sum(tokens * count for tokens, count in self.packed.items())
         return sum(rows * length * count for (rows, length), count in self.shapes.items())
 
     @property
-    def squared(self) -> int:
+    def squared(self) -> float:
         """Σ B·S²."""
         return sum(rows * length**2 * count for (rows, length), count in self.shapes.items())
 
@@ -72,6 +81,11 @@ class Geometry:
     def mean_length(self) -> float:
         """Σ B·S² / Σ B·S, the sequence length to put into a per-token FLOP formula."""
         return self.squared / self.tokens
+
+    @property
+    def tokens_per_sequence(self) -> float:
+        """Σ B·S / Σ B, the divisor of what runs once per sequence."""
+        return self.tokens / self.rows
 
     @property
     def padding(self) -> float:
@@ -84,7 +98,7 @@ class Geometry:
         return 1.0 if self.packed is None else self.real_tokens / self.tokens
 
 
-def count_shapes(shapes: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
+def count_shapes(shapes: Iterable[tuple[int, int]]) -> dict[tuple[int, float], int]:
     """How often each ``(rows, padded length)`` occurs, in ascending order."""
     return dict(sorted(Counter(shapes).items()))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sensikernels._core.checks import require
 from sensikernels._core.errors import UsageError
 from sensikernels.masks.budget import Budget
+from sensikernels.masks.geometry import Geometry
 from sensikernels.masks.mask import Mask
 from sensikernels.masks.plans import Plan
 from sensikernels.masks.scores import Scores
@@ -46,9 +47,7 @@ def plan(
     budget: Budget,
     *,
     method: str = "sensi-bert",
-    sequence_length: float | None = None,
-    tokens_per_sequence: float | None = None,
-    attended: float = 1.0,
+    geometry: Geometry | None = None,
     multiples: Mapping[str, int] | None = None,
     minimums: Mapping[str, int] | None = None,
     costs: StepCosts | None = None,
@@ -57,23 +56,22 @@ def plan(
 
     For heads and neurons the optimum over whole chunks of ``multiples`` units is exact: for
     every number of heads the rest of the budget is filled with the best neurons (methods.md
-    §1.3 B; Kwon et al. 2022, arXiv 2204.09656). ``sequence_length`` (Σ B·S² / Σ B·S of the batches
-    to train on) defaults to the scores', ``tokens_per_sequence`` (Σ B·S / Σ B) to the same.
-    ``attended``: share of those tokens that are no padding, for a packed model.
-    A ``step_time`` budget needs ``costs``, measured on the device to train on.
+    §1.3 B; Kwon et al. 2022, arXiv 2204.09656). ``geometry``: of the batches to train on; the
+    default is sequences as long as those of the ranking. A ``step_time`` budget needs ``costs``,
+    measured on the device to train on.
 
     Raises:
         UsageError: the budget is below the smallest feasible one, which is named; an unknown
             kind of unit; a count that is not a multiple; a step-time budget without costs.
     """
-    length = scores.sequence_length if sequence_length is None else sequence_length
-    require(length > 0, "sequence_length", "a positive number of tokens", length)
+    geometry = Geometry.uniform(scores.sequence_length) if geometry is None else geometry
+    length = geometry.mean_length
     multiples = {**MULTIPLES, **(multiples or {})}
     minimums = {**MINIMUMS, **(minimums or {})}
     for name, count in (*multiples.items(), *minimums.items()):
         ok = type(count) is int and 0 < count <= _MOST
         require(ok, f"multiple or minimum of {name}", f"a count from 1 to {_MOST}", count)
-    structure = scores.structure.at(tokens_per_sequence, attended)
+    structure = scores.structure.at(geometry)
     unknown = sorted({*multiples, *minimums} - set(MULTIPLES))
     require(not unknown, "multiples", f"kinds among {sorted(MULTIPLES)}", unknown)
     kept: dict[str, Tensor] = {}

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sensikernels.masks.geometry import Geometry
+
 TRAIN_FACTOR = 3
 """Forward, input gradient and weight gradient cost the same FLOPs (methods.md's F, dX, dW)."""
 
@@ -75,17 +77,15 @@ class Structure:
     fixed_sequence_flops: float
     fixed_params: int
 
-    def at(self, tokens_per_sequence: float | None, attended: float = 1.0) -> Structure:
-        """The same structure for batches whose sequences have so many computed tokens on average.
+    def at(self, geometry: Geometry) -> Structure:
+        """The same structure for batches of this geometry, so that FLOPs of a run are exact.
 
-        Attention follows Σ B·S² / Σ B·S, what runs once per sequence follows Σ B·S / Σ B: with
-        both given, FLOPs of a whole run are exact. None: the two are taken to be equal.
-        ``attended``: share of the computed tokens that are keys (packed batches round up).
+        Attention follows Σ B·S² / Σ B·S, what runs once per sequence follows Σ B·S / Σ B, keys
+        the tokens that packed batches do not round up.
         """
-        if tokens_per_sequence is None:
-            return self
-        per_token = self.fixed_token_flops + self.fixed_sequence_flops / tokens_per_sequence
-        couplings = tuple(c.at(tokens_per_sequence, attended) for c in self.couplings)
+        each = geometry.tokens_per_sequence
+        per_token = self.fixed_token_flops + self.fixed_sequence_flops / each
+        couplings = tuple(c.at(each, geometry.attended) for c in self.couplings)
         return replace(
             self, couplings=couplings, fixed_token_flops=per_token, fixed_sequence_flops=0
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from sensikernels._core.checks import require_one_of
@@ -12,12 +13,39 @@ from sensikernels.methods.dps import DPS
 from sensikernels.methods.freeze import Freeze
 from sensikernels.methods.sensi_bert import SensiBert
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (Dense, SensiBert, BitFit, DPS, Freeze)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (SensiBert, Dense, BitFit, Freeze, DPS)}
+"""Every method by its name; the first is the default."""
 
-__all__ = ["DPS", "METHODS", "BitFit", "Dense", "Freeze", "Method", "Run", "SensiBert", "method"]
+DEFAULT = next(iter(METHODS))
+BASELINE = Dense
+
+__all__ = [
+    "BASELINE",
+    "DEFAULT",
+    "DPS",
+    "METHODS",
+    "BitFit",
+    "Dense",
+    "Freeze",
+    "Method",
+    "Run",
+    "SensiBert",
+    "method",
+    "options_of",
+]
 
 
 def method(name: str, **options: Any) -> Method:
     """A method by its name in ``METHODS``. Raises UsageError for another name."""
     require_one_of(name, "method", METHODS)
     return METHODS[name](**options)
+
+
+def options_of(name: str) -> dict[str, tuple[Any, str]]:
+    """Default and help text of each option of a method."""
+    require_one_of(name, "method", METHODS)
+    return {
+        f.name: (f.default, f.metadata["help"])
+        for f in fields(METHODS[name])
+        if "help" in f.metadata
+    }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from sensikernels._core.checks import require_one_of
 from sensikernels.hf import apply, structure_of
 from sensikernels.masks import Plan
-from sensikernels.methods.base import Method, Run
+from sensikernels.methods.base import Method, Run, option
 
 SUBSETS: Mapping[str, tuple[str, ...]] = {
     "all": ("bias",),
@@ -42,6 +43,7 @@ def select(names: Iterable[str], subsets: Sequence[str]) -> tuple[str, ...]:
     return tuple(n for n in names if any(p in n for p in patterns) or n.startswith(HEADS))
 
 
+@dataclass(kw_only=True, eq=False)
 class BitFit(Method):
     """Freeze every weight; ``subsets`` names the biases that train (``SUBSETS``)."""
 
@@ -50,15 +52,17 @@ class BitFit(Method):
     learning_rate = 1e-3
     schedule = "constant"
 
-    def __init__(self, *, subsets: Sequence[str] = ("all",)) -> None:
-        for subset in subsets:
+    subsets: Sequence[str] = option(("all",), f"biases that train: {', '.join(SUBSETS)}")
+
+    def __post_init__(self) -> None:
+        for subset in self.subsets:
             require_one_of(subset, "subsets", SUBSETS)
-        self.subsets = tuple(subsets)
+        self.subsets = tuple(self.subsets)
 
     def begin(self, run: Run) -> None:
         """Freeze before the first step, so that no weight gradient is ever computed."""
-        structure = structure_of(run.model).at(run.tokens_per_sequence, run.attended)
-        length = run.sequence_length
+        structure = structure_of(run.model).at(run.geometry)
+        length = run.geometry.mean_length
         trainable = select((n for n, _ in run.model.named_parameters()), self.subsets)
         run.plan = Plan(
             method=self.name,

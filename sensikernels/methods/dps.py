@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from sensikernels._core.errors import UsageError
 from sensikernels.hf import encoder_layers
 from sensikernels.hf.targets import LAYER_LINEARS
 from sensikernels.masks import Mask, Plan
-from sensikernels.methods.base import Method, Run
+from sensikernels.methods.base import Method, Run, option
 from sensikernels.ops.select_kept import select_elements
 from sensikernels.optim import SubsetAdamW
 
@@ -36,6 +37,7 @@ def kept_count(entries: int, masked_share: float) -> int:
     return math.ceil(entries * (1 - masked_share))
 
 
+@dataclass(kw_only=True, eq=False)
 class DPS(Method):
     """Stage 1 updates all and sums g² per entry; stage 2 trains each matrix's top entries.
 
@@ -50,20 +52,18 @@ class DPS(Method):
     name = "dps"
     summary = "stages of full updates and of updates to the most moving entries"
     learning_rate = 2e-5
+    needs_whole_gradients = True
 
-    def __init__(
-        self,
-        *,
-        masked_share: float = 0.3,
-        update_ratio: float = 0.05,
-        as_published: bool = False,
-    ) -> None:
-        require(0 <= masked_share < 1, "masked_share", "a share in [0, 1)", masked_share)
-        require(0 < update_ratio <= 0.5, "update_ratio", "a share in (0, 0.5]", update_ratio)
-        self.masked_share, self.update_ratio = masked_share, update_ratio
-        self.as_published = as_published
-        self._sums: dict[str, Tensor] = {}
-        self._kept: dict[str, Tensor] = {}
+    masked_share: float = option(0.3, "share of every matrix that stage 2 freezes")
+    update_ratio: float = option(0.05, "length of a stage as a share of the steps")
+    as_published: bool = option(False, "frozen entries drift by momentum and decay, as published")
+    _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _kept: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        share, ratio = self.masked_share, self.update_ratio
+        require(0 <= share < 1, "masked_share", "a share in [0, 1)", share)
+        require(0 < ratio <= 0.5, "update_ratio", "a share in (0, 0.5]", ratio)
 
     def begin(self, run: Run) -> None:
         """Check that the optimizer can do what is asked."""
@@ -136,7 +136,7 @@ class DPS(Method):
         run.plan = Plan(
             method=self.name,
             update_masks={name: Mask.elements(grid) for name, grid in grids.items()},
-            sequence_length=run.sequence_length,
+            sequence_length=run.geometry.mean_length,
             origin=self.options() | {"step": run.step},
         )
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from sensikernels._core.checks import require
 from sensikernels.hf import apply, cache_frozen_prefix, encoder_layers, packing_of, structure_of
 from sensikernels.masks import Plan
-from sensikernels.methods.base import Method, Run
+from sensikernels.methods.base import Method, Run, option
 
 
 def depth_of(model: nn.Module, share: float) -> int:
@@ -42,6 +42,7 @@ def drop_nothing_below(model: nn.Module, share: float) -> None:
             module.p = 0.0
 
 
+@dataclass(kw_only=True, eq=False)
 class Freeze(Method):
     """Train the upper layers, the pooler and the head.
 
@@ -54,19 +55,21 @@ class Freeze(Method):
     name = "freeze"
     summary = "embeddings and the lowest layers are frozen, the rest trains"
 
-    def __init__(self, *, share: float = 2 / 3, cache: bool = False) -> None:
-        require(0 < share < 1, "share", "a share in (0, 1)", share)
-        self.share, self.cache = share, cache
+    share: float = option(2 / 3, "share of the layers that is frozen, from the lowest on")
+    cache: bool = option(False, "keep the output of the frozen layers for every sentence")
+
+    def __post_init__(self) -> None:
+        require(0 < self.share < 1, "share", "a share in (0, 1)", self.share)
 
     def begin(self, run: Run) -> None:
         """Freeze before the first step."""
-        model, length = run.model, run.sequence_length
+        model, length = run.model, run.geometry.mean_length
         if self.cache:
-            require(run.processes == 1, "cache", "one process", run.processes)
+            require(run.world.size == 1, "cache", "one process", run.world.size)
             require(packing_of(model) is not None, "cache", "packed tokens", "padded ones")
         depth = depth_of(model, self.share)
         require(depth > 0, "share", "at least one layer's", self.share)
-        structure = structure_of(model).at(run.tokens_per_sequence, run.attended)
+        structure = structure_of(model).at(run.geometry)
         run.plan = replace(
             frozen_lowest(model, self.share),
             sequence_length=length,

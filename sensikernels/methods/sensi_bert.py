@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -17,12 +18,13 @@ from sensikernels.hf import CRITERIA, apply, sensitivity
 from sensikernels.hf.criteria import STATISTICS
 from sensikernels.hf.targets import GRANULARITIES
 from sensikernels.masks import Budget, Plan, Scores, plan
-from sensikernels.methods.base import Method, Run
+from sensikernels.methods.base import Method, Run, option
 from sensikernels.methods.step_time import by_the_clock
 
 RANKINGS = ("ranked", "uniform", "random", "reversed")
 
 
+@dataclass(kw_only=True, eq=False)
 class SensiBert(Method):
     """Train ``warmup`` of the steps dense, rank once, trim, go on.
 
@@ -34,27 +36,35 @@ class SensiBert(Method):
     summary = "rank heads and neurons once, trim them, train what is left"
     needs_budget = True
 
-    def __init__(
-        self,
-        *,
-        warmup: float = 0.1,
-        criterion: str = "mask-gradient",
-        statistic: str = "sum_batch_grad_squared",
-        granularity: str = "heads",
-        ranking: str = "ranked",
-        multiples: Mapping[str, int] | None = None,
-    ) -> None:
-        require(0 <= warmup < 1, "warmup", "a share of the steps in [0, 1)", warmup)
-        require_one_of(ranking, "ranking", RANKINGS)
-        require_one_of(criterion, "criterion", CRITERIA)
-        require_one_of(statistic, "statistic", STATISTICS)
-        require_one_of(granularity, "granularity", GRANULARITIES)
-        self.warmup, self.criterion, self.statistic = warmup, criterion, statistic
-        self.granularity, self.ranking, self.multiples = granularity, ranking, multiples
+    warmup: float = option(0.1, "share of the steps that train dense before the trim")
+    criterion: str = option("mask-gradient", f"how units are ranked: {', '.join(CRITERIA)}")
+    statistic: str = option("sum_batch_grad_squared", f"of mask gradients: {', '.join(STATISTICS)}")
+    granularity: str = option("heads", f"units of attention: {', '.join(GRANULARITIES)}")
+    ranking: str = option("ranked", f"the scores, or a control: {', '.join(RANKINGS[1:])}")
+    multiples: Mapping[str, int] | None = option(
+        None, "kept counts are multiples of these: heads:1,neurons:16"
+    )
+    _given: Plan | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.warmup < 1, "warmup", "a share of the steps in [0, 1)", self.warmup)
+        require_one_of(self.ranking, "ranking", RANKINGS)
+        require_one_of(self.criterion, "criterion", CRITERIA)
+        require_one_of(self.statistic, "statistic", STATISTICS)
+        require_one_of(self.granularity, "granularity", GRANULARITIES)
+
+    @classmethod
+    def planned(cls, plan: Plan, **options: Any) -> SensiBert:
+        """Trim to ``plan`` after the warm-up, and rank nothing."""
+        made = cls(**options)
+        made._given = plan
+        return made
 
     def begin(self, run: Run) -> None:
         """Check what ranking needs, and say where it would come before any training."""
-        alone = self.criterion != "learned" or run.processes == 1
+        if self._given is not None:
+            return
+        alone = self.criterion != "learned" or run.world.size == 1
         require(alone, "criterion", "not learned in several processes", self.criterion)
         if 0 < self.warmup and self.warmup_steps(run) == 0 < run.max_steps:
             enough = math.ceil(1000 / run.max_steps) / 1000
@@ -70,9 +80,13 @@ class SensiBert(Method):
 
     def begin_step(self, run: Run) -> None:
         """Rank and trim once the warm-up is over."""
-        if run.plan is None and run.step >= self.warmup_steps(run):
-            run.scores = scores = self._scores(run)
-            self._trim(run, self._plan(run, scores))
+        if run.plan is not None or run.step < self.warmup_steps(run):
+            return
+        if self._given is not None:
+            self._trim(run, self._given)
+            return
+        run.scores = scores = self._scores(run)
+        self._trim(run, self._plan(run, scores))
 
     def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
         """Trim at once where the run had trimmed already."""
@@ -103,16 +117,14 @@ class SensiBert(Method):
                 scores,
                 asked,
                 method=self.name,
-                sequence_length=run.sequence_length,
-                tokens_per_sequence=run.tokens_per_sequence,
-                attended=run.attended,
+                geometry=run.geometry,
                 multiples=self.multiples,
                 costs=run.costs,
             )
 
         if budget.step_time is not None:
             return by_the_clock(run, allocate, budget)
-        made: Plan = run.agree(lambda: allocate(budget))
+        made: Plan = run.world.agree(lambda: allocate(budget))
         return made
 
     def _trim(self, run: Run, chosen: Plan) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice, zip_longest
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +25,8 @@ from sensikernels._core.timing import elapsed_ms
 from sensikernels.hf import apply, encoder_layers, restore, structure_of, to_padded
 from sensikernels.masks import Budget, Plan, StepCosts, tokens_of, uniform
 from sensikernels.masks.step_costs import INNER, KINDS, LAST
-from sensikernels.methods.base import Batch, Gradients, Run, own_gradients
+from sensikernels.methods.base import Batch, Run
+from sensikernels.world import ALONE, World
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 
@@ -101,20 +101,20 @@ def time_ratio(
     make_optimizer: MakeOptimizer,
     *,
     rounds: int = 5,
-    gradients: Gradients = own_gradients,
-    gather: Callable[[Any], list[Any]] = lambda value: [value],
+    world: World = ALONE,
 ) -> float:
     """Step time of ``planned`` over that of ``dense`` on the same batches, in turn; both train.
 
     Eight batches, of every eighth of their sizes the middle one; per batch the median over
-    ``rounds``; the ratio of their sums. Several processes step together (``gradients``), the
-    averaging of gradients included, and the slowest one's sums count.
+    ``rounds``; the ratio of their sums. The processes of ``world`` step together, the averaging of
+    gradients included, and the slowest one's sums count.
     """
     sample = _spread(list(islice(iter(batches), 4 * _SAMPLE)))
     require(len(sample) > 0, "batches", "at least one", "none")
     device = next(dense.parameters()).device
     steps = [
-        _stepper(model, make_optimizer, device, gradients(model)) for model in (dense, planned)
+        _stepper(model, make_optimizer, device, world.gradients(model))
+        for model in (dense, planned)
     ]
     # Batches take turns, as in a run: the same one again would find its shapes' code warm.
     several = len(sample)
@@ -123,7 +123,7 @@ def time_ratio(
     for place in range(several):
         for i, times in enumerate(zip(*pairs[place::several], strict=True)):
             totals[i] += statistics.median(times)
-    slowest = [max(sums) for sums in zip(*gather(totals), strict=True)]
+    slowest = [max(sums) for sums in zip(*world.gather(totals), strict=True)]
     return float(slowest[1] / slowest[0])
 
 
@@ -137,13 +137,13 @@ def _spread(batches: list[Batch]) -> list[Batch]:
 def own_rows(run: Run) -> list[Batch]:
     """Ranking batches as this process would train on them: its rows of each."""
     device = next(run.model.parameters()).device
-    count = -(-4 * _SAMPLE // run.processes)
+    count = -(-4 * _SAMPLE // run.world.size)
     mine = [{n: v.cpu() for n, v in to_padded(b).items()} for b in islice(run.batches(), count)]
-    turns = zip_longest(*run.gather(mine))
+    turns = zip_longest(*run.world.gather(mine))
     whole = [batch for turn in turns for batch in turn if batch is not None]
-    parts = slice(run.rank, None, run.processes)
+    rows = slice(run.world.rank, None, run.world.size)
     return [
-        {n: (v[parts] if len(v) > run.rank else v[:1]).to(device) for n, v in batch.items()}
+        {n: (v[rows] if len(v) > run.world.rank else v[:1]).to(device) for n, v in batch.items()}
         for batch in whole
     ]
 
@@ -171,7 +171,7 @@ def by_the_clock(run: Run, make_plan: Callable[[Budget], Plan], budget: Budget) 
         batches = own_rows(run)
         if run.costs is None:
             own = measure_costs(run.model, batches, make_optimizer)
-            run.costs = max(run.gather(own), key=lambda costs: costs.dense_ms)
+            run.costs = max(run.world.gather(own), key=lambda costs: costs.dense_ms)
         run.costs.check(structure_of(run.model), device.type, dtype_of(run.model))
         return _corrected(run, make_plan, budget, asked, make_optimizer, batches)
 
@@ -190,7 +190,7 @@ def _corrected(
         aim = min(1.0, asked / error)
         nearer = replace(budget, step_time=aim)
         try:
-            made: Plan = run.agree(partial(make_plan, nearer))
+            made: Plan = run.world.agree(partial(make_plan, nearer))
         except UsageError:
             if not tried:
                 raise
@@ -198,9 +198,7 @@ def _corrected(
         planned = copy.deepcopy(run.model)
         apply(planned, made)
         dense = copy.deepcopy(run.model)
-        met = time_ratio(
-            dense, planned, batches, make_optimizer, gradients=run.gradients, gather=run.gather
-        )
+        met = time_ratio(dense, planned, batches, make_optimizer, world=run.world)
         tried.append((aim, met, made))
         error = statistics.geometric_mean(found / sought for sought, found, _ in tried[-2:])
         if abs(met / asked - 1) <= TOLERANCE:
@@ -246,7 +244,7 @@ def _stepper(
 ) -> Callable[[Batch], float]:
     """A function that takes one training step and returns its milliseconds."""
     optimizer = make_optimizer(model)
-    backward = gradients or own_gradients(model)
+    backward = gradients or ALONE.gradients(model)
     model.train()
 
     def step(batch: Batch) -> None:

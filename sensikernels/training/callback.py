@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sensikernels._core.checks import require
@@ -20,13 +21,14 @@ from sensikernels._core.errors import UsageError
 from sensikernels.data import geometry
 from sensikernels.hf import ComputeLoss, applied, apply, computed, structure_of
 from sensikernels.hf.callback import TrainerCallback, default_loss
-from sensikernels.masks import Budget, Plan, StepCosts
+from sensikernels.masks import Budget, Geometry, Plan, StepCosts
 from sensikernels.masks.structure import Structure
 from sensikernels.methods import Method, Run, method
 from sensikernels.training import checkpoint
-from sensikernels.training.distributed import ALONE, World
+from sensikernels.training.distributed import require_same, wrap_anew
 from sensikernels.training.output import writing
 from sensikernels.training.ranking import Ranking, try_loss
+from sensikernels.world import ALONE, World
 
 FOLDER = "sensikernels"
 _WRAPPED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU")
@@ -58,8 +60,9 @@ class SensiCallback(TrainerCallback):
     A ``step_time`` budget is met by the clock, on steps of the Trainer's kind of optimizer;
     ``costs`` were measured before (``sensikernels tune --costs``), else the run measures them.
 
-    Under ``torchrun`` the Trainer's DDP follows the change of shapes: processes share the ranking,
-    sensitivities are summed, all trim to the plan of the first, which also writes it.
+    Under ``torchrun`` processes share the ranking, sensitivities are summed, all trim to the plan
+    of the first, which also writes it. The Trainer's DDP follows the change of shapes: tell the
+    callback of its Trainer before ``train()``, ``callback.attach(trainer)``.
     ``average_tokens_across_devices`` is turned off there: it would multiply BERT's loss, a mean
     already, by the number of processes. FSDP and DeepSpeed under a Trainer are refused;
     ``sensikernels finetune --parallel fsdp`` shards.
@@ -75,7 +78,8 @@ class SensiCallback(TrainerCallback):
 
     Raises:
         UsageError: the method needs a budget and has none. When training begins: the Trainer
-            shards its model; the batches cannot be ranked by; another plan is in force.
+            shards its model, or has several processes and was not attached; the batches cannot be
+            ranked by; another plan is in force.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class SensiCallback(TrainerCallback):
         self.sequence_length, self.costs, self.compute_loss = sequence_length, costs, compute_loss
         self.run: Run | None = None
         self.world = ALONE
+        self._trainer: Any = None
         self._dense: Structure | None = None
         self._resumed: tuple[Plan | None, Mapping[str, Tensor]] | None = None
 
@@ -106,6 +111,12 @@ class SensiCallback(TrainerCallback):
     def plan(self) -> Plan | None:
         """The plan in force, once there is one."""
         return None if self.run is None else self.run.plan
+
+    def attach(self, trainer: Any) -> None:
+        """Tell the callback of the Trainer that it is in, or is put into now."""
+        self._trainer = trainer
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
 
     def prepare(self, model: nn.Module, folder: Path | str) -> None:
         """Give a fresh ``model`` the shapes it had when the Trainer wrote ``folder``.
@@ -128,7 +139,7 @@ class SensiCallback(TrainerCallback):
         assert self._dense is not None
         assert self.run is not None
         seen = geometry([computed(self.run.model, inputs)])
-        dense = self._dense.at(seen.tokens / seen.rows, seen.attended)
+        dense = self._dense.at(seen)
         length, plan = seen.mean_length, self.plan
         if plan is not None and plan.trainable is not None:
             return round(dense.forward_and_input_flops(length) * seen.tokens)
@@ -139,6 +150,7 @@ class SensiCallback(TrainerCallback):
         """Begin, or go on from where ``prepare`` left off."""
         world = self.world = _world(args)
         model, loader = kwargs["model"], kwargs["train_dataloader"]
+        self._check_wrapper(model)
         ranking = Ranking(loader, rows=self.ranking_rows, seed=self.seed, world=world)
         if self._dense is None:
             self._dense = structure_of(model)
@@ -149,18 +161,12 @@ class SensiCallback(TrainerCallback):
             optimizer=kwargs["optimizer"],
             max_steps=state.max_steps,
             batches=lambda: islice(ranking, world.rank, None, world.size),
-            sequence_length=given or seen.mean_length,
-            tokens_per_sequence=None if given else seen.tokens / seen.rows,
-            attended=seen.attended,
+            geometry=Geometry.uniform(given, seen.attended) if given else seen,
+            world=world,
             budget=self.budget,
             make_optimizer=_like(kwargs["optimizer"]),
             compute_loss=self.compute_loss or default_loss(args),
             costs=self.costs,
-            rank=world.rank,
-            processes=world.size,
-            agree=world.agree,
-            gather=world.gather,
-            gradients=world.gradients,
             seed=self.seed,
             step=state.global_step,
         )
@@ -169,6 +175,16 @@ class SensiCallback(TrainerCallback):
         self._begin(run)
         for event in run.events:
             _log.info(event)
+
+    def _check_wrapper(self, model: nn.Module) -> None:
+        """Raise UsageError in several processes unless the DDP around ``model`` is known."""
+        if self.world.size == 1:
+            return
+        known = self._trainer is not None
+        require(known, "trainer", "callback.attach(trainer) before train()", "none")
+        wrapper = self._trainer.model_wrapped
+        fits = isinstance(wrapper, DistributedDataParallel) and wrapper.module is model
+        require(fits, "trainer", "its model in DistributedDataParallel", type(wrapper).__name__)
 
     def _begin(self, run: Run) -> None:
         """Start the method, or go on with the plan in force. Raises UsageError: it is another's."""
@@ -217,8 +233,9 @@ class SensiCallback(TrainerCallback):
         plan = run.plan
         yield
         if run.plan is not plan:
-            self.world.require_same(run.plan)
-            self.world.follow(run.model)
+            require_same(self.world, run.plan)
+            if self.world.size > 1:
+                wrap_anew(self._trainer.model_wrapped)
 
     def _at(self, state: Any) -> Run:
         assert self.run is not None

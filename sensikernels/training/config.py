@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import UsageError
 from sensikernels.data import get_task
 from sensikernels.masks import Budget, Plan
-from sensikernels.methods import METHODS, Dense, Method, Run, SensiBert, method
+from sensikernels.methods import BASELINE, DEFAULT, METHODS, Method, method, options_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EMBEDDINGS = ("sparse", "frozen", "dense")
@@ -58,7 +57,7 @@ class Settings:
     task: str
     output: Path
     model: str = "minilm"
-    method: str = "sensi-bert"
+    method: str = DEFAULT
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: Budget | None = None
     plan: Path | None = None
@@ -95,8 +94,9 @@ class Settings:
         require(fits, "dropout", "counter on packed tokens", self.dropout)
         require_one_of(self.device, "device", DEVICES)
         require_one_of(self.parallel, "parallel", PARALLELS)
-        fits = self.method != "dps" or self.parallel == "ddp"
-        require(fits, "parallel", "ddp for dps, which selects among whole gradients", self.parallel)
+        whole = f"ddp for {self.method}, which needs whole gradients"
+        fits = self.parallel == "ddp" or not METHODS[self.method].needs_whole_gradients
+        require(fits, "parallel", whole, self.parallel)
         for name, (least, most) in _COUNTS.items():
             value = getattr(self, name)
             if value is None and name == "max_train_samples":
@@ -141,7 +141,7 @@ class Settings:
     def make_method(self) -> Method:
         """The method with its options."""
         if self.plan is not None:
-            return Planned(Plan.load(self.plan), **self.options)
+            return METHODS[self.method].planned(Plan.load(self.plan), **self.options)
         return method(self.method, **self.options)
 
     def learning_rate(self) -> float:
@@ -151,7 +151,7 @@ class Settings:
     def dense_learning_rate(self) -> float:
         """Peak learning rate of the dense baseline."""
         given = self.lr if self.dense_lr is None else self.dense_lr
-        return Dense.learning_rate if given is None else given
+        return BASELINE.learning_rate if given is None else given
 
     def to_json(self) -> dict[str, Any]:
         """Every setting, plain."""
@@ -167,39 +167,17 @@ class Settings:
         return {k: v for k, v in self.to_json().items() if k not in _FREE}
 
 
-class Planned(SensiBert):
-    """Sensi-BERT with a plan made earlier: after the warm-up it trims, and ranks nothing."""
-
-    def __init__(self, plan: Plan, **options: Any) -> None:
-        super().__init__(**options)
-        self._given = plan
-
-    def begin(self, run: Run) -> None:
-        """Nothing is ranked, so there is nothing to check."""
-
-    def begin_step(self, run: Run) -> None:
-        """Trim once the warm-up is over."""
-        if run.plan is None and run.step >= self.warmup_steps(run):
-            self._trim(run, self._given)
-
-
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
 def parse_options(method_name: str, pairs: Iterable[str]) -> dict[str, Any]:
-    """``key=value`` pairs as arguments of the method, typed by its signature's defaults.
+    """``key=value`` pairs as options of the method, typed by their defaults.
 
     Lists are separated by commas; ``multiples=heads:1,neurons:16`` makes a mapping. Raises
     UsageError for a malformed pair, an unknown key or a value of the wrong kind.
     """
-    require_one_of(method_name, "method", METHODS)
-    signature = inspect.signature(METHODS[method_name].__init__)
-    known = {
-        name: p.default
-        for name, p in signature.parameters.items()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+    known = {name: default for name, (default, _) in options_of(method_name).items()}
     options: dict[str, Any] = {}
     for pair in pairs:
         key, separator, text = pair.partition("=")

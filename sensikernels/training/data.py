@@ -25,7 +25,8 @@ from sensikernels.data import (
 from sensikernels.hf import load_tokenizer, to_padded
 from sensikernels.masks import Geometry
 from sensikernels.training.config import Settings
-from sensikernels.training.distributed import ALONE, Share, World
+from sensikernels.training.distributed import Share, shares, turns
+from sensikernels.world import ALONE, World
 
 EVAL_BATCH = 64
 
@@ -77,8 +78,8 @@ class Data:
     def shares(self, number: int, start: int = 0) -> Iterator[Share]:
         """This process's share of one epoch's training batches from ``start``, on the device."""
         self.train.resume(epoch=number, start=start)
-        shares = self.world.shares(self.train)
-        return (share._replace(batch=self._to_device(share.batch)) for share in shares)
+        mine = shares(self.world, self.train)
+        return (share._replace(batch=self._to_device(share.batch)) for share in mine)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         """The batches of ``shares``."""
@@ -86,11 +87,11 @@ class Data:
 
     def ranked(self) -> Iterator[dict[str, Tensor]]:
         """The batches that rank units: the same ones at every call, shared among processes."""
-        return self._moved(self.world.turns(self.ranking))
+        return self._moved(turns(self.world, self.ranking))
 
     def evaluated(self, world: World = ALONE) -> Iterator[dict[str, Tensor]]:
         """Development batches; with ``world`` this process's, as many as any other's."""
-        return self._moved(world.turns(self.dev, even=True))
+        return self._moved(turns(world, self.dev, even=True))
 
     def largest(self) -> dict[str, Tensor]:
         """The first epoch's training batch with the most computed tokens."""

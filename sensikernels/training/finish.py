@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,7 @@ from sensikernels.training.output import (
 )
 from sensikernels.training.report import Measurements, build
 from sensikernels.training.runner import method_runner, predict
-
-if TYPE_CHECKING:
-    from sensikernels.training.loop import Session
+from sensikernels.training.session import Session, fresh_model
 
 T = TypeVar("T")
 
@@ -159,8 +157,6 @@ def step_time_ratio(session: Session) -> float | None:
 
     Every process must call it: they step together. Of shards the first one's process steps alone.
     """
-    from sensikernels.training.loop import fresh_model
-
     settings, run, world = session.settings, session.runner.run, session.data.world
     if run.plan is None or run.plan.budget is None or run.plan.budget.step_time is None:
         return None
@@ -173,9 +169,7 @@ def step_time_ratio(session: Session) -> float | None:
     planned = copy.deepcopy(run.model)
     if alone:
         return time_ratio(dense, planned, batches, run.make_optimizer)
-    return time_ratio(
-        dense, planned, batches, run.make_optimizer, gradients=run.gradients, gather=run.gather
-    )
+    return time_ratio(dense, planned, batches, run.make_optimizer, world=world)
 
 
 def _save_model(session: Session, folder: Path) -> Any:

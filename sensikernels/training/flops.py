@@ -28,9 +28,9 @@ def flops_per_token(model: nn.Module, data: Data) -> float:
 
 
 def _counted(model: nn.Module, data: Data) -> float:
-    rows: dict[int, int] = {}
+    rows: dict[int, int] = {}  # whole lengths, as data have
     for (batch_rows, length), count in data.geometry.shapes.items():
-        rows[length] = rows.get(length, 0) + batch_rows * count
+        rows[int(length)] = rows.get(int(length), 0) + batch_rows * count
     batch = data.largest()
     if data.geometry.packed is None:
         one = {name: value[:1] for name, value in batch.items()}
@@ -39,7 +39,7 @@ def _counted(model: nn.Module, data: Data) -> float:
     alone = {length: training_flops(model, _alone(batch, length)) for length in rows}
     length = next(iter(rows))
     more = training_flops(model, _alone(batch, length, extra=_EXTRA)) - alone[length]
-    filling = data.geometry.tokens - data.geometry.real_tokens
+    filling = int(data.geometry.tokens - data.geometry.real_tokens)
     total = sum(alone[length] * n for length, n in rows.items()) + more * filling // _EXTRA
     return total / data.geometry.tokens
 

@@ -3,195 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from sensikernels._core import environment
 from sensikernels._core.checks import require
-from sensikernels._core.errors import SensiError
+from sensikernels._core.errors import SensiError, UsageError
 from sensikernels._core.files import one_line
-from sensikernels.hf import load_model, quiet, structure_of
-from sensikernels.masks import Plan, Scores, StepCosts, Structure
+from sensikernels.hf import quiet, structure_of
+from sensikernels.masks import Plan, Scores, StepCosts
 from sensikernels.methods.step_time import measure_costs
 from sensikernels.training import checkpoint
-from sensikernels.training.config import DTYPES, Settings
-from sensikernels.training.data import Data, model_path
-from sensikernels.training.distributed import Share, World, device_kind, one_for_all
+from sensikernels.training.config import Settings
+from sensikernels.training.data import Data
+from sensikernels.training.distributed import device_kind, join, one_for_all
+from sensikernels.training.end import check_end
 from sensikernels.training.finish import finish, read_report, step_time_ratio
 from sensikernels.training.flops import flops_per_token
 from sensikernels.training.output import output_folder
-from sensikernels.training.ready import check_budget, check_end, check_labels, check_model
+from sensikernels.training.ready import check_budget, check_model
 from sensikernels.training.runner import Runner, dense_runner, method_runner
+from sensikernels.training.session import Session, Watcher, fresh_model
 
 PRIMITIVES = 16384
 """Shapes oneDNN may keep compiled: a ranked plan needs more than its default of 1,024."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What a watcher is told after each step."""
-
-    step: int
-    max_steps: int
-    loss: float
-    step_ms: Mapping[str, float]
-    events: tuple[str, ...]
-
-
-Watcher = Callable[[Progress], None]
-
-
-@dataclass(kw_only=True, eq=False)
-class Session:
-    """A run under way: one or two runners that see the same batches.
-
-    ``structure``: of the untrimmed model on the run's batches; ``dense_flops``: its measured
-    training FLOPs per token. ``start``: the clock when the process began with the run.
-    """
-
-    settings: Settings
-    data: Data
-    runner: Runner
-    dense: Runner | None
-    max_steps: int
-    dense_flops: float
-    structure: Structure
-    start: float = field(default_factory=time.perf_counter)
-    epoch: int = 0
-    batch: int = 0
-    tokens: list[int] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: {"setup": 0.0, "wall": 0.0})
-
-    @property
-    def runners(self) -> tuple[Runner, ...]:
-        """The method's runner, then the baseline if there is one."""
-        return (self.runner,) if self.dense is None else (self.runner, self.dense)
-
-    @property
-    def step(self) -> int:
-        """Finished optimizer steps."""
-        return self.runner.run.step
-
-    def train(self, watch: Watcher | None = None) -> None:
-        """Every remaining epoch, with checkpoints on the way and one of the trained model."""
-        for epoch in range(self.epoch, self.settings.epochs):
-            for share in self.data.shares(epoch, self.batch):
-                plan = self.runner.run.plan
-                self._step(share)
-                if watch is not None:
-                    watch(self._progress())
-                if self._checkpoint_is_due(plan):
-                    self.save()
-            for runner in self.runners:
-                runner.evaluate(self.data)
-            self.epoch, self.batch = epoch + 1, 0
-
-    def _step(self, share: Share) -> None:
-        # Whoever is second finds a warmer cache: take turns.
-        order = self.runners if self.step % 2 == 0 else self.runners[::-1]
-        self.tokens.append(share.tokens)
-        for runner in order:
-            batch = self.data.padded(share.batch) if runner is self.dense else share.batch
-            runner.step(batch, share.weight)
-        self.batch += 1
-
-    def _checkpoint_is_due(self, before: Plan | None) -> bool:
-        """At the trim and after the last step whatever was asked, so that none is done twice."""
-        every, now = self.settings.checkpoint_every, self.runner.run.plan
-        trimmed = now is not before and now is not None and bool(now.weight_masks)
-        return trimmed or self.step == self.max_steps or (every > 0 and self.step % every == 0)
-
-    def _progress(self) -> Progress:
-        return Progress(
-            step=self.step,
-            max_steps=self.max_steps,
-            loss=self.runner.losses[-1],
-            step_ms={r.name: r.step_ms[-1] for r in self.runners},
-            events=tuple(self.runner.run.events),
-        )
-
-    def save(self) -> None:
-        """Write a checkpoint of this moment."""
-        scores = self.runner.run.scores
-        state = {
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "tokens": self.tokens,
-            "seconds": {**self.seconds, "wall": self.wall()},
-            "runners": [runner.state() for runner in self.runners],
-            "scores": None if scores is None else _scores_state(scores),
-        }
-        write = partial(
-            checkpoint.save,
-            self.settings.output,
-            self.step,
-            state,
-            settings=_identity(self.settings, self.data),
-            plan=self.runner.run.plan,
-        )
-        self.data.world.agree(write)
-
-    def wall(self) -> float:
-        """Seconds of this process and of those whose work it goes on with."""
-        return self.seconds["wall"] + time.perf_counter() - self.start
-
-    def unshard(self) -> None:
-        """Put a sharded model together on the first process, as a checkpoint would bring it."""
-        old = self.runner
-        if not self.data.world.shards(old.model):
-            return
-        state = old.state()
-        if self.data.world.first:
-            model = fresh_model(self.settings, self.data)
-            new = method_runner(self.settings, self.data, model, self.max_steps)
-            for name in ("plan", "scores", "costs"):
-                setattr(new.run, name, getattr(old.run, name))
-            new.load_state(state)
-            new.logits = old.logits
-            self.runner = new
-
-    def load(self, folder: Path) -> None:
-        """Continue from a checkpoint. Raises CheckpointError where it is not one of this run."""
-        identity = _identity(self.settings, self.data)
-        state, saved_plan = checkpoint.load(folder, settings=identity)
-        structure = structure_of(
-            self.runner.model, str(self.settings.options.get("granularity", "heads"))
-        )
-        with checkpoint.matching(folder):
-            self._check_place(folder, state)
-            if state["scores"] is not None:
-                self.runner.run.scores = Scores(structure=structure, **state["scores"])
-            self.runner.run.plan = saved_plan
-            for runner, own in zip(self.runners, state["runners"], strict=True):
-                runner.load_state(own)
-            self.epoch, self.batch = state["epoch"], state["batch"]
-            self.tokens, self.seconds = state["tokens"], state["seconds"]
-        self.runner.run.events.append(f"step {self.step}: resumed")
-
-    def _check_place(self, folder: Path, state: Any) -> None:
-        """All parts of the state are of one step of this run, that of the folder's name."""
-        step = int(folder.name.removeprefix("step-"))
-        epoch, batch = state["epoch"], state["batch"]
-        per_epoch = self.data.steps_per_epoch
-        place = type(epoch) is type(batch) is int and 0 <= batch <= per_epoch
-        at = epoch * per_epoch + batch if place and 0 <= epoch <= self.settings.epochs else None
-        require(at == step <= self.max_steps, "step", step, at)
-        require(len(state["tokens"]) == step, "tokens", step, len(state["tokens"]))
-        require(
-            all(type(n) is int and n > 0 for n in state["tokens"]), "tokens", "counts", "others"
-        )
-        seconds = state["seconds"]
-        ok = seconds.keys() == self.seconds.keys() and all(v >= 0 for v in seconds.values())
-        require(ok, "seconds", [*self.seconds], seconds)
-        for runner, own in zip(self.runners, state["runners"], strict=True):
-            runner.check_state(own, step)
 
 
 def finetune(settings: Settings, watch: Watcher | None = None) -> dict[str, Any]:
@@ -206,7 +44,7 @@ def finetune(settings: Settings, watch: Watcher | None = None) -> dict[str, Any]
         SensiError: training diverged or the disk refuses.
     """
     start = time.perf_counter()
-    world = World.join(settings)
+    world = join(settings)
     agree = world.agree
     with quiet(), one_for_all(world), ExitStack() as stack:
         folder = output_folder(settings.output, resume=settings.resume)
@@ -247,16 +85,16 @@ def _kept(session: Session) -> Iterator[None]:
 
 def prepare(settings: Settings) -> Session:
     """Read data and models, and build the runners at step 0."""
-    world = World.join(settings)
+    world = join(settings)
     device = use_device(settings)
     data = Data.load(settings, device, world)
     model = fresh_model(settings, data)
     max_steps = data.steps_per_epoch * settings.epochs
-    check_model(settings, model, data)
+    method = settings.make_method()
+    check_model(settings, method, model, data)
     runner = method_runner(settings, data, model, max_steps)
-    geometry = data.geometry
-    structure = structure_of(model).at(geometry.tokens / geometry.rows, geometry.attended)
-    check_budget(settings, model, data)
+    structure = structure_of(model).at(data.geometry)
+    check_budget(settings, method, model, data)
     dense_flops = data.world.agree(lambda: flops_per_token(model, data))
     dense = None
     if settings.compare_dense:
@@ -289,22 +127,6 @@ def use_device(settings: Settings) -> torch.device:
     return device
 
 
-def fresh_model(settings: Settings, data: Data) -> nn.Module:
-    """The pre-trained model with a new classifier, the same at every call."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(settings.seed)
-        model: Any = load_model(
-            model_path(settings.model), labels=data.task.num_labels, dtype=DTYPES[settings.dtype]
-        )
-    check_labels(settings, model, data)
-    names = dict(enumerate(data.task.label_names))
-    if names:
-        model.config.id2label = names
-        model.config.label2id = {name: index for index, name in names.items()}
-    trained: nn.Module = model.to(data.device)
-    return trained
-
-
 def step_costs(settings: Settings, progress: Callable[[str], object]) -> StepCosts:
     """Measure what widths cost on this device, for the run that ``settings`` describe."""
     with quiet():
@@ -329,14 +151,5 @@ def rank(settings: Settings) -> tuple[Scores, Plan, Runner]:
         session.runner.method.begin(run)
         session.runner.method.begin_step(run)
     if run.scores is None or run.plan is None:
-        require(False, "method", "one that ranks", settings.method)
-        raise AssertionError
+        raise UsageError(f"method: expected one that ranks, got {settings.method}")
     return run.scores, run.plan, session.runner
-
-
-def _identity(settings: Settings, data: Data) -> dict[str, Any]:
-    return settings.identity() | {"data": data.fingerprint()}
-
-
-def _scores_state(scores: Scores) -> dict[str, Any]:
-    return {name: value for name, value in vars(scores).items() if name != "structure"}

@@ -14,7 +14,7 @@ from sensikernels._core.checks import require
 from sensikernels._core.errors import UsageError
 from sensikernels.hf import checked_loss, modes_kept, own_loss
 from sensikernels.methods import Run
-from sensikernels.training.distributed import World
+from sensikernels.world import World
 
 BATCH = 32
 

@@ -1,36 +1,26 @@
-"""Before the first step: whatever the end of a run needs is there, so that no training is lost."""
+"""Checks of model, data and budget before the first step."""
 
 from __future__ import annotations
 
-import shutil
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from sensikernels._core.checks import require
-from sensikernels._core.errors import DataError, SensiError, UsageError
-from sensikernels._core.files import one_line, remove
-from sensikernels.data import compute
+from sensikernels._core.errors import DataError, UsageError
 from sensikernels.data.packing import round_up
 from sensikernels.hf import apply, compact, restore, structure_of
 from sensikernels.masks import Plan, Scores, StepCosts, plan, uniform
 from sensikernels.masks.step_costs import check_kinds
-from sensikernels.methods import METHODS
+from sensikernels.methods import Method
 from sensikernels.methods.step_time import dtype_of
-from sensikernels.training.config import DTYPES, Settings
+from sensikernels.training.config import Settings
 from sensikernels.training.data import Data
-from sensikernels.training.output import UNFINISHED
-
-if TYPE_CHECKING:
-    from sensikernels.training.loop import Session
-    from sensikernels.training.runner import Runner
 
 
-def check_model(settings: Settings, model: nn.Module, data: Data) -> None:
+def check_model(settings: Settings, method: Method, model: nn.Module, data: Data) -> None:
     """Check that a fresh ``model`` can run these data, be trimmed, and be saved.
 
     Raises:
@@ -45,36 +35,15 @@ def check_model(settings: Settings, model: nn.Module, data: Data) -> None:
         except UsageError as error:
             raise UsageError(f"plan {settings.plan}: {error}") from error
         restore(model)
-    if METHODS[settings.method].needs_budget:
-        _check_compact(settings, model)
+    if method.needs_budget:
+        _check_compact(method, model)
 
 
-def check_end(session: Session) -> None:
-    """Check what is needed after the last step: metric, picture, files, room on the disk.
-
-    Raises:
-        UsageError: a library is not installed. SensiError: the disk refuses, or has no room.
-    """
-    settings, task = session.settings, session.data.task
-    labels = torch.zeros(2, dtype=torch.float32 if task.regression else torch.int64)
-    compute(task, torch.zeros(2, task.num_labels), labels)
-    ranks = session.runner.method.needs_budget and settings.plan is None
-    drawn = find_spec("matplotlib") is not None
-    require(
-        drawn or not ranks,
-        "sensitivity.png",
-        "matplotlib installed",
-        "none: pip install 'sensikernels[demo]'",
-    )
-    _try_saving(session.runner.model, session.data.tokenizer, settings.output)
-    _check_room(session)
-
-
-def check_budget(settings: Settings, model: nn.Module, data: Data) -> None:
+def check_budget(settings: Settings, method: Method, model: nn.Module, data: Data) -> None:
     """Raise UsageError now where trimming would find out later that it cannot be done."""
     if settings.budget is None:
         return
-    structure = structure_of(model, str(settings.options.get("granularity", "heads")))
+    structure = structure_of(model, method.granularity)
     flat = Scores(
         structure=structure,
         values={c.name: torch.ones(c.units) for c in structure.couplings},
@@ -89,13 +58,10 @@ def check_budget(settings: Settings, model: nn.Module, data: Data) -> None:
     costs = None if settings.costs is None else StepCosts.load(settings.costs)
     if costs is not None:
         costs.check(structure, data.device.type, dtype_of(model))
-    geometry = data.geometry
     plan(
         flat,
         settings.budget,
-        sequence_length=geometry.mean_length,
-        tokens_per_sequence=geometry.tokens / geometry.rows,
-        attended=geometry.attended,
+        geometry=data.geometry,
         multiples=settings.options.get("multiples"),
         costs=costs,
     )
@@ -158,9 +124,9 @@ def check_labels(settings: Settings, model: nn.Module, data: Data) -> None:
         )
 
 
-def _check_compact(settings: Settings, model: nn.Module) -> None:
+def _check_compact(method: Method, model: nn.Module) -> None:
     """Trim to nearly nothing, compact, and give the model back as it was."""
-    structure = structure_of(model, str(settings.options.get("granularity", "heads")))
+    structure = structure_of(model, method.granularity)
     # Dimensions go from every head alike, which the first few of all would not be.
     smallest = {c.name: c.units if c.heads > 1 else 1 for c in structure.couplings}
     with torch.random.fork_rng([]):
@@ -169,43 +135,3 @@ def _check_compact(settings: Settings, model: nn.Module) -> None:
             compact(model)
         finally:
             restore(model)
-
-
-def _try_saving(model: Any, tokenizer: Any, output: Path) -> None:
-    """Write what is small of the model's folder, and take it away again."""
-    folder = output / UNFINISHED
-    try:
-        model.config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise SensiError(f"{output}: cannot be written: {error.strerror or error}") from error
-    except Exception as error:
-        raise DataError(f"model: config or tokenizer cannot be saved: {one_line(error)}") from error
-    finally:
-        remove(folder)
-
-
-def _check_room(session: Session) -> None:
-    """Two checkpoints, as the older goes when the newer is whole, and the model."""
-    settings = session.settings
-    weights = _bytes(session.runner.model)
-    state = sum(_state_bytes(settings, runner) for runner in session.runners)
-    needed = 2 * state + weights
-    held = sum(p.stat().st_size for p in settings.output.rglob("*") if p.is_file())
-    free = shutil.disk_usage(settings.output).free + held
-    if free < needed:
-        raise SensiError(
-            f"{settings.output}: cannot be written: No space: checkpoints and model take about "
-            f"{needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free"
-        )
-
-
-def _state_bytes(settings: Settings, runner: Runner) -> int:
-    """Weights, two float32 moments of what trains, and masters where weights are narrower."""
-    trained = sum(p.numel() for p in runner.model.parameters() if p.requires_grad)
-    masters = 4 if DTYPES[settings.dtype] is not torch.float32 else 0
-    return _bytes(runner.model) + trained * (8 + masters)
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -6,13 +6,12 @@ import platform
 import statistics
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from sensikernels.training.loop import Session
-    from sensikernels.training.runner import Runner
+from sensikernels.training.runner import Runner
+from sensikernels.training.session import Session
 
 PACKAGES = ("sensikernels", "torch", "transformers", "accelerate", "triton", "numpy")
 

@@ -19,12 +19,13 @@ from sensikernels._core.errors import SensiError
 from sensikernels._core.timing import synchronize
 from sensikernels.hf import use_counter_dropout, use_packed
 from sensikernels.masks import Budget, StepCosts
-from sensikernels.methods import Dense, Method, Run
+from sensikernels.methods import BASELINE, Method, Run
 from sensikernels.optim import SubsetAdamW
 from sensikernels.training.config import Settings
 from sensikernels.training.data import Data
-from sensikernels.training.distributed import ALONE, World
+from sensikernels.training.distributed import require_same, whole, wrap
 from sensikernels.training.graph import GraphedStep
+from sensikernels.world import ALONE, World
 
 
 @dataclass(kw_only=True, eq=False)
@@ -73,8 +74,8 @@ class Runner:
     def step(self, batch: Mapping[str, Tensor], weight: float = 1.0) -> float:
         """Forward, backward, update; returns the loss. Raises SensiError if it is not finite.
 
-        Of several processes each has its part of the batch, of this ``weight`` (``World.shares``);
-        gradients and the loss are the whole batch's.
+        Each of several processes has its share of the batch, of this ``weight``
+        (``distributed.Share``); gradients and the loss are the whole batch's.
         """
         run = self.run
         with self.own_random():
@@ -86,7 +87,7 @@ class Runner:
                 self._together = None
             if self._together is None:
                 settled = run.plan is not None or not self.method.needs_budget
-                self._together = self.world.wrap(run, settled=settled)
+                self._together = wrap(self.world, run, settled=settled)
             synchronize(self.device)
             start = time.perf_counter()
             self._together.train()
@@ -96,7 +97,7 @@ class Runner:
             synchronize(self.device)
             self.step_ms.append((time.perf_counter() - start) * 1e3)
         if run.plan is not plan:
-            self.world.require_same(run.plan)
+            require_same(self.world, run.plan)
         run.step += 1
         if not math.isfinite(value):
             raise SensiError(f"{self.name}: loss is {value} at step {run.step}: training diverged")
@@ -171,7 +172,7 @@ class Runner:
         The same on every process; every process must ask for it.
         """
         return {
-            "model": self.world.whole(self.model),
+            "model": whole(self.world, self.model),
             "optimizer": self.run.optimizer.state_dict(),
             "method": self.method.state(),
             "random": self.world.gather(self._random),
@@ -271,7 +272,7 @@ def dense_runner(settings: Settings, data: Data, model: nn.Module, max_steps: in
     return Runner(
         name="dense baseline",
         run=_run(settings, data, model, optimizer, max_steps, None),
-        method=Dense(),
+        method=BASELINE(),
         learning_rate=rate,
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
@@ -292,16 +293,10 @@ def _run(
         optimizer=optimizer,
         max_steps=max_steps,
         batches=data.ranked,
-        sequence_length=data.geometry.mean_length,
-        tokens_per_sequence=data.geometry.tokens / data.geometry.rows,
-        attended=data.geometry.attended,
+        geometry=data.geometry,
+        world=data.world,
         budget=budget,
         seed=settings.seed,
-        rank=data.world.rank,
-        processes=data.world.size,
-        agree=data.world.agree,
-        gather=data.world.gather,
-        gradients=data.world.gradients,
     )
 
 

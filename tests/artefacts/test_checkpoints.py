@@ -48,7 +48,7 @@ def stopped(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def identity(stopped):
-    from sensikernels.training.loop import _identity
+    from sensikernels.training.session import _identity
 
     session = prepare(stopped)
     return session, _identity(stopped, session.data)

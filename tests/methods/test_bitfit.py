@@ -8,6 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from sensikernels._core.errors import UsageError
 from sensikernels.hf import restore, training_flops
+from sensikernels.masks import Geometry
 from sensikernels.methods import BitFit, Run
 from sensikernels.methods.bitfit import SUBSETS, select
 from tests.hf.conftest import make_batch, make_model
@@ -74,7 +75,7 @@ def make_run(optimizer: object = None) -> Run:
         optimizer=optimizer or torch.optim.AdamW(model.parameters()),  # type: ignore[arg-type]
         max_steps=10,
         batches=lambda: [make_batch()],
-        sequence_length=9,
+        geometry=Geometry.uniform(9),
     )
 
 

@@ -7,6 +7,7 @@ import torch
 
 from sensikernels._core.bits import unpack_bits
 from sensikernels._core.errors import UsageError
+from sensikernels.masks import Geometry
 from sensikernels.methods import DPS, Run
 from sensikernels.methods.dps import kept_count, matrices, stage_length, stage_of
 from sensikernels.optim import SubsetAdamW
@@ -54,7 +55,7 @@ def make_run(kind: type[torch.optim.Optimizer]) -> Run:
         optimizer=kind(model.parameters(), lr=1e-2),  # type: ignore[call-arg]
         max_steps=40,
         batches=lambda: [],
-        sequence_length=9,
+        geometry=Geometry.uniform(9),
     )
 
 

@@ -10,8 +10,10 @@ from torch import nn
 
 from sensikernels._core.errors import UsageError
 from sensikernels.hf import restore, training_flops, uncached, use_packed
+from sensikernels.masks import Geometry
 from sensikernels.methods import Freeze, Run
 from sensikernels.training.memory import resident_bytes
+from sensikernels.world import World
 from tests.hf.conftest import make_batch, make_model
 
 
@@ -22,7 +24,7 @@ def make_run(**named: int) -> Run:
         optimizer=torch.optim.AdamW(model.parameters()),
         max_steps=10,
         batches=lambda: [make_batch()],
-        sequence_length=9,
+        geometry=Geometry.uniform(9),
         **named,  # type: ignore[arg-type]
     )
 
@@ -75,7 +77,7 @@ def test_a_kept_prefix_drops_nothing_and_counts_as_memory() -> None:
 def test_what_cannot_be_is_refused_before_anything_changes() -> None:
     with pytest.raises(UsageError, match=r"share: expected a share in \(0, 1\), got 1"):
         Freeze(share=1)
-    few, two = make_run(), make_run(processes=2)
+    few, two = make_run(), make_run(world=World(size=2))
     with pytest.raises(UsageError, match="share: expected at least one layer's, got 0.1"):
         Freeze(share=0.1).begin(few)
     with pytest.raises(UsageError, match="cache: expected one process, got 2"):

@@ -7,7 +7,7 @@ import torch
 
 from sensikernels._core.errors import UsageError
 from sensikernels.hf import applied
-from sensikernels.masks import Budget
+from sensikernels.masks import Budget, Geometry
 from sensikernels.methods import METHODS, Run, SensiBert, method
 from sensikernels.optim import SubsetAdamW
 from tests.hf.conftest import make_batch, make_model
@@ -22,7 +22,7 @@ def make_run(**named: object) -> Run:
         optimizer=SubsetAdamW(model.parameters(), lr=1e-3),
         max_steps=10,
         batches=lambda: [make_batch()],
-        sequence_length=9,
+        geometry=Geometry.uniform(9),
         budget=Budget(flops=0.6),
         **named,  # type: ignore[arg-type]
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from sensikernels._core.errors import UsageError
 from sensikernels.hf import applied, apply, structure_of, training_flops
-from sensikernels.masks import Budget, Plan, StepCosts
+from sensikernels.masks import Budget, Geometry, Plan, StepCosts
 from sensikernels.methods import Run, SensiBert, step_time
 from sensikernels.optim import SubsetAdamW
+from sensikernels.world import World
 from tests.hf.conftest import make_batch, make_model
 
 LAYERS = 4
@@ -21,6 +23,19 @@ LAYERS = 4
 
 def make_optimizer(model: nn.Module) -> SubsetAdamW:
     return SubsetAdamW(model.parameters(), lr=0.0)
+
+
+def world(gather: Callable[[Any], list[Any]], **place: int) -> World:
+    """Processes that exist by what they say alone."""
+
+    class Told(World):
+        def gather(self, value: Any) -> list[Any]:
+            return gather(value)
+
+        def agree(self, make: Callable[[], Any]) -> Any:
+            return make()
+
+    return Told(**place)
 
 
 def three() -> list[dict[str, Tensor]]:
@@ -33,7 +48,7 @@ def make_run(share: float, **named: object) -> Run:
         model=model,
         optimizer=SubsetAdamW(model.parameters(), lr=1e-3),
         max_steps=10,
-        sequence_length=9,
+        geometry=Geometry.uniform(9),
         budget=Budget(step_time=share),
         **({"make_optimizer": make_optimizer, "batches": three} | named),  # type: ignore[arg-type]
     )
@@ -163,7 +178,11 @@ def test_of_several_processes_the_slowest_counts(clock: dict[str, float]) -> Non
     batches = [make_batch()]
     alone = step_time.time_ratio(dense, planned, batches, make_optimizer)
     slow = step_time.time_ratio(
-        dense, planned, batches, make_optimizer, gather=lambda own: [own, [2 * own[0], own[1]]]
+        dense,
+        planned,
+        batches,
+        make_optimizer,
+        world=world(lambda own: [own, [2 * own[0], own[1]]]),
     )
     assert slow == pytest.approx(alone / 2)
 
@@ -172,14 +191,14 @@ def test_every_process_times_its_rows_of_the_same_batches() -> None:
     every = [[make_batch(seed=0), make_batch(seed=2)], [make_batch(seed=1)]]
     parts = []
     for rank in range(2):
-        run = make_run(0.5, rank=rank, processes=2, gather=lambda own: every)
+        run = make_run(0.5, world=world(lambda own: every, rank=rank, size=2))
         parts.append(step_time.own_rows(run))
     for seed, (first, second) in enumerate(zip(*parts, strict=True)):
         whole = make_batch(seed=seed)
         for name, value in whole.items():
             assert torch.equal(first[name], value[::2])
             assert torch.equal(second[name], value[1::2])
-    few = make_run(0.5, rank=7, processes=9, gather=lambda own: every)
+    few = make_run(0.5, world=world(lambda own: every, rank=7, size=9))
     assert {len(batch["labels"]) for batch in step_time.own_rows(few)} == {1}
 
 
@@ -190,7 +209,7 @@ def test_all_take_the_costs_of_the_slowest(
         slower = isinstance(own, StepCosts)
         return [own, replace(own, dense_ms=own.dense_ms * 2)] if slower else [own]
 
-    run = make_run(0.9, gather=gather)
+    run = make_run(0.9, world=world(gather))
     SensiBert(warmup=0).begin_step(run)
     assert run.costs is not None
     mine = step_time.measure_costs(make_run(0.9).model, make_run(0.9).batches(), make_optimizer)

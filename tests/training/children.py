@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sensikernels.training import Settings, finetune
-from sensikernels.training.loop import Session
+from sensikernels.training.session import Session
 
 # Where a process may end itself: after a step, inside the writing of a checkpoint, at a file
 # operation in the output folder (counted from the start, or from the end of the last step), or

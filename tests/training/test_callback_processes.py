@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from sensikernels._core.errors import UsageError
 from sensikernels.masks import Budget, Plan
 from sensikernels.training import SensiCallback
-from sensikernels.training.distributed import World
 from tests.training.children import _server
 from tests.training.processes import free_port
 
@@ -93,6 +91,7 @@ def _train(
         data_collator=collator,
         optimizers=(optimizer, None),
     )
+    callback.attach(trainer)
     if resumed is not None:
         callback.prepare(stock, resumed)
     trainer.train(resume_from_checkpoint=resumed)
@@ -177,8 +176,6 @@ def test_the_first_process_writes_a_checkpoint_that_two_resume(still, tmp_path, 
 def test_what_cannot_be_followed_is_refused(monkeypatch):
     from accelerate.utils import DistributedType
 
-    with pytest.raises(UsageError, match="model: expected one DistributedDataParallel"):
-        World(size=2).follow(nn.Linear(1, 1))
     sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
     monkeypatch.setattr("accelerate.state.AcceleratorState", lambda: sharded)
     with pytest.raises(UsageError, match="parallel: expected DDP or one process.*got FSDP"):

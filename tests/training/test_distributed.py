@@ -21,7 +21,8 @@ from sensikernels.masks import Plan
 from sensikernels.training import finetune
 from sensikernels.training.checkpoint import latest
 from sensikernels.training.data import Data
-from sensikernels.training.distributed import World
+from sensikernels.training.distributed import join
+from sensikernels.world import World
 from tests.training.children import STEP, run
 from tests.training.processes import free_port, run_together
 
@@ -153,7 +154,7 @@ def test_the_group_is_formed_on_the_device_that_is_used(asked, monkeypatch, aske
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: found)
     monkeypatch.setattr("accelerate.PartialState", state)
-    World.join(asked("out", device=asked_for))
+    join(asked("out", device=asked_for))
     assert formed == [kind == "cpu"]
 
 

@@ -45,16 +45,16 @@ PLACES = {
 @pytest.mark.parametrize("place", sorted(PLACES))
 def test_what_fails_at_the_end_is_said_and_finished_later(settings, monkeypatch, whole, place):
     asked = settings()
-    from sensikernels.training import ready
+    from sensikernels.training import end
 
-    compute = ready.compute
+    compute = end.compute
     monkeypatch.setattr(place, fails)
     if place.endswith("Plan.save"):  # the checkpoint's own goes through it too
         real = monkeypatch._setattr[-1][2]
         monkeypatch.setattr(
             place, lambda plan, path: fails() if path.parent == asked.output else real(plan, path)
         )
-    monkeypatch.setattr(ready, "compute", compute)
+    monkeypatch.setattr(end, "compute", compute)
     with pytest.raises(SensiError, match="broken in two lines") as caught:
         finetune(asked)
     kept = checkpoint.latest(asked.output)

@@ -11,7 +11,7 @@ from sensikernels._core.errors import UsageError
 from sensikernels.masks import Budget, Plan
 from sensikernels.methods import METHODS
 from sensikernels.training import finetune
-from sensikernels.training.loop import Progress
+from sensikernels.training.session import Progress
 
 KEYS = """
 task method seed versions budget.requested budget.flops_ratio_measured budget.params_ratio

@@ -13,9 +13,10 @@ from sensikernels.training import rank
 from sensikernels.training.config import parse_counts, parse_options
 from sensikernels.training.data import Data
 from sensikernels.training.flops import flops_per_token
-from sensikernels.training.loop import fresh_model, prepare
+from sensikernels.training.loop import prepare
 from sensikernels.training.memory import MIB, activation_mib, peak_mib, resident_bytes
 from sensikernels.training.runner import groups, schedule
+from sensikernels.training.session import fresh_model
 
 
 def test_options_take_the_type_of_their_default():
@@ -66,9 +67,7 @@ def test_flops_are_the_sum_over_all_batches(settings, packed):
     assert flops_per_token(model, data) == pytest.approx(total / tokens, rel=1e-12)
     geometry = data.geometry
     for granularity in ("heads", "dimensions"):
-        structure = structure_of(model, granularity).at(
-            geometry.tokens / geometry.rows, geometry.attended
-        )
+        structure = structure_of(model, granularity).at(geometry)
         assert structure.flops(geometry.mean_length) == pytest.approx(total / tokens, rel=1e-12)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sensikernels._core.errors import DataError, SensiError, UsageError
 from sensikernels.masks import Budget, Plan
 from sensikernels.training import finetune, rank
-from sensikernels.training.loop import Session
+from sensikernels.training.session import Session
 from tests.training.tiny import save_tiny
 
 LONG = " ".join(["film"] * 90)
@@ -144,19 +144,19 @@ def test_a_plan_of_another_model_names_its_file(refused, settings, tmp_path):
 
 
 def test_a_library_that_the_end_needs(refused, monkeypatch):
-    import sensikernels.training.ready as ready
+    import sensikernels.training.end as end
 
     def without(name):
         return None if name == "matplotlib" else find_spec(name)
 
-    monkeypatch.setattr(ready, "find_spec", without)
+    monkeypatch.setattr(end, "find_spec", without)
     refused(UsageError, r"sensitivity\.png: expected matplotlib installed")
     monkeypatch.undo()
 
     def missing(*_):
         raise UsageError("metrics: expected sklearn.metrics installed, got none")
 
-    monkeypatch.setattr(ready, "compute", missing)
+    monkeypatch.setattr(end, "compute", missing)
     refused(UsageError, "metrics: expected sklearn", method="dense")
 
 
