@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
 .NOTPARALLEL:
-.PHONY: help demo test test-cpu test-interpret test-gpu native ext check format aot spills sanitize \
+.PHONY: help demo bench bench-smoke test test-cpu test-interpret test-gpu native ext check format aot spills sanitize \
   wheel test-wheel compare suite-dry clean
 help:
 	@sed -n 's/^## //p' Makefile
@@ -105,6 +105,14 @@ wheel: .venv/ready-release
 test-wheel:
 	@test -e dist/*.whl || $(MAKE) wheel
 	PYTHON=$(PYTHON) bash .ci/test_wheel dist
+
+## bench     every operator against its baselines, under pytest-benchmark (BENCH='-k dropout --compiled')
+bench: native .venv/ready-bench
+	$(PY) -m pytest bench --benchmark-sort=name --benchmark-group-by=group $(BENCH)
+
+## bench-smoke each benchmark once, checked against its baseline and not timed
+bench-smoke: native .venv/ready-bench
+	OMP_NUM_THREADS=1 $(PY) -m pytest bench -q -n $(WORKERS) --benchmark-disable
 
 ## compare   the newest benchmark results against the committed ones
 compare: .venv/ready-test

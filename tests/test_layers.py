@@ -140,6 +140,15 @@ def test_the_package_never_reaches_for_the_repository():
             assert module.split(".")[0] not in ("bench", "tests"), f"{name}:{line}"
 
 
+OPS = sorted({p.parent.name for p in (PACKAGE / "ops").glob("*/__init__.py")} - {"common"})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_operator_has_its_tests_and_its_benchmark(op: str):
+    assert list((ROOT / "tests" / "ops" / op).glob("test_*.py"))
+    assert (ROOT / "bench" / f"test_{op}.py").is_file()
+
+
 def called(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """``(line, name)`` of each call: ``print`` for a name, ``.cuda`` for a method."""
     for node in ast.walk(tree):
