@@ -21,7 +21,7 @@ _CONFIGS = "transformers.models.auto.configuration_auto"
 def register_when_imported() -> None:
     """Register the compact classes now if transformers' registry is here, else once it comes."""
     if _CONFIGS in sys.modules:
-        import_module("sensikernels.hf.modeling")
+        import_module("sensikernels.hf.families")
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
@@ -71,4 +71,4 @@ class _Then(Loader):
             nested.depth = depth
         if depth == 0 and _CONFIGS in sys.modules and self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
-            import_module("sensikernels.hf.modeling")
+            import_module("sensikernels.hf.families")

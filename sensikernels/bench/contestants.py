@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from sensikernels.data import collate, collate_packed
 from sensikernels.data.rows import TokenRow
 from sensikernels.hf import apply, encoder_layers, sensitivity
-from sensikernels.hf.targets import LAYER_LINEARS
 from sensikernels.masks import Budget, Geometry, Mask, Plan, plan
 from sensikernels.methods import DPS, BitFit, Method, Run
 from sensikernels.methods.freeze import frozen_lowest
@@ -171,10 +170,10 @@ def largest_rows(model: nn.Module, share: float) -> Plan:
     """An update mask on every encoder linear: the rows with the largest Σ|w|."""
     masks = {}
     for layer in encoder_layers(model):
-        for part in LAYER_LINEARS:
-            weight: Any = layer.linear(part).weight
+        for role in layer.family.linears:
+            weight: Any = layer.linear(role).weight
             kept = select_kept(
                 weight.detach().float().abs().sum(1).cpu(), k=max(1, round(share * len(weight)))
             )
-            masks[layer.name(part)] = Mask.rows(kept.bits, tuple(weight.shape))
+            masks[layer.name(role)] = Mask.rows(kept.bits, tuple(weight.shape))
     return Plan(method=f"rows-{share:g}", update_masks=masks)

@@ -264,17 +264,21 @@ def _minilm() -> Path:
 
 def bert_base() -> nn.Module:
     """BERT-base at random."""
-    from sensikernels.hf.load import random_bert
+    from sensikernels.hf.load import random_model
 
-    return random_bert()
+    return random_model("bert")
 
 
 def bert_large() -> nn.Module:
     """BERT-large at random."""
-    from sensikernels.hf.load import random_bert
+    from sensikernels.hf.load import random_model
 
-    return random_bert(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    return random_model(
+        "bert",
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
     )
 
 

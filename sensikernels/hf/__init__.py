@@ -1,12 +1,15 @@
-"""HuggingFace BERT: units, swaps, sensitivities, compact models. All that knows transformers."""
+"""HuggingFace encoders: units, swaps, sensitivities, compact models; all use of transformers."""
 
 from sensikernels.hf.compact import compact
 from sensikernels.hf.dropout import restore_dropout, use_counter_dropout
 from sensikernels.hf.export import export
+from sensikernels.hf.family import Family
 from sensikernels.hf.features import STEP_FEATURES
 from sensikernels.hf.flops import Measured, measured_flops, training_flops
+from sensikernels.hf.layers import below_layers, encoder_layers, family_of
 from sensikernels.hf.load import load_model, load_tokenizer, quiet
 from sensikernels.hf.module_state import class_of, modes_kept
+from sensikernels.hf.optimizer import is_norm
 from sensikernels.hf.packed import (
     cache_frozen_prefix,
     computed,
@@ -15,8 +18,8 @@ from sensikernels.hf.packed import (
     unpacked,
     use_packed,
 )
-from sensikernels.hf.packed_cache import uncached
-from sensikernels.hf.packed_tokens import to_padded
+from sensikernels.hf.packed.prefix_cache import uncached
+from sensikernels.hf.packed.tokens import to_padded
 from sensikernels.hf.sensitivity import (
     CRITERIA,
     ComputeLoss,
@@ -25,15 +28,17 @@ from sensikernels.hf.sensitivity import (
     sensitivity,
 )
 from sensikernels.hf.swap import applied, apply, restore
-from sensikernels.hf.targets import encoder_layers, structure_of
+from sensikernels.hf.targets import head_linears, structure_of
 
 __all__ = [
     "CRITERIA",
     "STEP_FEATURES",
     "ComputeLoss",
+    "Family",
     "Measured",
     "applied",
     "apply",
+    "below_layers",
     "cache_frozen_prefix",
     "checked_loss",
     "class_of",
@@ -41,6 +46,9 @@ __all__ = [
     "computed",
     "encoder_layers",
     "export",
+    "family_of",
+    "head_linears",
+    "is_norm",
     "load_model",
     "load_tokenizer",
     "measured_flops",

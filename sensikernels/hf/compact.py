@@ -1,4 +1,4 @@
-"""From an applied plan to a plain, smaller HuggingFace model."""
+"""A plain, smaller HuggingFace model from an applied plan."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sensikernels._core.checks import expected
 from sensikernels._core.errors import UsageError
 from sensikernels.hf.aside import user_attributes
 from sensikernels.hf.dropout import attention_before
-from sensikernels.hf.modeling import COMPACT_CLASSES, SkBertConfig
+from sensikernels.hf.families import FAMILIES
+from sensikernels.hf.family import Compact
+from sensikernels.hf.layers import Layer, encoder_layers
 from sensikernels.hf.module_state import carry, class_of
 from sensikernels.hf.swap import applied, restore
-from sensikernels.hf.targets import Layer, encoder_layers
+from sensikernels.hf.targets import head_sizes, shape_of
 from sensikernels.nn import MaskedLinear, SelectiveLinear
 
 
@@ -22,9 +25,9 @@ from sensikernels.nn import MaskedLinear, SelectiveLinear
 def compact(model: nn.Module) -> nn.Module:
     """The same function as a plain HF model without masks: smaller where units were trimmed.
 
-    Trimmed models become ``SkBert…`` classes (registered with the Auto classes; their saved
-    ``config.json`` carries every layer's widths), other plans come back as the original class
-    with trained entries merged. ``save_pretrained`` then ``from_pretrained`` is bit-equal.
+    Trimmed models become the compact classes of their family (registered with the Auto classes;
+    their saved ``config.json`` carries every layer's widths), other plans come back as the original
+    class with trained entries merged. ``save_pretrained`` then ``from_pretrained`` is bit-equal.
     The given model is left as it is when trimmed, and restored when its shapes never changed.
     Modes, ``requires_grad``, hooks, gradient checkpointing and the choice of attention carry over;
     no random number is drawn.
@@ -41,15 +44,16 @@ def compact(model: nn.Module) -> nn.Module:
         return model
     if swap.form != "compact":
         raise UsageError(f"model: expected a plan applied as 'compact', got {swap.form!r}")
-    return built(check_compactable(model), _config(model), _plain_state(model), model)
+    kind, family = check_compactable(model)
+    return built(kind, _config(model, family), _plain_state(model), model)
 
 
 def built(kind: Any, config: Any, state: Mapping[str, Tensor], model: nn.Module) -> nn.Module:
-    """A ``kind(config)`` with copies of ``state``, and all that users left on ``model``.
+    """A ``kind(config)`` with copies of ``state`` and with all that users left on ``model``.
 
     No random number is drawn, and every tensor keeps its dtype and device.
     """
-    # The one choice of a BERT's constructor that its config does not hold.
+    # The one choice of a model's constructor that its config does not hold.
     pooled = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
     with torch.device("meta"):
         made: Any = kind(config, **pooled)
@@ -68,15 +72,20 @@ def built(kind: Any, config: Any, state: Mapping[str, Tensor], model: nn.Module)
     return twin
 
 
-def check_compactable(model: nn.Module) -> Any:
-    """The class that ``compact`` makes of ``model`` once trimmed. Raises UsageError: none."""
+def check_compactable(model: nn.Module) -> tuple[Any, Compact]:
+    """The class that ``compact`` makes of ``model`` once trimmed, and the classes of its family.
+
+    Raises UsageError: there is none.
+    """
     made_of = class_of(model)
-    known = {c: c for c in COMPACT_CLASSES.values()} | COMPACT_CLASSES
-    if made_of not in known:
-        names = ", ".join(sorted(c.__name__ for c in COMPACT_CLASSES))
-        raise UsageError(f"model: expected one of {names}, got {made_of.__name__}")
-    encoder_layers(model)
-    return known[made_of]
+    families = [family.compact for family in FAMILIES if family.compact is not None]
+    for compact_of in families:
+        known = {c: c for c in compact_of.models.values()} | dict(compact_of.models)
+        if made_of in known:
+            encoder_layers(model)
+            return known[made_of], compact_of
+    names = sorted(stock.__name__ for compact_of in families for stock in compact_of.models)
+    raise expected("model", f"one of {', '.join(names)}", made_of.__name__)
 
 
 def _carry_all(model: nn.Module, small: nn.Module) -> None:
@@ -94,35 +103,31 @@ def _carry_all(model: nn.Module, small: nn.Module) -> None:
 
 
 _SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func")
-_OURS = ("_sensikernels", "packing", "prefix_cache", "labelled_multiple", "save_pretrained")
+_OURS = ("_sensikernels", "packing", "prefix_cache", "labelled_head", "save_pretrained")
 
 
-def _config(model: nn.Module) -> SkBertConfig:
+def _config(model: nn.Module, family: Compact) -> Any:
     given: Any = model.config
     widths = {str(layer.index): _widths(layer) for layer in encoder_layers(model)}
     plain = {k: v for k, v in given.to_dict().items() if k not in ("model_type", "widths")}
-    config = SkBertConfig(widths=widths, **plain)
+    config = family.config(widths=widths, **plain)
     config._attn_implementation = attention_before(model)
     return config
 
 
 def _widths(layer: Layer) -> dict[str, int]:
-    attention: Any = layer.module.get_submodule("attention.self")
-    full = attention.attention_head_size
-    qk = getattr(attention, "qk_head_size", full)
-    weights: dict[str, Any] = {
-        part: layer.linear(part).weight for part in ("query", "intermediate")
-    }
+    query, intermediate = (shape_of(layer, role)[0] for role in ("query", "intermediate"))
+    qk_size, vo_size = head_sizes(layer.attention)
     return {
-        "heads": weights["query"].shape[0] // qk,
-        "qk_head_size": qk,
-        "vo_head_size": getattr(attention, "vo_head_size", full),
-        "neurons": weights["intermediate"].shape[0],
+        "heads": query // qk_size,
+        "qk_head_size": qk_size,
+        "vo_head_size": vo_size,
+        "neurons": intermediate,
     }
 
 
 def _plain_state(model: nn.Module) -> dict[str, Any]:
-    """The state dict with packed layers' own small tensors under the usual names."""
+    """The state dict with the small tensors of compact layers under the usual names."""
     masked = _masked(model)
     state = {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] not in masked}
     for name, module in masked.items():

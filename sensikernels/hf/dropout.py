@@ -1,4 +1,4 @@
-"""Counter dropout through a whole BERT, attention included; reversible.
+"""Counter dropout through a whole model, attention included; reversible.
 
 On a CPU, torch's dropout draws from one serial generator, and its attention with dropout widens
 bfloat16 to float32: together 16 to 40 % of a bf16 step.
@@ -18,7 +18,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from sensikernels._core.checks import require
 from sensikernels._core.errors import UsageError
-from sensikernels.hf.targets import bert_layers
+from sensikernels.hf.layers import all_layers
 from sensikernels.nn import CounterDropout
 from sensikernels.ops.dropout import dropout as counter_dropout
 
@@ -130,11 +130,11 @@ def fast_attention(model: nn.Module) -> Iterator[None]:
 def use_counter_dropout(model: nn.Module) -> tuple[str, ...]:
     """Swap every ``nn.Dropout`` and the attention function; returns the modules replaced.
 
-    Raises UsageError if it is in use already, or for a model that is not laid out like BERT.
+    Raises UsageError if it is in use already, or for a model of no known family.
     """
     if hasattr(model, ATTENTION_RECORD):
         raise UsageError("model: expected torch's dropout, got counter dropout (already in use)")
-    bert_layers(model)
+    all_layers(model)
     names = [name for name, module in model.named_modules() if type(module) is nn.Dropout]
     before = set_attention(model, ATTENTION)
     if before == "eager":

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig
 
 from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import SensiError, UsageError
 from sensikernels._core.files import writing
 from sensikernels.hf.compact import built, compact
 from sensikernels.hf.dropout import attention_before
-from sensikernels.hf.modeling import COMPACT_CLASSES, SkBertConfig
+from sensikernels.hf.families import FAMILIES
+from sensikernels.hf.family import Compact, Family
+from sensikernels.hf.layers import Layer, encoder_layers
 from sensikernels.hf.module_state import class_of
 from sensikernels.hf.swap import applied
-from sensikernels.hf.targets import encoder_layers
 from sensikernels.nn import MaskedLinear, SelectiveLinear
 
 FORMS = ("stock", "compact")
@@ -56,8 +57,9 @@ def export(model: nn.Module, path: Path | str | None = None, *, form: str = "sto
 def _stock(model: nn.Module) -> nn.Module:
     config: Any = getattr(model, "config", None)
     has_plan = applied(model) is not None
-    if isinstance(config, SkBertConfig):
-        return _pad(compact(model) if has_plan else model)
+    for family in FAMILIES:
+        if family.compact is not None and isinstance(config, family.compact.config):
+            return _pad(compact(model) if has_plan else model, family, family.compact)
     if not has_plan:
         raise UsageError("model: expected a plan applied or a compact model, got neither")
     made = type(config)(**config.to_dict())
@@ -79,37 +81,43 @@ def _whole_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _pad(small: nn.Module) -> nn.Module:
+def _pad(small: nn.Module, family: Family, classes: Compact) -> nn.Module:
     """A compact model at full size: what it has first, zeros behind."""
     config: Any = small.config
     ours = ("model_type", "widths", "auto_map")
-    stock = BertConfig(**{k: v for k, v in config.to_dict().items() if k not in ours})
+    stock = classes.stock_config(**{k: v for k, v in config.to_dict().items() if k not in ours})
     stock._attn_implementation = attention_before(small)
-    kinds = {compact: stock for stock, compact in COMPACT_CLASSES.items()}
+    kinds = {compact_class: stock_class for stock_class, compact_class in classes.models.items()}
     kind: Any = kinds[class_of(small)]
-    heads, size = stock.num_attention_heads, stock.hidden_size // stock.num_attention_heads
+    sizes = ("num_attention_heads", "hidden_size", "intermediate_size")
+    heads, hidden, neurons = (getattr(stock, family.config_name(size)) for size in sizes)
     state = dict(small.state_dict())
     for layer in encoder_layers(small):
-        width = config.widths[str(layer.index)]
-        split = {
-            "query": width["qk_head_size"],
-            "key": width["qk_head_size"],
-            "value": width["vo_head_size"],
-        }
-        for part, had in split.items():
-            for leaf in ("weight", "bias"):
-                name = f"{layer.name(part)}.{leaf}"
-                state[name] = _grown(state[name], (had, size), (width["heads"], heads))
-        name = f"{layer.name('attention_output')}.weight"
-        grown = _grown(state[name].T, (width["vo_head_size"], size), (width["heads"], heads))
-        state[name] = grown.T
-        neurons = (1, 1), (width["neurons"], stock.intermediate_size)
-        for leaf in ("weight", "bias"):
-            name = f"{layer.name('intermediate')}.{leaf}"
-            state[name] = _grown(state[name], *neurons)
-        name = f"{layer.name('output')}.weight"
-        state[name] = _grown(state[name].T, *neurons).T
+        had = config.widths[str(layer.index)]
+        _grow_layer(state, layer, had, (heads, hidden // heads, neurons))
     return built(kind, stock, state, small)
+
+
+def _grow_layer(
+    state: dict[str, Tensor], layer: Layer, had: Mapping[str, int], full: tuple[int, int, int]
+) -> None:
+    """Bring the tensors of one layer in ``state`` to ``full`` heads, head size and neurons."""
+    heads, size, neurons = full
+    qk, vo = ((had[name], size) for name in ("qk_head_size", "vo_head_size"))
+    grown_heads, grown_neurons = (had["heads"], heads), ((1, 1), (had["neurons"], neurons))
+    rows = {
+        "query": (qk, grown_heads),
+        "key": (qk, grown_heads),
+        "value": (vo, grown_heads),
+        "intermediate": grown_neurons,
+    }
+    for role, sizes in rows.items():
+        for leaf in ("weight", "bias"):
+            name = f"{layer.name(role)}.{leaf}"
+            state[name] = _grown(state[name], *sizes)
+    for role, sizes in {"attention_output": (vo, grown_heads), "output": grown_neurons}.items():
+        name = f"{layer.name(role)}.weight"
+        state[name] = _grown(state[name].T, *sizes).T
 
 
 def _grown(tensor: Tensor, sizes: tuple[int, int], units: tuple[int, int]) -> Tensor:

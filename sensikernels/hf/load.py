@@ -32,7 +32,7 @@ def load_model(
     """
     from transformers import AutoModelForSequenceClassification
 
-    import sensikernels.hf.modeling  # noqa: F401  registers the compact classes
+    import sensikernels.hf.families  # noqa: F401  registers the compact classes
 
     problem = {"problem_type": "regression"} if labels == 1 else {}
     if (folder := Path(path)).is_dir():
@@ -102,9 +102,10 @@ def _reason(error: Exception) -> str:
     return lines[0] if plain else f"{CONFIG} or weights: {type(error).__name__}: {lines[0]}"
 
 
-def random_bert(*, labels: int = 2, **shape: Any) -> nn.Module:
-    """A randomly initialised BERT of ``BertConfig(**shape)``, BERT-base by default."""
-    from transformers import BertConfig, BertForSequenceClassification
+def random_model(model_type: str, *, labels: int = 2, **shape: Any) -> nn.Module:
+    """A sequence classifier with random weights, of the type's own config with ``**shape``."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    model: nn.Module = BertForSequenceClassification(BertConfig(num_labels=labels, **shape))
+    config = AutoConfig.for_model(model_type, num_labels=labels, **shape)
+    model: nn.Module = AutoModelForSequenceClassification.from_config(config)
     return model

@@ -1,4 +1,4 @@
-"""A model's folder, read as a stranger's: what is wrong is said before anything is built of it."""
+"""Checks of a model's folder, and of a model loaded from it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from sensikernels._core.files import (
     unsealed,
     write_json,
 )
+from sensikernels.hf.families import FAMILIES
+from sensikernels.hf.family import Family
 
 CONFIG, DIGESTS = "config.json", "digests.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -44,16 +46,28 @@ def check_folder(folder: Path) -> None:
         DataError: naming the file and the field that is wrong.
     """
     config = _object(folder / CONFIG)
-    _check_sizes(folder / CONFIG, config)
-    if config.get("model_type") == "sk_bert":
-        _check_widths(folder / CONFIG, config)
+    family = _family(config)
+    _check_sizes(folder / CONFIG, config, family)
+    if family is not None and config["model_type"] == _compact_type(family):
+        _check_widths(folder / CONFIG, config, family)
     _check_index(folder)
     files = weight_files(folder)
     if not files:
         raise DataError(f"model {folder}: no weights: none of {', '.join(WEIGHTS)} there")
-    _check_amount(folder, config, files)
+    _check_amount(folder, config, files, family)
     if (folder / DIGESTS).exists():
         _check_digests(folder)
+
+
+def _family(config: Mapping[str, Any]) -> Family | None:
+    """The family that a config is of, whether stock or compact."""
+    kind = config.get("model_type")
+    named = (f for f in FAMILIES if kind in (f.name, _compact_type(f)))
+    return next(named, None) if isinstance(kind, str) else None
+
+
+def _compact_type(family: Family) -> str | None:
+    return None if family.compact is None else family.compact.config.model_type
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -122,8 +136,13 @@ def _require(ok: bool, path: Path, name: str, expected: object, got: object) -> 
         raise DataError(f"{path}: {name}: expected {expected}, got {got!r:.60}")
 
 
-def _check_sizes(path: Path, config: Mapping[str, Any]) -> None:
-    for name, most in _SIZES.items():
+def _named(family: Family | None, sizes: Iterable[str]) -> list[str]:
+    """The names that ``sizes`` have in a config of the family."""
+    return [size if family is None else family.config_name(size) for size in sizes]
+
+
+def _check_sizes(path: Path, config: Mapping[str, Any], family: Family | None) -> None:
+    for name, most in zip(_named(family, _SIZES), _SIZES.values(), strict=True):
         if name in config:
             value = config[name]
             least = 0 if name == "type_vocab_size" else 1
@@ -140,17 +159,19 @@ def _check_sizes(path: Path, config: Mapping[str, Any]) -> None:
     pad, words = config.get("pad_token_id"), config.get("vocab_size", 1 << 24)
     ok = pad is None or (type(pad) is int and -1 <= pad < words)
     _require(ok, path, "pad_token_id", f"a token below {words}", pad)
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    width, count = _named(family, ("hidden_size", "num_attention_heads"))
+    hidden, heads = config.get(width), config.get(count)
     if hidden is not None and heads is not None and "embedding_size" not in config:
         even = hidden % heads == 0
-        _require(even, path, "num_attention_heads", f"a divisor of hidden_size {hidden}", heads)
+        _require(even, path, count, f"a divisor of {width} {hidden}", heads)
     named = "model_type" not in config or isinstance(config["model_type"], str)
     _require(named, path, "model_type", "a name", config.get("model_type"))
 
 
-def _check_widths(path: Path, config: Mapping[str, Any]) -> None:
+def _check_widths(path: Path, config: Mapping[str, Any], family: Family) -> None:
     """Every layer of a compact model has widths, none larger than those of the model it was."""
-    needed = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    needed = _named(family, sizes)
     for name in needed:
         _require(name in config, path, name, "a whole number", None)
     layers, hidden, heads, neurons = (config[name] for name in needed)
@@ -182,13 +203,15 @@ def _check_index(folder: Path) -> None:
             _require((folder / name).is_file(), path, "weight_map", "files that exist", name)
 
 
-def _check_amount(folder: Path, config: Mapping[str, Any], files: Iterable[Path]) -> None:
+def _check_amount(
+    folder: Path, config: Mapping[str, Any], files: Iterable[Path], family: Family | None
+) -> None:
     """A config that asks for more weights than there are bytes must not make us allocate them."""
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
-    words, hidden, layers, neurons = (config.get(name, 0) for name in names)
+    words, hidden, layers, neurons = (config.get(name, 0) for name in _named(family, names))
     trimmed = config.get("widths")
     least = words * config.get("embedding_size", hidden)
-    if config.get("model_type") == "bert":
+    if family is not None and config["model_type"] == family.name:
         least += layers * (4 * hidden * hidden + 2 * hidden * neurons)
     elif trimmed:
         rows = (

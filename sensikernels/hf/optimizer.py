@@ -193,7 +193,12 @@ def _forget(optimizer: Optimizer) -> None:
         optimizer.params_changed()
 
 
+def is_norm(name: str) -> bool:
+    """Whether a parameter of that name belongs to a norm, which does not decay."""
+    return "norm" in name.lower()
+
+
 def _kind(name: str) -> str:
-    """``LayerNorm.weight``, ``weight`` or ``bias``: what decides whether a parameter decays."""
+    """``norm.weight``, ``norm.bias``, ``weight`` or ``bias``; a parameter decays by its kind."""
     leaf = "weight" if name.endswith(".values") else name.rpartition(".")[2]
-    return f"norm.{leaf}" if "norm" in name.lower() else leaf
+    return f"norm.{leaf}" if is_norm(name) else leaf

@@ -14,10 +14,11 @@ from sensikernels._core.errors import UsageError
 from sensikernels._core.progress import track
 from sensikernels.hf.criteria import UnitTap, tap, unit_sums
 from sensikernels.hf.dropout import fast_attention
+from sensikernels.hf.layers import encoder_layers
 from sensikernels.hf.module_state import modes_kept
 from sensikernels.hf.packed import unpacked
-from sensikernels.hf.packed_tokens import to_padded
-from sensikernels.hf.targets import encoder_layers, structure_of
+from sensikernels.hf.packed.tokens import to_padded
+from sensikernels.hf.targets import structure_of
 from sensikernels.masks.scores import Scores
 from sensikernels.masks.structure import Coupling, Structure
 
@@ -57,8 +58,8 @@ def sensitivity(
 
     Raises:
         UsageError: unknown criterion, granularity or statistic; no batches, or empty ones; no loss,
-            or one that is not finite; not a BERT; ``learned`` in several processes, as it trains on
-            one batch after the other.
+            or one that is not finite; a model of no known family; ``learned`` in several
+            processes, as it trains on one batch after the other.
     """
     require_one_of(criterion, "criterion", CRITERIA)
     alone = criterion != "learned" or not _several()

@@ -15,10 +15,10 @@ from sensikernels._core.errors import UsageError
 from sensikernels.hf import optimizer as following
 from sensikernels.hf.aside import Exchange, check_linear, exchange, exchange_back, settle
 from sensikernels.hf.features import check_features, has_features, restore_features, use_features
-from sensikernels.hf.modeling import TrimmedSelfAttention
+from sensikernels.hf.layers import encoder_layers, family_of
 from sensikernels.hf.moves import Move
 from sensikernels.hf.saving import stop_warning, warn_of_saving
-from sensikernels.hf.targets import attention_of, check_sizes, encoder_layers
+from sensikernels.hf.targets import attention_of, check_sizes
 from sensikernels.masks.plans import Plan
 from sensikernels.nn import SelectiveLinear
 
@@ -265,18 +265,23 @@ def _resize_heads(
     model: nn.Module, plan: Plan, undo: ExitStack
 ) -> dict[str, tuple[type, Mapping[str, int]]]:
     """Give attention modules trimmed by dimension their own head sizes; what they had before."""
+    by_dimension = [c for c in plan.couplings if c.kind in ("qk", "vo")]
+    if not by_dimension:
+        return {}
+    family = family_of(model)
+    assert family.compact is not None  # check_sizes
     sizes: dict[str, dict[str, int]] = {}
-    for coupling in plan.couplings:
-        if coupling.kind in ("qk", "vo"):
-            kept = int(plan.kept_units(coupling).sum()) // coupling.heads
-            sizes.setdefault(attention_of(coupling), {})[f"{coupling.kind}_head_size"] = kept
+    for coupling in by_dimension:
+        kept = int(plan.kept_units(coupling).sum()) // coupling.heads
+        name = attention_of(coupling, family)
+        sizes.setdefault(name, {})[f"{coupling.kind}_head_size"] = kept
     before: dict[str, tuple[type, Mapping[str, int]]] = {}
     for name, size in sizes.items():
         attention = model.get_submodule(name)
         had = {key: vars(attention)[key] for key in size if key in vars(attention)}
         before[name] = type(attention), had
         undo.callback(_set_head_sizes, attention, type(attention), had)
-        _set_head_sizes(attention, TrimmedSelfAttention, size)
+        _set_head_sizes(attention, family.compact.attention, size)
     return before
 
 

@@ -8,39 +8,37 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sensikernels._core.checks import require_one_of
-from sensikernels.hf import apply, structure_of
+from sensikernels.hf import Family, apply, family_of, structure_of
 from sensikernels.masks import Plan
 from sensikernels.methods.base import Method, Run, option
 
 SUBSETS: Mapping[str, tuple[str, ...]] = {
-    "all": ("bias",),
-    "query": ("attention.self.query.bias",),
-    "key": ("attention.self.key.bias",),
-    "value": ("attention.self.value.bias",),
-    "intermediate": ("intermediate.dense.bias",),
-    "output": ("output.dense.bias",),
-    "output_layernorm": ("output.LayerNorm.bias",),
-    "attention_layernorm": ("attention.output.LayerNorm.bias",),
+    "all": (),
+    "query": ("query",),
+    "key": ("key",),
+    "value": ("value",),
+    "intermediate": ("intermediate",),
+    "output": ("attention_output", "output"),
+    "output_layernorm": ("attention_norm", "output_norm"),
+    "attention_layernorm": ("attention_norm",),
     "frozen": (),
 }
-"""Substrings of parameter names, as the paper's code selects them; ``output`` and
-``output_layernorm`` match the attention's and the FFN's alike."""
-
-ALWAYS = ("pooler.dense.bias",)
-HEADS = ("classifier", "qa_outputs")
+"""Roles of the linears and norms whose biases train, as the paper's code selects them; ``output``
+and ``output_layernorm`` are the attention's and the FFN's alike, ``all`` is every bias."""
 
 
-def select(names: Iterable[str], subsets: Sequence[str]) -> tuple[str, ...]:
-    """The parameters that BitFit trains, of all ``names``.
+def select(names: Iterable[str], subsets: Sequence[str], family: Family) -> tuple[str, ...]:
+    """The parameters that BitFit trains, of all ``names`` of a model of ``family``.
 
-    A name trains if it contains one of the subsets' strings; the task head always does, the
-    pooler's bias too unless the subset is ``frozen`` alone.
+    The task head always trains, the pooler's bias too unless the subset is ``frozen`` alone.
     """
     for subset in subsets:
         require_one_of(subset, "subsets", SUBSETS)
-    patterns = [pattern for subset in subsets for pattern in SUBSETS[subset]]
-    patterns += [] if set(subsets) == {"frozen"} else ALWAYS
-    return tuple(n for n in names if any(p in n for p in patterns) or n.startswith(HEADS))
+    paths = {**family.linears, **family.norms}
+    patterns = [f"{paths[role]}.bias" for subset in subsets for role in SUBSETS[subset]]
+    patterns += ["bias"] if "all" in subsets else []
+    patterns += [] if set(subsets) == {"frozen"} else [f"{family.pooler}.dense.bias"]
+    return tuple(n for n in names if any(p in n for p in patterns) or n.startswith(family.heads))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -63,7 +61,8 @@ class BitFit(Method):
         """Freeze before the first step, so that no weight gradient is ever computed."""
         structure = structure_of(run.model).at(run.geometry)
         length = run.geometry.mean_length
-        trainable = select((n for n, _ in run.model.named_parameters()), self.subsets)
+        names = (name for name, _ in run.model.named_parameters())
+        trainable = select(names, self.subsets, family_of(run.model))
         run.plan = Plan(
             method=self.name,
             trainable=trainable,

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from sensikernels._core.bits import unpack_bits
 from sensikernels._core.checks import require
 from sensikernels._core.errors import UsageError
-from sensikernels.hf import encoder_layers
-from sensikernels.hf.targets import LAYER_LINEARS
+from sensikernels.hf import encoder_layers, head_linears
 from sensikernels.masks import Mask, Plan
 from sensikernels.methods.base import Method, Run, option
 from sensikernels.ops.select_kept import select_elements
@@ -151,11 +150,10 @@ class DPS(Method):
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights DPS masks: encoder linears, pooler and classifier, by parameter name."""
     layers = encoder_layers(model)
-    inside = {layer.name(part) for layer in layers for part in LAYER_LINEARS}
+    inside = {layer.name(role) for layer in layers for role in layer.family.linears}
+    inside |= set(head_linears(model))
     return {
-        f"{name}.weight": module.weight
-        for name, module in model.named_modules()
-        if name in inside or name.endswith("pooler.dense") or name == "classifier"
+        f"{name}.weight": module.weight for name, module in model.named_modules() if name in inside
     }
 
 

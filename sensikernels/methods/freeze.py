@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from sensikernels._core.checks import require
-from sensikernels.hf import apply, cache_frozen_prefix, encoder_layers, packing_of, structure_of
+from sensikernels.hf import (
+    apply,
+    below_layers,
+    cache_frozen_prefix,
+    encoder_layers,
+    packing_of,
+    structure_of,
+)
 from sensikernels.masks import Plan
 from sensikernels.methods.base import Method, Run, option
 
@@ -21,10 +28,8 @@ def depth_of(model: nn.Module, share: float) -> int:
 
 def below(model: nn.Module, share: float) -> tuple[str, ...]:
     """Prefixes of the names of all that lies in the embeddings and the lowest ``share``."""
-    layers = encoder_layers(model)
-    root = layers[0].prefix.partition("encoder.")[0]
-    lowest = (f"{layer.prefix}." for layer in layers[: depth_of(model, share)])
-    return (f"{root}embeddings.", *lowest)
+    lowest = (layer.prefix for layer in encoder_layers(model)[: depth_of(model, share)])
+    return tuple(f"{name}." for name in (*below_layers(model), *lowest))
 
 
 def frozen_lowest(model: nn.Module, share: float) -> Plan:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from sensikernels._core.checks import require
 from sensikernels._core.errors import SensiError
 from sensikernels._core.timing import synchronize
-from sensikernels.hf import use_counter_dropout, use_packed
+from sensikernels.hf import is_norm, use_counter_dropout, use_packed
 from sensikernels.masks import Budget, StepCosts
 from sensikernels.methods import BASELINE, Method, Run
 from sensikernels.optim import SubsetAdamW
@@ -301,9 +301,9 @@ def _run(
 
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """All parameters in two groups: weights decay, biases and LayerNorms do not."""
+    """All parameters in two groups: weights decay, biases and norms do not."""
     named = list(model.named_parameters())
-    plain = [p for n, p in named if n.endswith("bias") or "LayerNorm" in n]
+    plain = [p for n, p in named if n.endswith("bias") or is_norm(n)]
     bare = {id(p) for p in plain}
     return [
         {"params": [p for _, p in named if id(p) not in bare], "weight_decay": weight_decay},

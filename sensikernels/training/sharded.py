@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from sensikernels.hf import encoder_layers, packing_of
-from sensikernels.hf.packed_layer import run_layer
+from sensikernels.hf.packed.layer import run_layer
 from sensikernels.optim import SubsetAdamW
 
 
@@ -30,16 +30,16 @@ def shard(model: nn.Module, optimizer: SubsetAdamW) -> ShardedAdamW:
     mesh = init_device_mesh(next(model.parameters()).device.type, (_world_size(),))
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse)
     unsharded = {cast(nn.Parameter, table.weight) for table in tables}
-    packed = packing_of(model) is not None
+    packing = packing_of(model)
     # A packed layer's output is a view that nothing changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for layer in encoder_layers(model):
         module: Any = layer.module
         fully_shard(module, mesh=mesh)
-        if packed:
+        if packing is not None:
             # A packed model runs its layers by this name, not by their forward.
-            module.compact_forward = partial(run_layer, module)
-            register_fsdp_forward_method(module, "compact_forward")
+            module.packed_forward = partial(run_layer, packing.step.block, module)
+            register_fsdp_forward_method(module, "packed_forward")
     fully_shard(model, mesh=mesh, ignored_params=unsharded)
     now = dict(model.named_parameters())
     groups = [

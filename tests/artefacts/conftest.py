@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sensikernels._core.errors import SensiError
-from sensikernels.hf.load import random_bert
+from sensikernels.hf.load import random_model
 from tests.artefacts.damage import snapshot
 
 
@@ -24,7 +24,7 @@ def tiny(**given: Any) -> torch.nn.Module:
         "intermediate_size": 64,
         "max_position_embeddings": 32,
     }
-    return random_bert(**{**shape, **given})
+    return random_model("bert", **{**shape, **given})
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sensikernels.hf import use_counter_dropout, use_packed
-from sensikernels.hf.load import random_bert
+from sensikernels.hf.load import random_model
 from sensikernels.ops.subset_adamw.native import why_not
 from sensikernels.optim import SubsetAdamW
 from sensikernels.training.graph import GraphedStep
@@ -31,7 +31,8 @@ def plain_memory() -> None:
 
 
 def bert(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> Any:
-    model = random_bert(
+    model = random_model(
+        "bert",
         hidden_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -145,7 +145,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_auto_classes_know_compact_models(order: str, checkpoint: Path) -> None:
     """Without code of the folder: its copy of the classes would fail loudly."""
-    (checkpoint / "modeling.py").write_text("raise SystemExit('code of the folder ran')")
+    (checkpoint / "modeling_bert.py").write_text("raise SystemExit('code of the folder ran')")
     code = (
         f"FOLDER = {str(checkpoint)!r}\n{'; '.join(ORDERS[order])}\n"
         "model = AutoModelForSequenceClassification.from_pretrained(FOLDER)\n"
@@ -160,7 +160,7 @@ def test_auto_classes_know_compact_models(order: str, checkpoint: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["sensikernels.hf.modeling"] * 2
+    assert done.stdout.split() == ["sensikernels.hf.families.modeling_bert"] * 2
     assert "trust_remote_code" not in done.stdout + done.stderr
 
 

@@ -132,6 +132,6 @@ def test_what_cannot_be_changes_nothing() -> None:
     with pytest.raises(UsageError, match="features: expected none in use"):
         apply(model, features="dropout")
     restore(model)
-    with pytest.raises(UsageError, match="expected a plan or parts applied, got none"):
+    with pytest.raises(UsageError, match="expected a plan or features applied, got none"):
         restore(model)
     assert snapshot(model) == before

@@ -8,6 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from sensikernels._core.errors import UsageError
 from sensikernels.hf import restore, training_flops
+from sensikernels.hf.families.bert import BERT
 from sensikernels.masks import Geometry
 from sensikernels.methods import BitFit, Run
 from sensikernels.methods.bitfit import SUBSETS, select
@@ -45,7 +46,7 @@ def test_counts(shape: str, subsets: list[str], count: int) -> None:
     with torch.device("meta"):
         model = BertForSequenceClassification(BertConfig(**SHAPES[shape]))
     names = dict(model.named_parameters())
-    trained = [n for n in select(names, subsets) if not n.startswith("classifier")]
+    trained = [n for n in select(names, subsets, BERT) if not n.startswith("classifier")]
     assert sum(names[n].numel() for n in trained) == count
 
 
@@ -64,8 +65,8 @@ def test_counts(shape: str, subsets: list[str], count: int) -> None:
 def test_subsets_match_like_the_papers_code(subset: str, matches: int) -> None:
     names = [n for n, _ in make_model().named_parameters()]
     always = {"bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
-    assert len(set(select(names, [subset])) - always) == matches
-    assert set(select(names, [subset])) >= always
+    assert len(set(select(names, [subset], BERT)) - always) == matches
+    assert set(select(names, [subset], BERT)) >= always
 
 
 def make_run(optimizer: object = None) -> Run:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sensikernels._core.checks import require
+from sensikernels._core.checks import expected, require
 
 MULTIPLE = 64
 """Token counts are rounded up to multiples of this, so that shapes repeat."""
@@ -123,8 +123,7 @@ def packed(
         f"{kind[0]} {list(cu_seqlens.shape)}",
     )
     if not isinstance(max_length, int):
-        require(False, "max_length", "a Python int beside cu_seqlens", max_length)
-        raise AssertionError
+        raise expected("max_length", "a Python int beside cu_seqlens", max_length)
     row = torch.arange(len(ids), device=ids.device, dtype=torch.int32)
     sequence = torch.searchsorted(cu_seqlens[1:], row, right=True)
     rows = len(cu_seqlens) - 1

@@ -1,7 +1,8 @@
-"""One BERT layer, and the embeddings, on packed tokens: HuggingFace's modules, fewer passes."""
+"""The embeddings and one layer on packed tokens: HuggingFace's modules in fewer passes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from transformers.activations import GELUActivation
 
 from sensikernels._core.errors import UsageError
 from sensikernels._core.hooks import bare, hooked
-from sensikernels.hf.packed_tokens import Tokens
-from sensikernels.hf.packed_weights import plain, project
+from sensikernels.hf.family import Block, Embedding
+from sensikernels.hf.packed.joined import plain, project
+from sensikernels.hf.packed.tokens import Tokens
 from sensikernels.nn import CounterDropout
 from sensikernels.ops.bias_gelu import bias_gelu
 from sensikernels.ops.dropout_add_norm import dropout_add_norm
@@ -20,55 +22,84 @@ from sensikernels.ops.embed_norm import embed_norm
 from sensikernels.ops.varlen_attention import varlen_attention
 
 
-def embed(embeddings: Any, tokens: Tokens, *, fused: bool) -> Tensor:
+def embed(parts: Embedding, tokens: Tokens, *, fused: bool) -> Tensor:
     """Hidden states ``[tokens, hidden]`` of the embedding block."""
-    words, norm = embeddings.word_embeddings, embeddings.LayerNorm
-    tables = (words, embeddings.position_embeddings, embeddings.token_type_embeddings)
-    ids = (tokens.input_ids, tokens.position_ids, tokens.token_type_ids)
-    pieces = _is_norm(norm) and all(map(_is_table, tables)) and _is_dropout(embeddings.dropout)
-    if fused and pieces:
-        weights = [without_row(table.weight, table.padding_idx) for table in tables]
-        return embed_norm(
-            ids[0],
-            ids[1],
-            ids[2],
-            weights[0],
-            weights[1],
-            weights[2],
-            norm.weight,
-            norm.bias,
-            dropout=_rate(embeddings.dropout),
-            eps=norm.eps,
-            sparse=words.sparse,
-        )
-    word, position, kind = (table(i) for table, i in zip(tables, ids, strict=True))
-    hidden: Tensor = embeddings.dropout(norm(word + kind + position))
+    for module in parts.around:
+        uncalled(module)
+    hidden = _fused_sum(parts, tokens) if fused and _can_fuse(parts) else _sum(parts, tokens)
+    return hidden if parts.project is None else parts.project(hidden)
+
+
+def _can_fuse(parts: Embedding) -> bool:
+    tables = (parts.words, parts.positions, parts.types)
+    return _is_norm(parts.norm) and all(map(_is_table, tables)) and _is_dropout(parts.dropout)
+
+
+def _fused_sum(parts: Embedding, tokens: Tokens) -> Tensor:
+    tables = (parts.words, parts.positions, parts.types)
+    words, positions, types = (without_row(table.weight, table.padding_idx) for table in tables)
+    return embed_norm(
+        tokens.input_ids,
+        tokens.position_ids,
+        tokens.token_type_ids,
+        words,
+        positions,
+        types,
+        parts.norm.weight,
+        parts.norm.bias,
+        dropout=_rate(parts.dropout),
+        eps=parts.norm.eps,
+        sparse=parts.words.sparse,
+    )
+
+
+def _sum(parts: Embedding, tokens: Tokens) -> Tensor:
+    total = parts.words(tokens.input_ids)
+    if parts.types is not None:
+        total = total + parts.types(tokens.token_type_ids)
+    hidden: Tensor = parts.dropout(parts.norm(total + parts.positions(tokens.position_ids)))
     return hidden
 
 
 def run_layer(
-    layer: Any, hidden: Tensor, tokens: Tokens, *, fused: bool, first_only: bool = False
+    block_of: Callable[[Any], Block],
+    layer: Any,
+    hidden: Tensor,
+    tokens: Tokens,
+    *,
+    fused: bool,
+    first_only: bool = False,
 ) -> Tensor:
     """``[tokens, hidden]`` to the same, or to ``[rows, hidden]`` with ``first_only``.
 
-    ``first_only``: queries, output projection and FFN for each sequence's first token alone.
+    ``block_of``: the modules of ``layer``. ``first_only``: queries, output projection and FFN for
+    each sequence's first token alone.
     """
-    around = uncalled(layer.attention)
-    attention = uncalled(around.self)
+    block = block_of(layer)
+    for module in block.around:
+        uncalled(module)
     residual = hidden.index_select(0, tokens.first) if first_only else hidden
-    context = _attend(attention, hidden, residual, tokens, fused=fused, first_only=first_only)
-    hidden = _close(uncalled(around.output), context, residual, fused=fused)
-    inner = _activate(uncalled(layer.intermediate), hidden, fused=fused)
-    return _close(uncalled(layer.output), inner, hidden, fused=fused)
+    context = _attend(block, hidden, residual, tokens, fused=fused, first_only=first_only)
+    hidden = _close(
+        block.attention_output,
+        block.attention_dropout,
+        block.attention_norm,
+        context,
+        residual,
+        fused=fused,
+    )
+    inner = _activate(block.intermediate, block.activation, hidden, fused=fused)
+    return _close(block.output, block.output_dropout, block.output_norm, inner, hidden, fused=fused)
 
 
 def _attend(
-    attention: Any, hidden: Tensor, asking: Tensor, tokens: Tokens, *, fused: bool, first_only: bool
+    block: Block, hidden: Tensor, asking: Tensor, tokens: Tokens, *, fused: bool, first_only: bool
 ) -> Tensor:
     """``[asking rows, heads · value size]``."""
-    linears = (attention.query, attention.key, attention.value)
+    attention = block.attention
+    linears = (block.query, block.key, block.value)
     if first_only:
-        query = attention.query(asking)
+        query = block.query(asking)
         key, value = project(linears[1:], hidden) if fused else [m(hidden) for m in linears[1:]]
     elif fused:
         query, key, value = project(linears, hidden)
@@ -93,25 +124,25 @@ def _attend(
     return context.flatten(1)
 
 
-def _activate(intermediate: Any, x: Tensor, *, fused: bool) -> Tensor:
-    dense, act = intermediate.dense, intermediate.intermediate_act_fn
+def _activate(dense: Any, act: Any, x: Tensor, *, fused: bool) -> Tensor:
     if fused and plain(dense) and dense.bias is not None and _is_exact_gelu(act):
         return bias_gelu(F.linear(x, dense.weight), dense.bias)
     out: Tensor = act(dense(x))
     return out
 
 
-def _close(block: Any, x: Tensor, residual: Tensor, *, fused: bool) -> Tensor:
-    """LayerNorm(dropout(dense(x)) + residual)."""
-    x, norm = block.dense(x), block.LayerNorm
-    if fused and _is_norm(norm) and _is_dropout(block.dropout):
+def _close(
+    dense: Any, dropout: Any, norm: Any, x: Tensor, residual: Tensor, *, fused: bool
+) -> Tensor:
+    """LayerNorm(dropout(dense(x)) + residual); ``dropout`` may be None."""
+    x = dense(x)
+    if fused and _is_norm(norm) and (dropout is None or _is_dropout(dropout)):
         # Under autocast the residual stays wide and the product is narrow: add as PyTorch would.
         x = x.to(torch.promote_types(x.dtype, residual.dtype))
         residual = residual.to(x.dtype)
-        return dropout_add_norm(
-            x, residual, norm.weight, norm.bias, dropout=_rate(block.dropout), eps=norm.eps
-        )
-    out: Tensor = norm(block.dropout(x) + residual)
+        rate = 0.0 if dropout is None else _rate(dropout)
+        return dropout_add_norm(x, residual, norm.weight, norm.bias, dropout=rate, eps=norm.eps)
+    out: Tensor = norm((x if dropout is None else dropout(x)) + residual)
     return out
 
 

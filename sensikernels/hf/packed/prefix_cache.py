@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sensikernels._core.checks import require
 from sensikernels._core.hooks import hooked
-from sensikernels.hf.packed_tokens import Tokens
+from sensikernels.hf.packed.tokens import Tokens
 
 MIB = 2**20
 
@@ -129,9 +129,9 @@ def uncached(model: nn.Module) -> Iterator[None]:
             module.prefix_cache = cache
 
 
-def frozen_depth(embeddings: nn.Module, layers: Sequence[nn.Module]) -> int:
-    """How many of the lowest layers train nothing; 0 if the embeddings train."""
-    if any(p.requires_grad for p in embeddings.parameters()):
+def frozen_depth(below: Sequence[nn.Module], layers: Sequence[nn.Module]) -> int:
+    """How many of the lowest layers train nothing; 0 if a module below them trains."""
+    if any(p.requires_grad for module in below for p in module.parameters()):
         return 0
     trained = (any(p.requires_grad for p in layer.parameters()) for layer in layers)
     return next((i for i, trains in enumerate(trained) if trains), len(layers))

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertForMaskedLM
 from transformers.modeling_outputs import MaskedLMOutput
 
+from sensikernels.hf.family import Family, LanguageHead
 from sensikernels.hf.module_state import Changed, change_back, change_class
 from sensikernels.ops.cross_entropy import cross_entropy
 
 IGNORED = -100  # HuggingFace's label of tokens that do not count
 
 
-class LabelledHead(Changed):
-    """What ``use_labelled`` makes of a ``BertForMaskedLM`` in place."""
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """The family of a model with a labelled head; its labelled tokens are rounded up."""
 
-    labelled_multiple: int
+    family: Family
+    multiple: int
+
+    @property
+    def head(self) -> LanguageHead:
+        """The masked-language head of the family."""
+        assert self.family.packed is not None
+        head = self.family.packed.language
+        assert head is not None
+        return head
+
+
+class LabelledHead(Changed):
+    """A masked-language model as ``use_labelled`` changes it in place."""
+
+    labelled_head: Labelled
 
     def forward(
         self: Any,
@@ -35,36 +52,40 @@ class LabelledHead(Changed):
         Loss and gradients are those of all tokens; ``logits`` are then ``[labelled, vocabulary]``,
         in the order of the tokens, and the loss is float32.
         """
-        inputs = {
+        given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
+        inputs = {name: value for name, value in given.items() if value is not None}
         if labels is None or not self.training:
             return self.original.forward(self, **inputs, labels=labels, **named)
+        family, multiple = self.labelled_head.family, self.labelled_head.multiple
         as_tuple = named.pop("return_dict", None) is False
-        hidden = self.bert(**inputs, return_dict=True, **named).last_hidden_state.flatten(0, 1)
+        encoder = getattr(self, family.encoder)
+        hidden = encoder(**inputs, return_dict=True, **named).last_hidden_state.flatten(0, 1)
         labels = labels.flatten()
         places = (labels != IGNORED).nonzero().flatten()
         count = len(places)
         # Shapes repeat: the rest are first tokens that do not count.
-        extra = -count % self.labelled_multiple
-        logits = self.cls(hidden.index_select(0, F.pad(places, (0, extra))))
+        extra = -count % multiple
+        hidden = hidden.index_select(0, F.pad(places, (0, extra)))
+        logits = self.labelled_head.head.logits(self, hidden)
         loss = cross_entropy(logits, F.pad(labels[places], (0, extra), value=IGNORED))
         out = MaskedLMOutput(loss=loss, logits=logits[:count])
         return out.to_tuple() if as_tuple else out
 
 
-def use_labelled(model: BertForMaskedLM, multiple: int) -> None:
+def use_labelled(model: nn.Module, family: Family, multiple: int) -> None:
     """Train ``model``'s head on labelled tokens; their number is rounded up to ``multiple``."""
     change_class(model, LabelledHead)
-    object.__setattr__(model, "labelled_multiple", multiple)
+    object.__setattr__(model, "labelled_head", Labelled(family=family, multiple=multiple))
 
 
 def restore_labelled(model: nn.Module) -> None:
     """Undo ``use_labelled``, where it is in use."""
     if isinstance(model, LabelledHead):
         change_back(model)
-        object.__delattr__(model, "labelled_multiple")
+        object.__delattr__(model, "labelled_head")

@@ -1,0 +1,195 @@
+"""The facts about one family of encoders that the rest of this package asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Couples:
+    """Linears of a layer, by role, that lose the same units: rows of some, columns of others.
+
+    ``attention_flops``: forward FLOPs of attention per token, key position and dimension of a unit.
+    """
+
+    kind: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...] = ()
+    attention_flops: int = 0
+
+
+_QUERY_KEY, _VALUE = ("query", "key"), ("value",)
+_NEURONS = Couples(kind="neurons", rows=("intermediate",), columns=("output",))
+SIX_LINEARS: Mapping[str, tuple[Couples, ...]] = {
+    "heads": (
+        Couples(
+            kind="heads",
+            rows=(*_QUERY_KEY, *_VALUE),
+            columns=("attention_output",),
+            attention_flops=4,
+        ),
+        _NEURONS,
+    ),
+    "dimensions": (
+        Couples(kind="qk", rows=_QUERY_KEY, attention_flops=2),
+        Couples(kind="vo", rows=_VALUE, columns=("attention_output",), attention_flops=2),
+        _NEURONS,
+    ),
+}
+"""Couplings by granularity, for layers of Q, K, V, attention output and two FFN linears."""
+
+
+class Block(NamedTuple):
+    """The modules of one layer that packed tokens run through; ``None`` where it has no dropout.
+
+    ``attention`` holds ``dropout``, ``scaling`` and ``attention_head_size``. ``around`` are the
+    modules whose forwards are not called.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    attention: Any
+    attention_output: Any
+    attention_dropout: Any
+    attention_norm: Any
+    intermediate: Any
+    activation: Any
+    output: Any
+    output_dropout: Any
+    output_norm: Any
+    around: tuple[nn.Module, ...]
+
+
+class Embedding(NamedTuple):
+    """The modules that make hidden states of token ids.
+
+    ``types``: the table of token types, if there is one. ``project``: a linear from the embedding
+    width to the hidden width, if they differ. ``around``: modules whose forwards are not called.
+    """
+
+    words: Any
+    positions: Any
+    types: Any
+    norm: Any
+    dropout: Any
+    project: Any
+    around: tuple[nn.Module, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LanguageHead:
+    """A family's masked-language model; ``logits``: ``[…, hidden]`` to ``[…, vocabulary]``."""
+
+    model: type
+    logits: Callable[[Any, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedStep:
+    """How an encoder runs on packed tokens.
+
+    ``encoder``: the class of the encoder, whose own forward is replaced.
+    ``around``: the modules whose forwards are not called, by their names in the encoder (``N``
+    stands for a layer's number), with the classes they may have.
+    ``embedding`` and ``block``: the modules of the encoder's embeddings and of one layer.
+    ``positions``: of the embeddings, ``input_ids`` and ``cu_seqlens`` (None for ``[rows, length]``)
+    the position ids in the shape of the ids; None if positions are counted from 0.
+    ``first_token``: heads that read first tokens alone. ``by_row``: heads that read the hidden
+    states as ``[rows, length, hidden]``.
+    """
+
+    encoder: type[nn.Module]
+    around: Mapping[str, tuple[type, ...]]
+    embedding: Callable[[Any], Embedding]
+    block: Callable[[Any], Block]
+    positions: Callable[[Any, Tensor, Tensor | None], Tensor] | None = None
+    first_token: tuple[type, ...] = ()
+    by_row: tuple[type, ...] = ()
+    language: LanguageHead | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Compact:
+    """The classes of trimmed models, which travel with their checkpoints.
+
+    ``config`` and ``stock_config``: the config with per-layer widths, and the one it derives from.
+    ``models``: the compact class of every stock class. ``attention``: the class of an attention
+    whose query and value have head sizes of their own. ``resizable``: names of the classes that
+    may become it.
+    """
+
+    config: Any
+    stock_config: Any
+    models: Mapping[type, type]
+    attention: type
+    resizable: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Family:
+    """One family of encoders as transformers lays it out.
+
+    ``name``: its ``model_type``. ``title``: its name in messages.
+    ``attentions``: classes of attention whose arithmetic is known, with the module that defines
+    each; ``None`` for a class that travels with checkpoints.
+    ``encoder``: the attribute of a model with a head that holds the encoder. ``layers``: the path
+    from the encoder to its layers. ``below``: the encoder's modules under the layers.
+    ``linears``: the paths from a layer to its linears, by role. ``norms``: the paths to its norms,
+    ``attention_norm`` and ``output_norm``. ``attention``: the path to the module that attends.
+    ``couplings``: the linears that lose units together, by granularity.
+    ``embeddings``, ``pooler``, ``classifier``, ``heads``: names of modules outside the layers;
+    ``heads`` are those of every task, which always train.
+    ``config_names``: its names of the sizes in a config, where they are not BERT's.
+    ``packed`` and ``compact``: None if the family cannot run on packed tokens, or be compacted.
+    """
+
+    name: str
+    title: str
+    attentions: Mapping[str, str | None]
+    encoder: str
+    layers: str
+    linears: Mapping[str, str]
+    norms: Mapping[str, str]
+    attention: str
+    couplings: Mapping[str, tuple[Couples, ...]]
+    below: tuple[str, ...] = ("embeddings",)
+    embeddings: str = "embeddings"
+    pooler: str = "pooler"
+    classifier: str = "classifier"
+    heads: tuple[str, ...] = ("classifier", "qa_outputs")
+    config_names: Mapping[str, str] = field(default_factory=dict)
+    packed: PackedStep | None = None
+    compact: Compact | None = None
+
+    def config_name(self, size: str) -> str:
+        """The name in a config of ``hidden_size``, ``intermediate_size`` and the like."""
+        return self.config_names.get(size, size)
+
+    def knows(self, attention: type) -> bool:
+        """Whether ``attention`` is one of ``attentions``, defined where transformers keeps it."""
+        if attention.__name__ not in self.attentions:
+            return False
+        home = self.attentions[attention.__name__]
+        return home is None or attention.__module__ == home
+
+
+def reach(module: Any, path: str) -> Any:
+    """The submodule at a dotted ``path``; ``module`` itself for an empty one."""
+    for name in path.split(".") if path else ():
+        module = getattr(module, name)
+    return module
+
+
+def has(module: nn.Module, paths: Sequence[str]) -> bool:
+    """Whether ``module`` has a submodule at every path."""
+    try:
+        for path in paths:
+            module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

@@ -1,0 +1,194 @@
+"""Packed tokens switched on and off for a model, and questions about them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from sensikernels._core.checks import expected, require
+from sensikernels._core.hooks import hooked
+from sensikernels.hf.families import FAMILIES
+from sensikernels.hf.family import Family, PackedStep, reach
+from sensikernels.hf.module_state import change_back, change_class
+from sensikernels.hf.packed.encoder import PackedEncoder, Packing, below
+from sensikernels.hf.packed.labelled import restore_labelled, use_labelled
+from sensikernels.hf.packed.prefix_cache import FrozenPrefixCache, frozen_depth
+from sensikernels.hf.packed.tokens import MULTIPLE, unpadded
+
+
+def use_packed(
+    model: nn.Module,
+    *,
+    cls_only: bool = True,
+    fused: bool = True,
+    multiple: int = MULTIPLE,
+    labelled_only: bool = False,
+) -> tuple[str, ...]:
+    """Run ``model``'s encoder on packed tokens, in place; one line per change.
+
+    The model takes its padded inputs as before, and packed ones (``PackedEncoder.forward``).
+
+    ``cls_only``: a sequence classifier's last layer runs on first tokens alone (other heads read
+    every token and are not changed). ``fused``: one product for query, key and value where that
+    gains, and one pass each for embeddings, bias and GELU, dropout, residual and LayerNorm;
+    their dropout is counter dropout. Without it the modules are called one by one. Attention's
+    dropout is always from a counter. ``multiple``: padded inputs give token counts rounded up to
+    multiples of it.
+    ``labelled_only``: in training a masked-language model's head and loss run on labelled tokens
+    alone. Loss and gradients stay; ``logits`` become ``[labelled, vocabulary]``, so it is off
+    unless asked for.
+
+    A padded question-answering batch has hidden states 0 at padding, where HuggingFace's has
+    those of padding tokens; its loss is the same where no row is padded.
+
+    Raises:
+        UsageError: packed already, no encoder of a family that can, a decoder, relative
+            positions, an attention that is not known, or ``labelled_only`` without the family's
+            masked-language model.
+    """
+    family, step, encoder = _packable(model)
+    require(multiple >= 1, "multiple", "at least 1", multiple)
+    language = step.language
+    if labelled_only and (language is None or not isinstance(model, language.model)):
+        wanted = "a masked-language model" if language is None else f"a {language.model.__name__}"
+        raise expected("labelled_only", wanted, type(model).__name__)
+    first_read = isinstance(model, step.first_token)
+    cls_only = cls_only and first_read
+    packing = Packing(
+        family=family,
+        cls_only=cls_only,
+        fused=fused,
+        multiple=multiple,
+        repad=isinstance(model, step.by_row) and not cls_only,
+        first_read=first_read,
+        labelled_only=labelled_only,
+    )
+    change_class(encoder, PackedEncoder)
+    encoder.packing = packing
+    if labelled_only:
+        use_labelled(model, family, multiple)
+    report = ["tokens packed"]
+    report += ["fused passes"] if fused else []
+    report += ["last layer on first tokens"] if cls_only else []
+    report += ["language head on labelled tokens, in training"] if labelled_only else []
+    return tuple(report)
+
+
+def restore_packed(model: nn.Module) -> None:
+    """Undo ``use_packed``. Raises UsageError if it is not in use."""
+    encoder = _encoder_of(model)[2]
+    if not isinstance(encoder, PackedEncoder):
+        raise expected("model", "packed tokens", "padded ones")
+    restore_labelled(model)
+    change_back(encoder)
+    del encoder.packing
+    encoder.__dict__.pop("prefix_cache", None)
+
+
+def cache_frozen_prefix(model: nn.Module, *, limit_mib: float = 1024.0) -> FrozenPrefixCache:
+    """Compute the layers below the lowest trained one once for each sentence, and keep the result.
+
+    For a packed model of which the embeddings and at least the lowest layer are frozen, with
+    dropout off in them (``p = 0``; it is a change of the model that the caller makes). Undone by
+    ``restore_packed``. ``limit_mib``: memory that the kept states may take.
+
+    Raises:
+        UsageError: the model is not packed or nothing lowest is frozen; at a step, that something
+            below trains or drops out after all.
+    """
+    family, _, encoder = _encoder_of(model)
+    if not isinstance(encoder, PackedEncoder):
+        raise expected("model", "packed tokens (use_packed)", "padded ones")
+    layers = list(reach(encoder, family.layers))
+    depth = min(frozen_depth(below(encoder, family), layers), len(layers) - 1)
+    require(depth > 0, "model", "frozen embeddings and a frozen lowest layer", "trained ones")
+    encoder.prefix_cache = FrozenPrefixCache(depth, limit_mib=limit_mib)
+    return encoder.prefix_cache
+
+
+def packing_of(model: nn.Module) -> Packing | None:
+    """How ``model`` is packed, None if it is not."""
+    encoder = _packed_encoder(model)
+    return None if encoder is None else encoder.packing
+
+
+def computed(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``batch`` as ``model`` computes it: a packed model's padded inputs without their padding."""
+    packing = packing_of(model)
+    if packing is None or "cu_seqlens" in batch:
+        return batch
+    tokens = unpadded(
+        batch["input_ids"],
+        batch.get("attention_mask"),
+        None,
+        None,
+        multiple=packing.multiple,
+        pooled=False,
+    )
+    return {"input_ids": tokens.input_ids[None], "cu_seqlens": tokens.cu_seqlens}
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """HuggingFace's own forward inside the block, whether packed or not."""
+    encoder = _packed_encoder(model)
+    if encoder is None:
+        yield
+        return
+    change_back(encoder)
+    try:
+        yield
+    finally:
+        change_class(encoder, PackedEncoder)
+
+
+def _packed_encoder(model: nn.Module) -> PackedEncoder | None:
+    """The packed encoder that ``model`` holds or is."""
+    holders = (model, *(getattr(model, family.encoder, None) for family in FAMILIES))
+    return next((m for m in holders if isinstance(m, PackedEncoder)), None)
+
+
+def _encoder_of(model: nn.Module) -> tuple[Family, PackedStep, Any]:
+    """The family of ``model``, its packed step and its encoder. Raises UsageError: none known."""
+    for family in FAMILIES:
+        encoder = getattr(model, family.encoder, model)
+        if family.packed is not None and isinstance(encoder, family.packed.encoder):
+            return family, family.packed, encoder
+    titles = " or ".join(family.title for family in FAMILIES if family.packed is not None)
+    raise expected("model", f"a {titles}", type(model).__name__)
+
+
+def _packable(model: nn.Module) -> tuple[Family, PackedStep, Any]:
+    """As ``_encoder_of``. Raises UsageError unless its forward can be done on packed tokens."""
+    family, step, encoder = _encoder_of(model)
+    require(not isinstance(encoder, PackedEncoder), "model", "padded tokens", "packed ones already")
+    config: Any = encoder.config
+    decodes = any(getattr(config, flag, False) for flag in ("is_decoder", "add_cross_attention"))
+    require(not decodes, "model", "an encoder", "a decoder")
+    positions = getattr(config, "position_embedding_type", None) or "absolute"
+    require(positions == "absolute", "model", "absolute positions", positions)
+    kind: Any = step.encoder
+    own = type(encoder).forward is kind.forward
+    require(own, "model", f"{kind.__name__}'s own forward", f"that of {type(encoder).__name__}")
+    for name, module in encoder.named_modules():
+        _check_module(f"model: {name}", module, step.around.get(re.sub(r"\d+", "N", name)))
+    return family, step, encoder
+
+
+def _check_module(name: str, module: nn.Module, kinds: tuple[type, ...] | None) -> None:
+    """Raise UsageError for a module that packed tokens cannot run through.
+
+    ``kinds``: the classes that a module may have whose forward is not called.
+    """
+    if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+        raise expected(name, "no scale_grad_by_freq, as the tokens that fill up count too", "it")
+    if kinds is None:
+        return
+    if type(module) not in kinds:
+        raise expected(name, "HuggingFace's " + kinds[0].__name__, type(module).__name__)
+    if hooked(module):
+        raise expected(name, "no hooks, as packed tokens do not call it", "hooks")
