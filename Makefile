@@ -70,7 +70,7 @@ format: .venv/ready-lint
 
 ## aot       compile every Triton kernel for the GPUs we name; no GPU needed
 aot: .venv/ready-test
-	$(PY) -m sensikernels.bench.aot
+	$(PY) -m bench.aot
 
 ## spills    compile the CUDA kernels; a register spill is an error
 spills: .venv/ready-test
@@ -108,7 +108,7 @@ test-wheel:
 
 ## compare   the newest benchmark results against the committed ones
 compare: .venv/ready-test
-	$(PY) -m sensikernels.bench.compare
+	$(PY) -m bench.compare
 
 ## suite-dry the GPU suite on this CPU, end to end, in under three minutes
 suite-dry: native

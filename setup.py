@@ -22,7 +22,6 @@ from pathlib import Path
 import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
 
 if int(setuptools.__version__.split(".")[0]) < 77:
     raise SystemExit(
@@ -38,7 +37,6 @@ sys.path.insert(0, str(ROOT))
 from build_native import LIBRARY, MODE, MODES, OBJECTS, BuildError, build_library  # noqa: E402
 
 MISSING = "_native_missing.txt"
-OF_THE_TESTS = {("sensikernels.bench", name) for name in ("test_linear", "suite_pytest")}
 
 
 def install_file(source: Path, target: Path) -> None:
@@ -47,14 +45,6 @@ def install_file(source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.copy2(source, partial)
     partial.replace(target)
-
-
-class BuildPython(build_py):
-    """``build_py``, less what only pytest reads."""
-
-    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
-        found = super().find_package_modules(package, package_dir)
-        return [module for module in found if module[:2] not in OF_THE_TESTS]
 
 
 class BuildNative(build_ext):
@@ -107,7 +97,7 @@ class Wheel(bdist_wheel):
 if MODE not in MODES:
     raise SystemExit(f"SENSIKERNELS_BUILD: expected auto, cpu, cuda or none, got {MODE!r}")
 setup(
-    ext_modules=[Extension("sensikernels._core.extension", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel},
+    ext_modules=[Extension("sensikernels.libsensikernels", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

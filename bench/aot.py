@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that are not here, and refuse what got worse.
 
-``python -m sensikernels.bench.aot`` compiles each case of every ``AOT_CASES`` list in
+``python -m bench.aot`` compiles each case of every ``AOT_CASES`` list in
 ``sensikernels/ops/*/triton*.py`` for each target, reads the machine code, and compares with the
 tables in ``bench/results/aot/<target>.json``. Exit code 1: a case broke a limit, got worse, or is
 not in the table (``--update`` rewrites the tables; a case that breaks a limit gets no row).
@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import sensikernels
-from sensikernels.bench.checkout import ROOT
+from bench import ROOT
 
 RESULTS = ROOT / "bench" / "results" / "aot"
 OPS = Path(sensikernels.__file__).parent / "ops"
@@ -270,7 +270,7 @@ def dump(content: Mapping[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="sensikernels.bench.aot", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench.aot", description=__doc__)
     parser.add_argument("--update", action="store_true", help="rewrite the tables")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows here")
     parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="default: all")

@@ -1,4 +1,4 @@
-"""Benchmark files of the working tree against a commit's: ``python -m sensikernels.bench.compare``.
+"""Benchmark files of the working tree against a commit's: ``python -m bench.compare``.
 
 ``--base REV`` (default HEAD) names the commit, ``--limit`` the share of speed a row may lose before
 the comparison fails. Only rows both sides have are compared.
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sensikernels.bench.checkout import ROOT
+from bench import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 KEY = (

@@ -9,4 +9,4 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 command -v "$PYTHON" >/dev/null || { echo "gpu_suite.sh: no $PYTHON; set PYTHON" >&2; exit 2; }
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec "$PYTHON" -m sensikernels.bench.suite "$@"
+exec "$PYTHON" -m bench.suite "$@"

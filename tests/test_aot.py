@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from sensikernels.bench import aot
+from bench import aot
 
 GOOD = aot.Report(
     case="k", registers=100, shared=1000, stack=0, spills=0, matrix=4, copies=8, instructions=500

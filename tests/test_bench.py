@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import compare
 from sensikernels._core.errors import UsageError
-from sensikernels.bench import compare, rows, timing
+from sensikernels.bench import rows, timing
 
 
 def test_contestants_take_turns() -> None:
@@ -257,7 +258,7 @@ def test_only_known_contestants_race() -> None:
 
 
 def test_operators_are_booked_to_parts_of_the_step() -> None:
-    from sensikernels.bench.breakdown import OTHER, part_of
+    from bench.studies.breakdown import OTHER, part_of
 
     named = {
         "aten::addmm": "products",

@@ -37,10 +37,8 @@ HOMES = {
 
 
 def sources() -> list[str]:
-    """Every Python file of the package, ``bench`` included, relative to it."""
-    inside = [p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py")]
-    bench = [Path("bench") / p.relative_to(ROOT / "bench") for p in (ROOT / "bench").rglob("*.py")]
-    return sorted({str(p) for p in [*inside, *bench]})
+    """Every Python file of the package, relative to it."""
+    return sorted(str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py"))
 
 
 def parse(name: str) -> ast.Module:
@@ -106,12 +104,40 @@ def test_heavy_libraries_stay_at_home(name: str):
     for line, module in imports(parse(name)):
         top = module.split(".")[0]
         if top == "triton":
-            at_home = Path(name).name.startswith("triton") or name == "bench/aot.py"
+            at_home = Path(name).name.startswith("triton")
         elif top in HOMES:
             at_home = name.startswith(HOMES[top])
         else:
             continue
         assert at_home, f"{name}:{line} imports {module}"
+
+
+def graph() -> dict[str, set[str]]:
+    """The modules that each module imports, in functions and for type checkers too."""
+    names = {
+        ".".join(("sensikernels", *Path(n).with_suffix("").parts)).removesuffix(".__init__"): n
+        for n in sources()
+    }
+    edges: dict[str, set[str]] = {}
+    for module, name in names.items():
+        found = {other for _, other in imports(parse(name))}
+        # ``from a.b import c``: the module a.b.c if there is one, else a.b.
+        edges[module] = {o if o in names else o.rpartition(".")[0] for o in found} & set(names)
+    edges["sensikernels"] = set()  # its names are resolved on first use
+    return {module: others - {module} for module, others in edges.items()}
+
+
+def test_no_circle_of_imports():
+    edges = graph()
+    while leaves := [module for module, others in edges.items() if not others]:
+        edges = {m: others - set(leaves) for m, others in edges.items() if m not in leaves}
+    assert not edges, f"a circle among {sorted(edges)}"
+
+
+def test_the_package_never_reaches_for_the_repository():
+    for name in sources():
+        for line, module in imports(parse(name)):
+            assert module.split(".")[0] not in ("bench", "tests"), f"{name}:{line}"
 
 
 def called(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -152,3 +178,33 @@ def long_files() -> list[Path]:
 @pytest.mark.parametrize("path", long_files(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_can_be_read_in_one_sitting(path: Path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+def functions() -> list[tuple[str, ast.FunctionDef]]:
+    """Every function of the package and of ``bench`` with the file it is in."""
+    files = [p for f in ("sensikernels", "bench") for p in sorted((ROOT / f).rglob("*.py"))]
+    return [
+        (f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+
+
+def is_kernel(function: ast.FunctionDef) -> bool:
+    return any("jit" in ast.unparse(one) for one in function.decorator_list)
+
+
+def test_functions_fit_on_a_screen():
+    for where, node in functions():
+        lines = (node.end_lineno or 0) - node.lineno + 1
+        assert lines <= (120 if is_kernel(node) else 60), f"{where}: {lines} lines"
+
+
+def test_signatures_can_be_remembered():
+    for where, node in functions():
+        if is_kernel(node) or where.startswith("sensikernels/cli/"):
+            continue
+        given = node.args
+        count = len([*given.posonlyargs, *given.args, *given.kwonlyargs])
+        assert count <= 8, f"{where}: {count} arguments"

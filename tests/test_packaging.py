@@ -20,12 +20,10 @@ import sensikernels
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sensikernels"
 TREE = (
-    *("sensikernels", "bench", "csrc", "setup.py", "build_native.py", "build_backend.py"),
+    *("sensikernels", "csrc", "setup.py", "build_native.py", "build_backend.py"),
     *("pyproject.toml", "MANIFEST.in", "constraints.txt", "README.md", "CHANGELOG.md", "LICENSE"),
 )
 NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.so", "_native_missing.txt", "*.egg-info")
-# What only pytest reads.
-OF_THE_TESTS = {"sensikernels/bench/test_linear.py", "sensikernels/bench/suite_pytest.py"}
 
 
 def hook(name: str, folder: Path) -> Path:
@@ -78,13 +76,10 @@ def metadata(wheel: Path) -> Message:
 
 def in_tree() -> dict[str, bytes]:
     """Every Python file, JSON table and marker of the package, by its name in a wheel."""
-    folders = {"sensikernels": PACKAGE, "sensikernels/bench": ROOT / "bench"}
     return {
-        f"{name}/{path.relative_to(folder)}": path.read_bytes()
-        for name, folder in folders.items()
+        str(path.relative_to(ROOT)): path.read_bytes()
         for pattern in ("*.py", "*.json", "py.typed")
-        for path in folder.rglob(pattern)
-        if "results" not in path.relative_to(folder).parts
+        for path in PACKAGE.rglob(pattern)
     }
 
 
@@ -102,8 +97,6 @@ def test_every_folder_with_python_files_is_a_package():
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path):
     held, expected = contents(wheel), in_tree()
-    for name in OF_THE_TESTS:
-        del expected[name]
     note = held.pop("sensikernels/_native_missing.txt").decode()
     assert held == expected
     assert note == "SENSIKERNELS_BUILD=none\n"
@@ -123,7 +116,7 @@ def test_sdist_holds_what_a_build_needs_and_no_test(sdist: Path):
     assert any(name.endswith(".cu") for name in native)
     assert native <= names
     assert {name for name in TREE if not (ROOT / name).is_dir()} <= names
-    assert not [n for n in names if n.startswith("tests") or n in OF_THE_TESTS]
+    assert not [n for n in names if n.startswith("tests")]
 
 
 def test_version_is_one_everywhere(wheel: Path, sdist: Path, metadata: Message):
@@ -151,7 +144,6 @@ def test_metadata_is_complete(metadata: Message):
 
 
 def test_a_wheel_imports_outside_the_tree(wheel: Path, tmp_path: Path):
-    """Every module of it; what works on the repository ends in one line instead."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     code = f"""
@@ -159,16 +151,9 @@ import sys
 sys.path.insert(0, {str(tmp_path)!r})
 import importlib, pkgutil, sensikernels
 assert sensikernels.__file__.startswith({str(tmp_path)!r})
-ended = set()
 for found in pkgutil.walk_packages(sensikernels.__path__, "sensikernels."):
-    if ".triton" in found.name or found.name.endswith((".__main__", ".triton_ceilings")):
-        continue
-    try:
+    if ".triton" not in found.name and not found.name.endswith(".__main__"):
         importlib.import_module(found.name)
-    except SystemExit as error:
-        assert "this command works on the repository" in str(error), error
-        ended.add(found.name.rpartition(".")[2])
-print(*sorted(ended))
 """
     done = subprocess.run(
         [sys.executable, "-P", "-c", code]
@@ -179,14 +164,3 @@ print(*sorted(ended))
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [
-        "aot",
-        "checkout",
-        "compare",
-        "import_results",
-        "suite",
-        "suite_bundle",
-        "suite_probe",
-        "suite_report",
-        "suite_steps",
-    ]

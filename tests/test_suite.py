@@ -15,17 +15,14 @@ from typing import Any
 
 import pytest
 
-from sensikernels.bench import (
-    import_results,
-    linear,
-    step,
-    suite,
-    suite_bars,
-    suite_bench,
-    suite_pytest,
-)
-from sensikernels.bench.suite_report import LOGS, PICTURE, RECORD, SUMMARY, Report
-from sensikernels.bench.suite_steps import SECONDS, Options, Step, steps
+from bench.suite import bars as suite_bars
+from bench.suite import bench as suite_bench
+from bench.suite import import_results
+from bench.suite import outcomes as suite_pytest
+from bench.suite import runner as suite
+from bench.suite.report import LOGS, PICTURE, RECORD, SUMMARY, Report
+from bench.suite.steps import SECONDS, Options, Step, steps
+from sensikernels.bench import linear, step
 
 ROOT = Path(__file__).parents[1]
 RATES = [

@@ -42,7 +42,7 @@ def run_suite(
 
     Raises:
         UsageError: an option of another suite; an output that cannot be written, before any work.
-        SensiError: the suites are not there, as in an installed package.
+        SensiError: a package that the suite needs is not installed.
     """
     from importlib import import_module
 
@@ -56,10 +56,11 @@ def run_suite(
     _check_machine(device, asked.get("seconds", 0.0))
     picture = asked.pop("picture", None)
     _check_outputs(json, picture)
-    try:
+    try:  # by name: a suite costs its imports only where it is asked for
         module = import_module(f"sensikernels.bench.{suite.value}")
     except ModuleNotFoundError as error:
-        raise SensiError(f"bench {suite.value}: {error}: run it from a source checkout") from error
+        why = f"{error}: pip install 'sensikernels[hf,bench]'"
+        raise SensiError(f"bench {suite.value}: {why}") from error
     named = {name.replace("-", "_"): value for name, value in asked.items()}
     with progress_lines() as progress, rows.journal(json):
         result = module.run(device=device, quick=quick, progress=progress, **named)

@@ -1,4 +1,4 @@
-"""One benchmark suite within a time: ``… suite_bench step --seconds 120 --json FILE``.
+"""One benchmark suite within a time: ``… bench.suite.bench step --seconds 120 --json FILE``.
 
 Rows are in ``FILE``'s journal as soon as they are measured. When the time is over the suite
 stops at its next case, and what was measured is written. A case that fails takes no other down. On

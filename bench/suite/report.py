@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sensikernels.bench import suite_bars
-from sensikernels.bench.checkout import ROOT
+from bench import ROOT
+from bench.suite import bars
+from bench.suite.outcomes import OUTCOMES
+from bench.suite.outcomes import summary as summary_of_tests
+from bench.suite.steps import Step
 from sensikernels.bench.roofline import draw
 from sensikernels.bench.rows import read_journal, write_json
-from sensikernels.bench.suite_pytest import OUTCOMES
-from sensikernels.bench.suite_pytest import summary as summary_of_tests
-from sensikernels.bench.suite_steps import Step
 
 RECORD, SUMMARY, PICTURE, LOGS = "suite.json", "summary.md", "roofline.png", "logs.tar.gz"
 LOG_BYTES = 1 << 20
@@ -118,8 +118,8 @@ def summary(record: Mapping[str, Any], rows: Mapping[str, Sequence[dict[str, Any
     results = record["results"]
     facts = results.get("record", {}).get("provenance", {})
     lines = ["# Results", "", machine_line(facts), ""]
-    known = suite_bars.rates(ceilings_of(record))
-    lines += ["## Bars", "", *suite_bars.table(record["kind"], rows, known), ""]
+    known = bars.rates(ceilings_of(record))
+    lines += ["## Bars", "", *bars.table(record["kind"], rows, known), ""]
     lines += ["## Ceilings", "", *ceiling_table(ceilings_of(record)), ""]
     lines += ["## Tests", "", *_tests(results.get("tests")), ""]
     if "finetune" in results:
@@ -148,7 +148,7 @@ def machine_line(facts: Mapping[str, Any]) -> str:
 def ceiling_table(ceilings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown lines of measured rates."""
     if not ceilings:
-        return [suite_bars.NOT_YET]
+        return [bars.NOT_YET]
     lines = ["| ceiling | | spread |", "|---|---:|---:|"]
     return lines + [
         f"| {one['name']} | {one['value']:.4g} {one['unit']} | {one['spread']:.0%} |"
@@ -158,7 +158,7 @@ def ceiling_table(ceilings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _tests(found: Mapping[str, Any] | None) -> list[str]:
     if not found or "passed" not in found:
-        return [suite_bars.NOT_YET]
+        return [bars.NOT_YET]
     counts = ", ".join(f"{found[name]} {name}" for name in OUTCOMES)
     return [counts, *(f"- `{one['test']}`" for one in found["failures"][:40])]
 
@@ -189,5 +189,5 @@ def pack_logs(work: Path, target: Path) -> None:
 
 
 def _suites_in(output: Path) -> list[str]:
-    known = {bar.suite for bar in suite_bars.BARS}
+    known = {bar.suite for bar in bars.BARS}
     return [p.name for p in output.glob("*.json") if p.stem in known]

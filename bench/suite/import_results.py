@@ -1,4 +1,4 @@
-"""File the results of a run of the suite: ``python -m sensikernels.bench.import_results FOLDER``.
+"""File the results of a run of the suite: ``python -m bench.suite.import_results FOLDER``.
 
 Rows and record go to ``bench/results/<device>/``, each with its provenance; a GPU's dispatch table
 to ``sensikernels/dispatch/``. Then the marked tables of README.md and ARCHITECTURE.md are written
@@ -16,19 +16,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sensikernels.bench import suite_bars
-from sensikernels.bench.checkout import ROOT
-from sensikernels.bench.rows import write_json
-from sensikernels.bench.suite_report import (
+from bench import ROOT
+from bench.suite import bars
+from bench.suite.report import (
     PICTURE,
     RECORD,
     ceiling_table,
     ceilings_of,
     machine_line,
 )
+from sensikernels.bench.rows import write_json
 
 DOCUMENTS = ("README.md", "ARCHITECTURE.md")
-SUITES = tuple(dict.fromkeys(bar.suite for bar in suite_bars.BARS))
+SUITES = tuple(dict.fromkeys(bar.suite for bar in bars.BARS))
 
 
 def bring_in(folder: Path, root: Path, *, allow_dirty: bool = False) -> list[Path]:
@@ -96,10 +96,10 @@ def gpu_bars(devices: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines: list[str] = []
     for device in _gpus(devices):
         record = device["record"]
-        known = suite_bars.rates(ceilings_of(record))
+        known = bars.rates(ceilings_of(record))
         lines += [machine_line(record["results"]["record"]["provenance"]), ""]
-        lines += [*suite_bars.table("cuda", device, known), ""]
-    return lines[:-1] or suite_bars.table("cuda", {}, {})
+        lines += [*bars.table("cuda", device, known), ""]
+    return lines[:-1] or bars.table("cuda", {}, {})
 
 
 def gpu_ceilings(devices: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -109,7 +109,7 @@ def gpu_ceilings(devices: Mapping[str, Mapping[str, Any]]) -> list[str]:
         found = ceilings_of(device["record"])
         lines += [machine_line(device["record"]["results"]["record"]["provenance"]), ""]
         lines += [*ceiling_table(found), ""]
-    return lines[:-1] or [f"Ceilings of a GPU: {suite_bars.NOT_YET}."]
+    return lines[:-1] or [f"Ceilings of a GPU: {bars.NOT_YET}."]
 
 
 def _gpus(devices: Mapping[str, Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

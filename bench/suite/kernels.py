@@ -1,4 +1,4 @@
-"""Short cases of every compiled kernel, for compute-sanitizer: ``… suite_kernels --device cuda``.
+"""Short cases of every compiled kernel, for compute-sanitizer: ``python -m bench.suite.kernels``.
 
 Sizes are small and odd, so that tails run. Each case is held against the reference.
 """

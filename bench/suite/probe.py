@@ -1,4 +1,4 @@
-"""Small steps of the GPU suite, each its own process: ``… suite_probe record|load|build|tune``.
+"""Small steps of the GPU suite, each its own process: ``bench.suite.probe record|load|build|tune``.
 
 Each writes its facts as JSON where ``--json`` says, also when it fails half way.
 """
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from bench import ROOT
 from sensikernels._core import extension
 from sensikernels._core.errors import SensiError
-from sensikernels.bench.checkout import ROOT
 from sensikernels.bench.rows import provenance, write_json
 
 LIBRARY = ROOT / "sensikernels" / extension._LIBRARY.name
@@ -44,7 +44,7 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
     facts: dict[str, Any] = {"library": given.library.name, "built": extension.build_info()}
     if given.device == "cuda" and not facts["built"]["cuda_archs"]:
         raise SensiError("it holds no CUDA kernels")
-    from sensikernels.bench.suite_kernels import run_all
+    from bench.suite.kernels import run_all
 
     return facts | {"kernels": run_all(given.device)}
 

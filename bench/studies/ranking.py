@@ -1,4 +1,4 @@
-"""Does the ranking matter? ``python -m sensikernels.bench.ranking --data-dir GLUE --output DIR``.
+"""Does the ranking matter? ``python -m bench.studies.ranking --data-dir GLUE --output DIR``.
 
 SST-2, 20,000 training rows, one epoch, MiniLM, half the FLOPs, three seeds: the ranked plan beside
 dense training on the same batches, and the same budget spent on random and on reversed scores.

@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,10 +22,10 @@ from types import FrameType
 
 import torch
 
+from bench import ROOT
+from bench.suite.report import Report
+from bench.suite.steps import SECONDS, WEIGHTS, Options, Step, steps
 from sensikernels.bench import rows
-from sensikernels.bench.checkout import ROOT
-from sensikernels.bench.suite_report import Report
-from sensikernels.bench.suite_steps import SECONDS, WEIGHTS, Options, Step, steps
 
 RESERVE = 6.0
 """Seconds kept for the summary and the pictures."""
@@ -157,7 +156,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="for everything (quick: 9; cpu quick: 2.8)")
     parser.add_argument("--only", default="", help="comma-separated step names")
     parser.add_argument("--except", dest="without", default="", help="step names to leave out")
-    parser.add_argument("--bundle", type=Path, help="weights and data made by suite_bundle")
+    parser.add_argument("--bundle", type=Path, help="weights and data made by bench.suite.bundle")
     parser.add_argument("--data-dir", type=Path, help="GLUE's folders")
     parser.add_argument("--library", type=Path, help="a libsensikernels.so built elsewhere")
     parser.add_argument("--commit", help="where there is no git: the commit[-dirty] this is")
@@ -231,7 +230,3 @@ def main() -> int:
     if failed:
         say(f"not ok: {', '.join(failed)}")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -177,11 +177,14 @@ def gpu_facts() -> dict[str, Any]:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit and whether the tree differs from it, from git, else from the environment."""
+    """The commit of this code and whether the tree differs: from the environment, else from git."""
     given = os.environ.get(COMMIT)
     if given:
         return given.removesuffix("-dirty"), given.endswith("-dirty")
-    here = ("git", "-C", str(Path(__file__).resolve().parent))
+    this = Path(__file__).resolve()
+    here = ("git", "-C", str(this.parent))
+    if _said(*here, "ls-files", "--error-unmatch", this.name) is None:
+        return None, None  # an installed package, perhaps inside somebody's repository
     commit, status = _said(*here, "rev-parse", "HEAD"), _said(*here, "status", "--porcelain")
     return commit, None if status is None else bool(status)
 

@@ -1,0 +1,1 @@
+"""Studies of a whole step, each a command of its own."""

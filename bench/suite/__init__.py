@@ -1,0 +1,1 @@
+"""The GPU suite: build, prove, measure, draw, in one command."""
