@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sensikernels.ops.common.triton_gelu import gelu, normal, sum_partials
-from sensikernels.ops.common.triton_launch import Config, on_its_device, processors
+from sensikernels.ops.common.triton_launch import Config, on_its_device, processors, split
 
 FORWARD = Config(tile={"BLOCK_T": 4, "BLOCK_N": 512}, warps=4, stages=1)
 BACKWARD = Config(tile={"BLOCK_T": 16, "BLOCK_N": 128}, warps=4, stages=3)
@@ -97,21 +97,12 @@ def bias_gelu_backward(
     if not dx.numel():
         return dx, dbias.zero_()
     block_t, block_n = BACKWARD.tile.values()
-    strips, most = triton.cdiv(width, block_n), triton.cdiv(tokens, block_t)
-    chunks = min(most, triton.cdiv(8 * processors(x), strips))
-    each = triton.cdiv(most, chunks) * block_t
-    chunks = triton.cdiv(tokens, each)
+    strips = triton.cdiv(width, block_n)
+    chunks, each = split(tokens, block_t, triton.cdiv(8 * processors(x), strips))
     partial = x.new_empty((chunks, width) if summed else 1, dtype=torch.float32)
     shift = x if bias is None else bias.contiguous()
     bias_gelu_backward_kernel[(strips, chunks)](
-        dy,
-        x,
-        shift,
-        dx,
-        partial,
-        tokens,
-        width,
-        each,
+        *(dy, x, shift, dx, partial, tokens, width, each),
         BIAS=bias is not None,
         SUM=summed,
         **BACKWARD.options,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sensikernels.ops.common.triton_launch import Config, matrix, on_its_device, processors
+from sensikernels.ops.common.triton_launch import Config, matrix, on_its_device, processors, split
 
 
 @triton.jit
@@ -114,22 +114,10 @@ def column_sum(dy: Tensor, preactivation: Tensor | None) -> tuple[Tensor, Tensor
         return dpre, bias.zero_()
     block_t, block_n = COLUMN_SUM.tile.values()
     strips = triton.cdiv(width, block_n)
-    most = triton.cdiv(tokens, block_t)
-    chunks = min(most, triton.cdiv(4 * processors(dy), strips))
-    each = triton.cdiv(most, chunks) * block_t
-    chunks = triton.cdiv(tokens, each)
+    chunks, each = split(tokens, block_t, triton.cdiv(4 * processors(dy), strips))
     partial = dy.new_empty((chunks, width), dtype=torch.float32)
+    sizes = tokens, width, dy.stride(0), pre.stride(0), each
     column_sum_kernel[(strips, chunks)](
-        dy,
-        pre,
-        dpre,
-        partial,
-        tokens,
-        width,
-        dy.stride(0),
-        pre.stride(0),
-        each,
-        GELU=preactivation is not None,
-        **COLUMN_SUM.options,
+        *(dy, pre, dpre, partial, *sizes), GELU=preactivation is not None, **COLUMN_SUM.options
     )
     return dpre, sum_partials(partial, bias)

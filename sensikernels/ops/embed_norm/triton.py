@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sensikernels.ops.common.drops import Drop
 from sensikernels.ops.common.triton_gelu import sum_partials
-from sensikernels.ops.common.triton_launch import Config, on_its_device, processors
+from sensikernels.ops.common.triton_launch import Config, on_its_device, processors, split
 from sensikernels.ops.common.triton_norm import (
     draw_row,
     normalize,
@@ -18,6 +19,7 @@ from sensikernels.ops.common.triton_norm import (
     scale_of,
 )
 from sensikernels.ops.embed_norm import reference
+from sensikernels.ops.embed_norm.reference import Lookup
 
 SMALL = 8  # rows of a table whose gradient is summed in a fixed order
 ADD_ROWS = Config(tile={"BLOCK_T": 32, "BLOCK_N": 64}, warps=4, stages=1)
@@ -171,33 +173,20 @@ def add_rows_kernel(
 
 @on_its_device
 def forward(
-    ids: list[Tensor],
-    tables: list[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    seed: Tensor | None,
-    threshold: int,
-    eps: float,
+    lookup: Lookup, weight: Tensor, bias: Tensor, drop: Drop, eps: float
 ) -> tuple[Tensor, Tensor]:
     """As the reference, for flat contiguous ids."""
+    ids, tables = lookup
     tokens, hidden = ids[0].numel(), tables[0].shape[1]
     y = tables[0].new_empty((tokens, hidden))
     moments = y.new_empty((tokens, 2), dtype=torch.float32)
     if y.numel():
+        seed = moments if drop.seed is None else drop.seed
+        sizes = *(len(table) for table in tables), hidden, drop.threshold
         embed_norm_kernel[(tokens,)](
-            *ids,
-            *tables,
-            weight,
-            bias,
-            moments if seed is None else seed,
-            y,
-            moments,
-            *(len(table) for table in tables),
-            hidden,
-            threshold,
-            scale_of(threshold),
-            eps,
-            DROPS=seed is not None,
+            *(*ids, *tables, weight, bias, seed, y, moments),
+            *(*sizes, scale_of(drop.threshold), eps),
+            DROPS=drop.seed is not None,
             **row_options(hidden),
         )
     return y, moments
@@ -205,40 +194,23 @@ def forward(
 
 @on_its_device
 def backward(
-    dy: Tensor,
-    ids: list[Tensor],
-    tables: list[Tensor],
-    moments: Tensor,
-    weight: Tensor,
-    seed: Tensor | None,
-    threshold: int,
-    affine_needed: bool,
+    dy: Tensor, lookup: Lookup, moments: Tensor, weight: Tensor, drop: Drop, affine_needed: bool
 ) -> tuple[Tensor, Tensor]:
     """As the reference; the chunks' float32 sums are added in a fixed order."""
+    ids, tables = lookup
     tokens, hidden = dy.shape
     dsum = dy.new_empty(dy.shape)
     daffine = moments.new_empty((2, hidden) if affine_needed else 0)
     if not dy.numel():
         return dsum, daffine.zero_()
-    each = triton.cdiv(tokens, programs(dy))
-    chunks = triton.cdiv(tokens, each)
+    chunks, each = split(tokens, 1, programs(dy))
     partial = moments.new_empty((chunks, 2, hidden) if affine_needed else 1)
+    seed = moments if drop.seed is None else drop.seed
+    sizes = tokens, each, *(len(table) for table in tables), hidden, drop.threshold
     embed_norm_backward_kernel[(chunks,)](
-        dy,
-        *ids,
-        *tables,
-        moments,
-        weight,
-        moments if seed is None else seed,
-        dsum,
-        partial,
-        tokens,
-        each,
-        *(len(table) for table in tables),
-        hidden,
-        threshold,
-        scale_of(threshold),
-        DROPS=seed is not None,
+        *(dy, *ids, *tables, moments, weight, seed, dsum, partial),
+        *(*sizes, scale_of(drop.threshold)),
+        DROPS=drop.seed is not None,
         AFFINE=affine_needed,
         **row_options(hidden),
     )
@@ -252,10 +224,8 @@ def add_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
         return reference.add_rows(rows, index, count)
     tokens, hidden = rows.shape
     block_t, block_n = ADD_ROWS.tile.values()
-    strips, most = triton.cdiv(hidden, block_n), triton.cdiv(tokens, block_t)
-    chunks = min(most, triton.cdiv(4 * processors(rows), strips * count))
-    each = triton.cdiv(most, chunks) * block_t
-    chunks = triton.cdiv(tokens, each)
+    strips = triton.cdiv(hidden, block_n)
+    chunks, each = split(tokens, block_t, triton.cdiv(4 * processors(rows), strips * count))
     partial = rows.new_empty((chunks, count, hidden), dtype=torch.float32)
     add_rows_kernel[(strips, count, chunks)](
         rows, index, partial, tokens, each, hidden, **ADD_ROWS.options
