@@ -7,7 +7,9 @@ from itertools import product
 import pytest
 import torch
 
+from sensikernels.ops.common.drops import Drop
 from sensikernels.ops.embed_norm import embed_norm
+from sensikernels.ops.embed_norm.reference import Lookup
 from tests.ops import fused_checks as checks
 
 pytestmark = pytest.mark.interpret
@@ -30,15 +32,16 @@ def test_an_id_of_no_row_is_nan_and_reads_nothing():
     tables = [torch.randn(n, 100) for n in (5, 3, 2)]
     ids = [torch.tensor(i) for i in ([0, 4, 1, 2], [0, 1, 2, 2], [0, 1, 0, 1])]
     affine = torch.ones(100), torch.zeros(100)
-    want, _ = kernels.forward(ids, tables, *affine, None, 65536, 1e-12)
+    none = Drop(None, 65536)
+    want, _ = kernels.forward(Lookup(ids, tables), *affine, none, 1e-12)
     for table, wrong in product(range(3), (-1, 5, 1 << 40)):
         damaged = [i.clone() for i in ids]
         damaged[table][2] = wrong
-        y, moments = kernels.forward(damaged, tables, *affine, None, 65536, 1e-12)
+        lookup = Lookup(damaged, tables)
+        y, moments = kernels.forward(lookup, *affine, none, 1e-12)
         assert y[2].isnan().all()
         assert torch.equal(y[[0, 1, 3]], want[[0, 1, 3]])
-        call = (torch.ones(4, 100), damaged, tables, moments, affine[0], None, 65536, True)
-        dsum, _ = kernels.backward(*call)
+        dsum, _ = kernels.backward(torch.ones(4, 100), lookup, moments, affine[0], none, True)
         assert dsum[2].isnan().all()
         assert dsum[[0, 1, 3]].isfinite().all()
 

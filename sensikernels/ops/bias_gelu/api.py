@@ -40,5 +40,5 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -
 
 
 def explain(x: Tensor, backend: str = "auto") -> Choice:
-    """Which backend serves ``x``, and why."""
+    """The backend that serves ``x``, and why; UsageError for a named one that cannot."""
     return choice(x, backend)

@@ -1,22 +1,32 @@
-"""What ``bias_gelu`` and its operators demand of their arguments."""
+"""Checks of the arguments of ``bias_gelu`` and its operators."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from sensikernels._core.checks import require
+from sensikernels._core.checks import expected
 from sensikernels.ops.common.checks import check_tensor, described
+from sensikernels.ops.common.rowwise import resolve
 
 
 def check(x: Tensor, bias: Tensor | None) -> None:
     """Raise UsageError where shapes, dtypes or devices disagree."""
     if not x.is_floating_point() or x.dim() == 0:
-        require(False, "x", "floating [..., width]", described(x))
+        raise expected("x", "floating [..., width]", described(x))
     if bias is not None:
         check_tensor(bias, "bias", x.shape[-1:], None, x.device)
 
 
-def check_backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> None:
-    """As ``check``, with a gradient like x."""
+def checked(x: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor | None, str]:
+    """The operator's arguments, with the backend that serves them."""
+    check(x, bias)
+    return x, bias, resolve(x, backend)
+
+
+def checked_backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, bias_needed: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None, bool, str]:
+    """As ``checked``, with a gradient like ``x``."""
     check(x, bias)
     check_tensor(dy, "dy", x.shape, x.dtype, x.device)
+    return dy, x, bias, bias_needed, resolve(x, backend)

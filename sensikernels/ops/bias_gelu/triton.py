@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sensikernels.ops.common.triton_gelu import gelu, normal, sum_partials
-from sensikernels.ops.common.triton_launch import Config, on_its_device, processors
+from sensikernels.ops.common.triton_launch import Config, on_its_device, processors, split
 
 FORWARD = Config(tile={"BLOCK_T": 4, "BLOCK_N": 512}, warps=4, stages=1)
 BACKWARD = Config(tile={"BLOCK_T": 16, "BLOCK_N": 128}, warps=4, stages=3)
@@ -97,68 +97,14 @@ def bias_gelu_backward(
     if not dx.numel():
         return dx, dbias.zero_()
     block_t, block_n = BACKWARD.tile.values()
-    strips, most = triton.cdiv(width, block_n), triton.cdiv(tokens, block_t)
-    chunks = min(most, triton.cdiv(8 * processors(x), strips))
-    each = triton.cdiv(most, chunks) * block_t
-    chunks = triton.cdiv(tokens, each)
+    strips = triton.cdiv(width, block_n)
+    chunks, each = split(tokens, block_t, triton.cdiv(8 * processors(x), strips))
     partial = x.new_empty((chunks, width) if summed else 1, dtype=torch.float32)
     shift = x if bias is None else bias.contiguous()
     bias_gelu_backward_kernel[(strips, chunks)](
-        dy,
-        x,
-        shift,
-        dx,
-        partial,
-        tokens,
-        width,
-        each,
+        *(dy, x, shift, dx, partial, tokens, width, each),
         BIAS=bias is not None,
         SUM=summed,
         **BACKWARD.options,
     )
     return dx, sum_partials(partial, dbias) if summed else dbias
-
-
-def _cases():
-    for dtype in ("bf16", "fp32"):
-        for bias in ("bf16", "fp32"):
-            if dtype == "fp32" and bias == "bf16":
-                continue
-            yield {
-                "name": f"bias_gelu/{dtype}-{bias}/{FORWARD.name}",
-                "kernel": bias_gelu_kernel,
-                "signature": {
-                    "x": f"*{dtype}",
-                    "bias": f"*{bias}",
-                    "y": f"*{dtype}",
-                    "tokens": "i32",
-                    "width": "i32",
-                },
-                "divisible": ["x", "bias", "y", "width"],
-                "constexprs": {"BIAS": True, **FORWARD.tile},
-                "num_warps": FORWARD.warps,
-                "num_stages": FORWARD.stages,
-                "gemm": False,
-            }
-            yield {
-                "name": f"bias_gelu_backward/{dtype}-{bias}/{BACKWARD.name}",
-                "kernel": bias_gelu_backward_kernel,
-                "signature": {
-                    "dy": f"*{dtype}",
-                    "x": f"*{dtype}",
-                    "bias": f"*{bias}",
-                    "dx": f"*{dtype}",
-                    "partial": "*fp32",
-                    "tokens": "i32",
-                    "width": "i32",
-                    "rows_each": "i32",
-                },
-                "divisible": ["dy", "x", "bias", "dx", "partial", "width"],
-                "constexprs": {"BIAS": True, "SUM": True, **BACKWARD.tile},
-                "num_warps": BACKWARD.warps,
-                "num_stages": BACKWARD.stages,
-                "gemm": False,
-            }
-
-
-AOT_CASES = list(_cases())

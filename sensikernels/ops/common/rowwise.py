@@ -1,8 +1,10 @@
-"""Operators over the rows of a matrix, with a kernel of each kind: which one serves ``x``."""
+"""The backends of operators over the rows of a matrix: the choice among them, their modules."""
 
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def choice(x: Tensor, backend: str = "auto") -> Choice:
-    """What serves ``x`` and why. Raises UsageError for a named backend that cannot."""
+    """The backend that serves ``x``, and why. Raises UsageError for a named one that cannot."""
     return _decide(x.device.type, x.dtype, backend)
 
 
@@ -64,6 +66,13 @@ def resolve(x: Tensor, backend: str) -> str:
     return serving(x, backend)
 
 
+@cache
+def kernels(operator: str, backend: str) -> ModuleType:
+    """The module of an operator's folder that launches the kernels of ``backend``."""
+    return import_module(f"sensikernels.ops.{operator}.{backend}")
+
+
 def rows(x: Tensor) -> Tensor:
-    """``x`` as a contiguous matrix ``[rows, width]``."""
-    return x.contiguous().view(x.shape[:-1].numel(), x.shape[-1])
+    """``x [..., width]`` as a contiguous matrix ``[rows, width]``."""
+    x = x.contiguous()
+    return x if x.dim() == 2 else x.view(x.shape[:-1].numel(), x.shape[-1])

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sensikernels.ops.common.triton_launch import Config, matrix, on_its_device, processors
+from sensikernels.ops.common.triton_launch import Config, matrix, on_its_device, processors, split
 
 
 @triton.jit
@@ -114,60 +114,10 @@ def column_sum(dy: Tensor, preactivation: Tensor | None) -> tuple[Tensor, Tensor
         return dpre, bias.zero_()
     block_t, block_n = COLUMN_SUM.tile.values()
     strips = triton.cdiv(width, block_n)
-    most = triton.cdiv(tokens, block_t)
-    chunks = min(most, triton.cdiv(4 * processors(dy), strips))
-    each = triton.cdiv(most, chunks) * block_t
-    chunks = triton.cdiv(tokens, each)
+    chunks, each = split(tokens, block_t, triton.cdiv(4 * processors(dy), strips))
     partial = dy.new_empty((chunks, width), dtype=torch.float32)
+    sizes = tokens, width, dy.stride(0), pre.stride(0), each
     column_sum_kernel[(strips, chunks)](
-        dy,
-        pre,
-        dpre,
-        partial,
-        tokens,
-        width,
-        dy.stride(0),
-        pre.stride(0),
-        each,
-        GELU=preactivation is not None,
-        **COLUMN_SUM.options,
+        *(dy, pre, dpre, partial, *sizes), GELU=preactivation is not None, **COLUMN_SUM.options
     )
     return dpre, sum_partials(partial, bias)
-
-
-def _cases():
-    for name in ("bf16", "fp32"):
-        for used in (True, False):
-            yield {
-                "name": f"{'gelu_backward' if used else 'column_sum'}/{name}/{COLUMN_SUM.name}",
-                "kernel": column_sum_kernel,
-                "signature": {
-                    "dy": f"*{name}",
-                    "pre": f"*{name}",
-                    "dpre": f"*{name}",
-                    "partial": "*fp32",
-                    "tokens": "i32",
-                    "width": "i32",
-                    "stride_dy": "i32",
-                    "stride_pre": "i32",
-                    "rows_each": "i32",
-                },
-                "divisible": ["dy", "pre", "dpre", "partial", "width", "stride_dy", "stride_pre"],
-                "constexprs": {"GELU": used, **COLUMN_SUM.tile},
-                "num_warps": COLUMN_SUM.warps,
-                "num_stages": COLUMN_SUM.stages,
-                "gemm": False,
-            }
-        yield {
-            "name": f"sum_partials/{name}/{SUM_PARTIALS.name}",
-            "kernel": sum_partials_kernel,
-            "signature": {"partial": "*fp32", "out": f"*{name}", "count": "i32", "size": "i32"},
-            "divisible": ["partial", "out", "size"],
-            "constexprs": {**SUM_PARTIALS.tile},
-            "num_warps": SUM_PARTIALS.warps,
-            "num_stages": SUM_PARTIALS.stages,
-            "gemm": False,
-        }
-
-
-AOT_CASES = list(_cases())

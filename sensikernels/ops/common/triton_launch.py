@@ -1,4 +1,4 @@
-"""What every launch must know: device, precision, configuration, descriptors."""
+"""Facts and rules of a launch: device, precision, configuration, descriptors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Config:
 
 
 class Device(NamedTuple):
-    """What a launch asks of a device."""
+    """The facts of a device that launches depend on."""
 
     processors: int
     shared: int
@@ -96,7 +96,9 @@ def on_its_device(launcher: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(launcher)
     def run(first: Any, *rest: Any, **named: Any) -> Result:
-        x = first if isinstance(first, Tensor) else first[0]
+        x = first
+        while not isinstance(x, Tensor):
+            x = x[0]
         if not x.is_cuda or x.device.index == torch.cuda.current_device():
             return launcher(first, *rest, **named)
         with torch.cuda.device(x.device):
@@ -110,6 +112,13 @@ def split_tokens(items: int, tokens: int, step: int, x: Tensor) -> tuple[int, in
     wanted = min(triton.cdiv(2 * processors(x), items), max(tokens // SPLIT_TOKENS, 1))
     each = triton.cdiv(triton.cdiv(tokens, wanted), step) * step
     return triton.cdiv(tokens, each), each
+
+
+def split(size: int, step: int, most: int) -> tuple[int, int]:
+    """``(chunks, entries of each)``: at most ``most`` chunks of whole steps of ``step`` entries."""
+    steps = triton.cdiv(size, step)
+    each = triton.cdiv(steps, min(steps, most)) * step
+    return triton.cdiv(size, each), each
 
 
 def can_describe(*matrices: Tensor) -> bool:

@@ -49,5 +49,5 @@ def cross_entropy(
 
 
 def explain(logits: Tensor, backend: str = "auto") -> Choice:
-    """Which backend serves ``logits``, and why."""
+    """The backend that serves ``logits``, and why; UsageError for a named one that cannot."""
     return choice(logits, backend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._core.errors import UsageError
+from sensikernels._core.checks import expected
 
 
 def check(labels: Tensor, classes: int, ignore_index: int) -> None:
@@ -17,10 +17,8 @@ def check(labels: Tensor, classes: int, ignore_index: int) -> None:
 
 def refuse(labels: Tensor, row: int, classes: int, ignore_index: int) -> None:
     """Raise the UsageError for the label of ``row``."""
-    raise UsageError(
-        f"labels: expected a class from 0 to {classes - 1} or {ignore_index}, got "
-        f"{int(labels[row])} in row {row}"
-    )
+    wanted = f"a class from 0 to {classes - 1} or {ignore_index}"
+    raise expected("labels", wanted, f"{int(labels[row])} in row {row}")
 
 
 def cross_entropy(

@@ -84,7 +84,7 @@ def cross_entropy(
     loss, scale = (logits.new_empty((), dtype=torch.float32) for _ in range(2))
     if rows:
         cross_entropy_kernel[(rows,)](
-            logits, labels, losses, stats, classes, ignore_index, **_options(classes)
+            logits, labels, losses, stats, classes, ignore_index, **row_options(classes)
         )
     mean_kernel[(1,)](losses, labels, loss, scale, rows, ignore_index, **MEAN.options)
     return loss, stats, scale
@@ -98,70 +98,14 @@ def cross_entropy_backward(
     rows, classes = logits.shape
     dlogits = logits.new_empty(logits.shape)
     if rows:
-        options = _options(classes)
+        options = row_options(classes)
         cross_entropy_backward_kernel[(rows, triton.cdiv(classes, options["BLOCK"]))](
             dloss, logits, labels, stats, scale, dlogits, classes, ignore_index, **options
         )
     return dlogits
 
 
-def _options(classes: int) -> dict[str, int]:
+def row_options(classes: int) -> dict[str, int]:
+    """How a kernel that reads a row of logits by blocks is launched."""
     block = min(max(triton.next_power_of_2(classes), 16), LARGEST)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 8), "num_stages": 1}
-
-
-def _cases():
-    scalars = {"classes": "i32", "ignored": "i32"}
-    for dtype in ("bf16", "fp32"):
-        options = _options(30522)
-        common = {
-            "constexprs": {"BLOCK": options["BLOCK"]},
-            "num_warps": options["num_warps"],
-            "num_stages": options["num_stages"],
-            "gemm": False,
-        }
-        yield {
-            "name": f"cross_entropy/{dtype}/{options['BLOCK']}",
-            "kernel": cross_entropy_kernel,
-            "signature": {
-                "x": f"*{dtype}",
-                "labels": "*i64",
-                "losses": "*fp32",
-                "stats": "*fp32",
-                **scalars,
-            },
-            **common,
-        }
-        yield {
-            "name": f"cross_entropy_backward/{dtype}/{options['BLOCK']}",
-            "kernel": cross_entropy_backward_kernel,
-            "signature": {
-                "dloss": "*fp32",
-                "x": f"*{dtype}",
-                "labels": "*i64",
-                "stats": "*fp32",
-                "scale": "*fp32",
-                "dx": f"*{dtype}",
-                **scalars,
-            },
-            **common,
-        }
-    yield {
-        "name": f"cross_entropy_mean/{MEAN.name}",
-        "kernel": mean_kernel,
-        "signature": {
-            "losses": "*fp32",
-            "labels": "*i64",
-            "loss": "*fp32",
-            "scale": "*fp32",
-            "rows": "i32",
-            "ignored": "i32",
-        },
-        "constexprs": {**MEAN.tile},
-        "num_warps": MEAN.warps,
-        "num_stages": MEAN.stages,
-        "gemm": False,
-    }
-
-
-AOT_CASES = list(_cases())

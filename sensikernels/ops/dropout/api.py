@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from sensikernels._core import environment
-from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.checks import expected, require_one_of
 from sensikernels.ops.common.checks import check_tensor
 from sensikernels.ops.common.choice import Choice
+from sensikernels.ops.common.drops import new_seed, threshold_of
 from sensikernels.ops.common.rowwise import choice, serving
 from sensikernels.ops.dropout.autograd import Dropout
-from sensikernels.ops.dropout.reference import DRAWS
 
 
 def dropout(
@@ -39,10 +39,9 @@ def dropout(
         UsageError: p outside [0, 1], an integer ``x``, a seed of another kind, a backend that
             cannot serve.
     """
-    if not 0.0 <= p <= 1.0:
-        require(False, "p", "a probability in [0, 1]", p)
+    threshold = threshold_of(p, "p")
     if not x.is_floating_point():
-        require(False, "x", "a floating dtype", x.dtype)
+        raise expected("x", "a floating dtype", x.dtype)
     if seed is not None:
         check_tensor(seed, "seed", (), torch.int64, x.device)
     if backend not in environment.BACKENDS:
@@ -50,13 +49,12 @@ def dropout(
     if not training or p == 0.0:
         return x
     if seed is None:
-        seed = torch.randint(1 << 62, (), device=x.device)
-    threshold = round((1.0 - p) * DRAWS)
+        seed = new_seed(x.device)
     chosen = serving(x, backend)
     out: Tensor = Dropout.apply(x, seed, threshold, chosen)  # type: ignore[no-untyped-call]
     return out
 
 
 def explain(x: Tensor, backend: str = "auto") -> Choice:
-    """Which backend serves ``x``, and why."""
+    """The backend that serves ``x``, and why; UsageError for a named one that cannot."""
     return choice(x, backend)

@@ -1,4 +1,4 @@
-"""Dropout is linear and its own adjoint: backward is forward on the gradient."""
+"""The derivative of dropout, which is dropout of the gradient with the same mask."""
 
 from __future__ import annotations
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._core.philox import DRAWS, dropped
-
-__all__ = ["DRAWS", "dropout"]
+from sensikernels._core.philox import dropped
 
 
 def dropout(x: Tensor, seed: Tensor, threshold: int) -> Tensor:

@@ -39,26 +39,3 @@ def dropout(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
         x, y, seed, x.numel(), threshold, scale, **config
     )
     return y
-
-
-def _case(dtype: str) -> dict[str, object]:
-    return {
-        "kernel": dropout_kernel,
-        "signature": {
-            "x_ptr": f"*{dtype}",
-            "y_ptr": f"*{dtype}",
-            "seed_ptr": "*i64",
-            "n": "i32",
-            "threshold": "i32",
-            "scale": "fp32",
-        },
-        "constexprs": {"BLOCK": CONFIGS[0]["BLOCK"]},
-        "num_warps": CONFIGS[0]["num_warps"],
-        "num_stages": CONFIGS[0]["num_stages"],
-        "gemm": False,
-    }
-
-
-AOT_CASES = [_case(dtype) for dtype in ("fp32", "bf16", "fp16")]
-
-__all__ = ["AOT_CASES", "CONFIGS", "dropout", "dropout_kernel"]

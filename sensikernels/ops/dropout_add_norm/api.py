@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._core.checks import require, require_one_of
-from sensikernels._core.philox import DRAWS
-from sensikernels.ops.common.checks import check_tensor
+from sensikernels._core.checks import require_one_of
 from sensikernels.ops.common.choice import Choice
+from sensikernels.ops.common.drops import drop_of
+from sensikernels.ops.common.norms import check_eps
 from sensikernels.ops.common.rowwise import choice, serving
 from sensikernels.ops.dropout_add_norm import reference
 from sensikernels.ops.dropout_add_norm.autograd import DropoutAddNorm
@@ -54,27 +54,20 @@ def dropout_add_norm(
     Raises:
         UsageError: shapes, dtypes, devices or numbers do not fit, or a backend that cannot serve.
     """
-    check(x, residual, weight, bias, eps)
-    if not 0.0 <= dropout <= 1.0:
-        require(False, "dropout", "a probability in [0, 1]", dropout)
-    if seed is not None:
-        check_tensor(seed, "seed", (), torch.int64, x.device)
-    threshold = round((1.0 - dropout) * DRAWS)
-    if threshold == DRAWS:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(1 << 62, (), device=x.device)
+    check(x, residual, weight, bias)
+    check_eps(eps)
+    drop = drop_of(dropout, seed, x.device)
     if recover not in RECOVER:
         require_one_of(recover, "recover", RECOVER)
     chosen = serving(x, backend)
-    arguments = (x, residual, weight, bias, seed, threshold, eps)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            return reference.dropout_add_norm(*arguments)
-    out: Tensor = DropoutAddNorm.apply(*arguments, recover, chosen)  # type: ignore[no-untyped-call]
+            return reference.dropout_add_norm(x, residual, weight, bias, drop, eps)
+    arguments = (x, residual, weight, bias, *drop, eps, recover, chosen)
+    out: Tensor = DropoutAddNorm.apply(*arguments)  # type: ignore[no-untyped-call]
     return out
 
 
 def explain(x: Tensor, backend: str = "auto") -> Choice:
-    """Which backend serves ``x``, and why."""
+    """The backend that serves ``x``, and why; UsageError for a named one that cannot."""
     return choice(x, backend)

@@ -1,4 +1,4 @@
-"""Saves the output or the sum, two numbers a row and the seed; the mask is drawn again."""
+"""The derivative: saves the output or the sum, two numbers a row and the seed, never the mask."""
 
 from __future__ import annotations
 
@@ -24,12 +24,9 @@ class DropoutAddNorm(torch.autograd.Function):
         residual: Tensor,
         weight: Tensor,
         bias: Tensor,
-        seed: Tensor | None,
-        threshold: int,
-        eps: float,
-        recover: str,
-        backend: str,
+        *rest: Any,
     ) -> Tensor:
+        seed, threshold, eps, recover, backend = rest
         direct, save = unwatched(x), any(ctx.needs_input_grad)
         if save:
             if recover == "auto":  # where looking at numbers waits for nothing

@@ -6,22 +6,17 @@ import torch
 from torch import Tensor
 
 from sensikernels.ops.common.columns import launcher
+from sensikernels.ops.common.drops import Drop
+from sensikernels.ops.dropout_add_norm.reference import Saved
 
 
 def forward(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    seed: Tensor | None,
-    threshold: int,
-    eps: float,
-    save: bool,
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, drop: Drop, eps: float, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     y, total = torch.empty_like(x), torch.empty_like(x) if save else None
     moments = torch.empty((len(x), 2))
     launcher("dropout_add_norm")(
-        x, residual, weight.float(), bias.float(), seed, threshold, eps, y, total, moments
+        x, residual, weight.float(), bias.float(), *drop, eps, y, total, moments
     )
     return y, total, moments
 
@@ -39,19 +34,11 @@ def recovers(weight: Tensor, bias: Tensor) -> bool:
 
 
 def backward(
-    dy: Tensor,
-    before: Tensor,
-    moments: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    threshold: int,
-    affine_needed: bool,
+    dy: Tensor, saved: Saved, drop: Drop, affine_needed: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    dresidual, dx = torch.empty_like(dy), None if seed is None else torch.empty_like(dy)
+    dresidual, dx = torch.empty_like(dy), None if drop.seed is None else torch.empty_like(dy)
     daffine = torch.empty((2, dy.shape[1])) if affine_needed else None
-    shift = None if bias is None else bias.float()
-    launcher("dropout_add_norm_backward")(
-        dy, before, moments, weight.float(), shift, seed, threshold, dx, dresidual, daffine
-    )
+    before, moments, weight, bias = saved
+    norm = weight.float(), None if bias is None else bias.float()
+    launcher("dropout_add_norm_backward")(dy, before, moments, *norm, *drop, dx, dresidual, daffine)
     return dx, dresidual, daffine

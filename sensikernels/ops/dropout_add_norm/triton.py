@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sensikernels.ops.common.drops import Drop
 from sensikernels.ops.common.triton_gelu import sum_partials
-from sensikernels.ops.common.triton_launch import on_its_device
+from sensikernels.ops.common.triton_launch import on_its_device, split
 from sensikernels.ops.common.triton_norm import (
     draw_row,
     normalize,
@@ -17,6 +18,7 @@ from sensikernels.ops.common.triton_norm import (
     row_options,
     scale_of,
 )
+from sensikernels.ops.dropout_add_norm.reference import Saved
 
 
 @triton.jit
@@ -121,34 +123,19 @@ def dropout_add_norm_backward_kernel(
 
 @on_its_device
 def forward(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    seed: Tensor | None,
-    threshold: int,
-    eps: float,
-    save: bool,
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, drop: Drop, eps: float, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """As the reference, for contiguous matrices."""
     rows, hidden = x.shape
     y, total = x.new_empty(x.shape), x.new_empty(x.shape) if save else None
     moments = x.new_empty((rows, 2), dtype=torch.float32)
     if x.numel():
+        results = y, y if total is None else total, moments
+        seed = moments if drop.seed is None else drop.seed
+        draws = drop.threshold, scale_of(drop.threshold)
         dropout_add_norm_kernel[(rows,)](
-            x,
-            residual,
-            weight,
-            bias,
-            moments if seed is None else seed,
-            y,
-            y if total is None else total,
-            moments,
-            hidden,
-            threshold,
-            scale_of(threshold),
-            eps,
-            DROPS=seed is not None,
+            *(x, residual, weight, bias, seed, *results, hidden, *draws, eps),
+            DROPS=drop.seed is not None,
             SAVE=save,
             **row_options(hidden),
         )
@@ -157,84 +144,27 @@ def forward(
 
 @on_its_device
 def backward(
-    dy: Tensor,
-    before: Tensor,
-    moments: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    threshold: int,
-    affine_needed: bool,
+    dy: Tensor, saved: Saved, drop: Drop, affine_needed: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """As the reference; the chunks' float32 sums are added in a fixed order."""
     rows, hidden = dy.shape
-    dresidual, dx = dy.new_empty(dy.shape), None if seed is None else dy.new_empty(dy.shape)
-    daffine = moments.new_empty((2, hidden)) if affine_needed else None
+    drops = drop.seed is not None
+    dresidual, dx = dy.new_empty(dy.shape), dy.new_empty(dy.shape) if drops else None
+    daffine = saved.moments.new_empty((2, hidden)) if affine_needed else None
     if not dy.numel():
         return dx, dresidual, None if daffine is None else daffine.zero_()
-    each = triton.cdiv(rows, programs(dy))
-    chunks = triton.cdiv(rows, each)
-    partial = moments.new_empty((chunks, 2, hidden) if affine_needed else 1)
+    chunks, each = split(rows, 1, programs(dy))
+    partial = saved.moments.new_empty((chunks, 2, hidden) if affine_needed else 1)
+    before, moments, weight, bias = saved
+    shift = weight if bias is None else bias
+    seed = moments if drop.seed is None else drop.seed
+    results = dresidual if dx is None else dx, dresidual, partial
+    sizes = rows, each, hidden, drop.threshold, scale_of(drop.threshold)
     dropout_add_norm_backward_kernel[(chunks,)](
-        dy,
-        before,
-        moments,
-        weight,
-        weight if bias is None else bias,
-        moments if seed is None else seed,
-        dresidual if dx is None else dx,
-        dresidual,
-        partial,
-        rows,
-        each,
-        hidden,
-        threshold,
-        scale_of(threshold),
-        DROPS=seed is not None,
+        *(dy, before, moments, weight, shift, seed, *results, *sizes),
+        DROPS=drops,
         OUTPUT=bias is not None,
         AFFINE=affine_needed,
         **row_options(hidden),
     )
     return dx, dresidual, None if daffine is None else sum_partials(partial, daffine)
-
-
-def _cases():
-    for dtype in ("bf16", "fp32"):
-        for hidden in (384, 768, 1024):
-            options = row_options(hidden)
-            shared = {
-                "num_warps": options.pop("num_warps"),
-                "num_stages": options.pop("num_stages"),
-                "gemm": False,
-            }
-            scalars = {"hidden": "i32", "threshold": "i32", "scale": "fp32"}
-            data = {"weight": "*fp32", "bias": "*fp32", "seed": "*i64", "moments": "*fp32"}
-            rows = dict.fromkeys(["x", "residual", "y", "total"], f"*{dtype}")
-            yield {
-                "name": f"dropout_add_norm/{dtype}/{hidden}",
-                "kernel": dropout_add_norm_kernel,
-                "signature": {**data, **rows, **scalars, "eps": "fp32"},
-                "divisible": [*data, *rows, "hidden"],
-                "constexprs": {"DROPS": True, "SAVE": True, **options},
-                **shared,
-            }
-            rows = dict.fromkeys(["dy", "before", "dx", "dresidual"], f"*{dtype}")
-            for output in (False, True):
-                yield {
-                    "name": f"dropout_add_norm_backward/{dtype}/{hidden}" + "/output" * output,
-                    "kernel": dropout_add_norm_backward_kernel,
-                    "signature": {
-                        **data,
-                        **rows,
-                        "partial": "*fp32",
-                        **scalars,
-                        "rows": "i32",
-                        "rows_each": "i32",
-                    },
-                    "divisible": [*data, *rows, "partial", "hidden"],
-                    "constexprs": {"DROPS": True, "OUTPUT": output, "AFFINE": True, **options},
-                    **shared,
-                }
-
-
-AOT_CASES = list(_cases())

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._core.checks import require
-from sensikernels._core.philox import DRAWS
-from sensikernels.ops.common.checks import check_tensor
 from sensikernels.ops.common.choice import Choice
+from sensikernels.ops.common.drops import drop_of
+from sensikernels.ops.common.norms import check_eps
 from sensikernels.ops.common.rowwise import choice, serving
 from sensikernels.ops.embed_norm import reference
 from sensikernels.ops.embed_norm.autograd import EmbedNorm
 from sensikernels.ops.embed_norm.checks import check
+from sensikernels.ops.embed_norm.reference import Lookup
 
 
 def embed_norm(
@@ -60,29 +60,20 @@ def embed_norm(
     """
     ids, tables = (input_ids, position_ids, token_type_ids), (word, position, token_type)
     check(ids, tables, weight, bias)
-    if not 0.0 <= dropout <= 1.0:
-        require(False, "dropout", "a probability in [0, 1]", dropout)
-    if not eps >= 0.0:
-        require(False, "eps", "a number >= 0", eps)
-    if seed is not None:
-        check_tensor(seed, "seed", (), torch.int64, word.device)
-    device = word.device
-    threshold = round((1.0 - dropout) * DRAWS)
-    if threshold == DRAWS:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(1 << 62, (), device=device)
+    check_eps(eps)
+    drop = drop_of(dropout, seed, word.device)
     chosen = serving(word, backend)
     if chosen == "reference":
-        with torch.autocast(device.type, enabled=False):
-            return reference.embed_norm(
-                list(ids), list(tables), weight, bias, seed, threshold, eps, sparse
-            )
-    arguments = (*ids, *tables, weight, bias, seed, threshold, eps, sparse, chosen)
+        with torch.autocast(word.device.type, enabled=False):
+            return reference.embed_norm(Lookup(ids, tables), weight, bias, drop, eps, sparse)
+    arguments = (*ids, *tables, weight, bias, *drop, eps, sparse, chosen)
     out: Tensor = EmbedNorm.apply(*arguments)  # type: ignore[no-untyped-call]
     return out
 
 
 def explain(word: Tensor, backend: str = "auto") -> Choice:
-    """Which backend serves tables like ``word``, and why."""
+    """The backend that serves tables like ``word``, and why.
+
+    Raises UsageError for a named backend that cannot.
+    """
     return choice(word, backend)

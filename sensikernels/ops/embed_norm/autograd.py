@@ -1,4 +1,4 @@
-"""Saves the ids, the tables and two numbers a token; the sum and the mask are made again."""
+"""The derivative: saves ids, tables and two numbers a token; sum and mask are made again."""
 
 from __future__ import annotations
 
@@ -18,24 +18,11 @@ class EmbedNorm(torch.autograd.Function):
     """Once differentiable; the reference is differentiable to any order."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        token_type_ids: Tensor,
-        word: Tensor,
-        position: Tensor,
-        token_type: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        seed: Tensor | None,
-        threshold: int,
-        eps: float,
-        sparse: bool,
-        backend: str,
-    ) -> Tensor:
-        ids, tables = [input_ids, position_ids, token_type_ids], [word, position, token_type]
-        run = ops.forward if unwatched(word) else _OPS.embed_norm
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """``arguments``: three ids, three tables, weight, bias, and what is not differentiated."""
+        ids, tables, (weight, bias) = arguments[:3], arguments[3:6], arguments[6:8]
+        seed, threshold, eps, sparse, backend = arguments[8:]
+        run = ops.forward if unwatched(tables[0]) else _OPS.embed_norm
         y, moments = run(ids, tables, weight, bias, seed, threshold, eps, backend)
         ctx.save_for_backward(*ids, *tables, moments, weight, seed)
         ctx.threshold, ctx.sparse, ctx.backend = threshold, sparse, backend
@@ -51,17 +38,9 @@ class EmbedNorm(torch.autograd.Function):
         plain = unwatched(dy)
         run = ops.backward if plain else _OPS.embed_norm_backward
         add_rows = ops.add_rows if plain else _OPS.add_rows
-        dsum, daffine = run(
-            dy,
-            ids,
-            tables,
-            moments,
-            weight,
-            seed,
-            ctx.threshold,
-            needed[6] or needed[7],
-            ctx.backend,
-        )
+        drop, affine_needed = (seed, ctx.threshold), needed[6] or needed[7]
+        call = (ids, tables, moments, weight, *drop, affine_needed, ctx.backend)
+        dsum, daffine = run(dy, *call)
         grads: list[Tensor | None] = [None] * 3
         for n, (index, table) in enumerate(zip(ids, tables, strict=True)):
             if not needed[3 + n]:

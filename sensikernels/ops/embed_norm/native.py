@@ -1,4 +1,4 @@
-"""Launchers of the compiled kernels: as the reference, for flat contiguous ids."""
+"""Launchers of the compiled kernels: as the reference."""
 
 from __future__ import annotations
 
@@ -6,40 +6,28 @@ import torch
 from torch import Tensor
 
 from sensikernels.ops.common.columns import launcher
+from sensikernels.ops.common.drops import Drop
+from sensikernels.ops.embed_norm.reference import Lookup
 
 
 def forward(
-    ids: list[Tensor],
-    tables: list[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    seed: Tensor | None,
-    threshold: int,
-    eps: float,
+    lookup: Lookup, weight: Tensor, bias: Tensor, drop: Drop, eps: float
 ) -> tuple[Tensor, Tensor]:
-    tokens, hidden = ids[0].numel(), tables[0].shape[1]
-    y = tables[0].new_empty((tokens, hidden))
-    moments = y.new_empty((tokens, 2), dtype=torch.float32)
-    launcher("embed_norm")(
-        *ids, *tables, weight.float(), bias.float(), seed, threshold, eps, y, moments
-    )
+    ids, tables = lookup
+    y = tables[0].new_empty((ids[0].numel(), tables[0].shape[1]))
+    moments = y.new_empty((len(y), 2), dtype=torch.float32)
+    launcher("embed_norm")(*ids, *tables, weight.float(), bias.float(), *drop, eps, y, moments)
     return y, moments
 
 
 def backward(
-    dy: Tensor,
-    ids: list[Tensor],
-    tables: list[Tensor],
-    moments: Tensor,
-    weight: Tensor,
-    seed: Tensor | None,
-    threshold: int,
-    affine_needed: bool,
+    dy: Tensor, lookup: Lookup, moments: Tensor, weight: Tensor, drop: Drop, affine_needed: bool
 ) -> tuple[Tensor, Tensor]:
+    ids, tables = lookup
     dsum = dy.new_empty(dy.shape)
     daffine = moments.new_empty((2, dy.shape[1])) if affine_needed else None
     launcher("embed_norm_backward")(
-        dy, *ids, *tables, moments, weight.float(), seed, threshold, dsum, daffine
+        dy, *ids, *tables, moments, weight.float(), *drop, dsum, daffine
     )
     return dsum, moments.new_empty(0) if daffine is None else daffine
 

@@ -2,148 +2,90 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sensikernels.ops.common.rowwise import resolve, rows
-from sensikernels.ops.embed_norm import native, reference
-from sensikernels.ops.embed_norm.checks import check_backward, check_forward, check_rows
+from sensikernels.ops.common.drops import Drop
+from sensikernels.ops.common.norms import wide
+from sensikernels.ops.common.register import register
+from sensikernels.ops.common.rowwise import kernels, rows
+from sensikernels.ops.embed_norm.checks import checked, checked_backward, checked_rows
+from sensikernels.ops.embed_norm.reference import Lookup
 
-_LIB = torch.library.Library("sensikernels", "FRAGMENT")
-_LIB.define(
-    "embed_norm(Tensor[] ids, Tensor[] tables, Tensor weight, Tensor bias, Tensor? seed,"
-    " int threshold, float eps, str backend) -> (Tensor, Tensor)"
-)
-_LIB.define(
-    "embed_norm_backward(Tensor dy, Tensor[] ids, Tensor[] tables, Tensor moments,"
-    " Tensor weight, Tensor? seed, int threshold, bool affine_needed, str backend)"
-    " -> (Tensor, Tensor)"
-)
-_LIB.define("add_rows(Tensor rows, Tensor index, int count, str backend) -> Tensor")
-
-
-def kernels(backend: str) -> ModuleType:
-    """The module that holds the launchers of ``backend``."""
-    if backend == "triton":
-        from sensikernels.ops.embed_norm import triton
-
-        return triton
-    return native if backend == "native" else reference
-
-
-def _flat(ids: list[Tensor]) -> list[Tensor]:
-    return [i.contiguous().view(-1) for i in ids]
-
-
-def _dense(tables: list[Tensor]) -> list[Tensor]:
-    return [table.contiguous() for table in tables]
+Tensors = Sequence[Tensor]
 
 
 def forward(
-    ids: list[Tensor],
-    tables: list[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    seed: Tensor | None,
-    threshold: int,
-    eps: float,
-    backend: str,
+    ids: Tensors, tables: Tensors, weight: Tensor, bias: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    affine = weight.contiguous(), bias.contiguous()
-    y, moments = kernels(backend).forward(_flat(ids), _dense(tables), *affine, seed, threshold, eps)
+    """``(y, moments)`` by the kernels of ``backend``, of the operator's checked arguments."""
+    seed, threshold, eps, backend = rest
+    run = kernels("embed_norm", backend).forward
+    norm = weight.contiguous(), bias.contiguous()
+    y, moments = run(_lookup(ids, tables), *norm, Drop(seed, threshold), eps)
     return y.view(*ids[0].shape, tables[0].shape[1]), moments
 
 
 def backward(
-    dy: Tensor,
-    ids: list[Tensor],
-    tables: list[Tensor],
-    moments: Tensor,
-    weight: Tensor,
-    seed: Tensor | None,
-    threshold: int,
-    affine_needed: bool,
-    backend: str,
+    dy: Tensor, ids: Tensors, tables: Tensors, moments: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    saved = moments.contiguous(), weight.contiguous()
-    dsum, daffine = kernels(backend).backward(
-        rows(dy), _flat(ids), _dense(tables), *saved, seed, threshold, affine_needed
-    )
+    """``(dsum, daffine)``; daffine is empty unless it is needed."""
+    seed, threshold, affine_needed, backend = rest
+    run = kernels("embed_norm", backend).backward
+    saved = _lookup(ids, tables), moments.contiguous(), weight.contiguous()
+    dsum, daffine = run(rows(dy), *saved, Drop(seed, threshold), affine_needed)
     return dsum, daffine
 
 
 def add_rows(rows: Tensor, index: Tensor, count: int, backend: str) -> Tensor:
-    out: Tensor = kernels(backend).add_rows(rows.contiguous(), *_flat([index]), count)
+    """``[count, hidden]``: the sums of the rows of each index."""
+    run = kernels("embed_norm", backend).add_rows
+    out: Tensor = run(rows.contiguous(), index.contiguous().view(-1), count)
     return out
 
 
-def _forward(ids: list[Tensor], tables: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
-    *call, backend = rest
-    check_forward(ids, tables, *call)
-    call.append(resolve(tables[0], backend))
-    return forward(ids, tables, *call)
+def _lookup(ids: Tensors, tables: Tensors) -> Lookup:
+    return Lookup([i.contiguous().view(-1) for i in ids], [t.contiguous() for t in tables])
 
 
-def _backward(dy: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *call, affine_needed, backend = rest
-    check_backward(dy, *call)
-    call += affine_needed, resolve(dy, backend)
-    return backward(dy, *call)
-
-
-def _add_rows(rows: Tensor, index: Tensor, count: int, backend: str) -> Tensor:
-    check_rows(rows, index, count)
-    return add_rows(rows, index, count, resolve(rows, backend))
-
-
-for _device in ("CPU", "CUDA"):
-    _LIB.impl("embed_norm", _forward, _device)
-    _LIB.impl("embed_norm_backward", _backward, _device)
-    _LIB.impl("add_rows", _add_rows, _device)
-
-
-@torch.library.register_fake("sensikernels::embed_norm")
-def _(
-    ids: list[Tensor],
-    tables: list[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    seed: Tensor | None,
-    threshold: int,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    check_forward(ids, tables, weight, bias, seed, threshold, eps)
+def _empty(ids: Tensors, tables: Tensors, *_: object) -> tuple[Tensor, Tensor]:
     word = tables[0]
-    resolve(word, backend)
-    wide = torch.promote_types(word.dtype, torch.float32)
-    y = word.new_empty((*ids[0].shape, word.shape[1]))
-    return y, word.new_empty((ids[0].numel(), 2), dtype=wide)
+    moments = word.new_empty((ids[0].numel(), 2), dtype=wide(word.dtype))
+    return word.new_empty((*ids[0].shape, word.shape[1])), moments
 
 
-@torch.library.register_fake("sensikernels::embed_norm_backward")
-def _(
-    dy: Tensor,
-    ids: list[Tensor],
-    tables: list[Tensor],
-    moments: Tensor,
-    weight: Tensor,
-    seed: Tensor | None,
-    threshold: int,
-    affine_needed: bool,
-    backend: str,
+def _empty_backward(
+    dy: Tensor, ids: Tensors, tables: Tensors, moments: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    check_backward(dy, ids, tables, moments, weight, seed, threshold)
-    resolve(dy, backend)
+    *_, affine_needed, _ = rest
     daffine = moments.new_empty((2, dy.shape[-1]) if affine_needed else 0)
     return dy.new_empty((ids[0].numel(), dy.shape[-1])), daffine
 
 
-@torch.library.register_fake("sensikernels::add_rows")
-def _(rows: Tensor, index: Tensor, count: int, backend: str) -> Tensor:
-    check_rows(rows, index, count)
-    resolve(rows, backend)
+def _empty_rows(rows: Tensor, index: Tensor, count: int, _: str) -> Tensor:
     return rows.new_empty((count, rows.shape[1]))
+
+
+register(
+    "embed_norm(Tensor[] ids, Tensor[] tables, Tensor weight, Tensor bias, Tensor? seed,"
+    " int threshold, float eps, str backend) -> (Tensor, Tensor)",
+    checked,
+    forward,
+    _empty,
+)
+register(
+    "embed_norm_backward(Tensor dy, Tensor[] ids, Tensor[] tables, Tensor moments,"
+    " Tensor weight, Tensor? seed, int threshold, bool affine_needed, str backend)"
+    " -> (Tensor, Tensor)",
+    checked_backward,
+    backward,
+    _empty_backward,
+)
+register(
+    "add_rows(Tensor rows, Tensor index, int count, str backend) -> Tensor",
+    checked_rows,
+    add_rows,
+    _empty_rows,
+)

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sensikernels.ops.common.drops import Drop
 from sensikernels.ops.common.triton_gelu import sum_partials
-from sensikernels.ops.common.triton_launch import Config, on_its_device, processors
+from sensikernels.ops.common.triton_launch import Config, on_its_device, processors, split
 from sensikernels.ops.common.triton_norm import (
     draw_row,
     normalize,
@@ -18,6 +19,7 @@ from sensikernels.ops.common.triton_norm import (
     scale_of,
 )
 from sensikernels.ops.embed_norm import reference
+from sensikernels.ops.embed_norm.reference import Lookup
 
 SMALL = 8  # rows of a table whose gradient is summed in a fixed order
 ADD_ROWS = Config(tile={"BLOCK_T": 32, "BLOCK_N": 64}, warps=4, stages=1)
@@ -171,33 +173,20 @@ def add_rows_kernel(
 
 @on_its_device
 def forward(
-    ids: list[Tensor],
-    tables: list[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    seed: Tensor | None,
-    threshold: int,
-    eps: float,
+    lookup: Lookup, weight: Tensor, bias: Tensor, drop: Drop, eps: float
 ) -> tuple[Tensor, Tensor]:
     """As the reference, for flat contiguous ids."""
+    ids, tables = lookup
     tokens, hidden = ids[0].numel(), tables[0].shape[1]
     y = tables[0].new_empty((tokens, hidden))
     moments = y.new_empty((tokens, 2), dtype=torch.float32)
     if y.numel():
+        seed = moments if drop.seed is None else drop.seed
+        sizes = *(len(table) for table in tables), hidden, drop.threshold
         embed_norm_kernel[(tokens,)](
-            *ids,
-            *tables,
-            weight,
-            bias,
-            moments if seed is None else seed,
-            y,
-            moments,
-            *(len(table) for table in tables),
-            hidden,
-            threshold,
-            scale_of(threshold),
-            eps,
-            DROPS=seed is not None,
+            *(*ids, *tables, weight, bias, seed, y, moments),
+            *(*sizes, scale_of(drop.threshold), eps),
+            DROPS=drop.seed is not None,
             **row_options(hidden),
         )
     return y, moments
@@ -205,40 +194,23 @@ def forward(
 
 @on_its_device
 def backward(
-    dy: Tensor,
-    ids: list[Tensor],
-    tables: list[Tensor],
-    moments: Tensor,
-    weight: Tensor,
-    seed: Tensor | None,
-    threshold: int,
-    affine_needed: bool,
+    dy: Tensor, lookup: Lookup, moments: Tensor, weight: Tensor, drop: Drop, affine_needed: bool
 ) -> tuple[Tensor, Tensor]:
     """As the reference; the chunks' float32 sums are added in a fixed order."""
+    ids, tables = lookup
     tokens, hidden = dy.shape
     dsum = dy.new_empty(dy.shape)
     daffine = moments.new_empty((2, hidden) if affine_needed else 0)
     if not dy.numel():
         return dsum, daffine.zero_()
-    each = triton.cdiv(tokens, programs(dy))
-    chunks = triton.cdiv(tokens, each)
+    chunks, each = split(tokens, 1, programs(dy))
     partial = moments.new_empty((chunks, 2, hidden) if affine_needed else 1)
+    seed = moments if drop.seed is None else drop.seed
+    sizes = tokens, each, *(len(table) for table in tables), hidden, drop.threshold
     embed_norm_backward_kernel[(chunks,)](
-        dy,
-        *ids,
-        *tables,
-        moments,
-        weight,
-        moments if seed is None else seed,
-        dsum,
-        partial,
-        tokens,
-        each,
-        *(len(table) for table in tables),
-        hidden,
-        threshold,
-        scale_of(threshold),
-        DROPS=seed is not None,
+        *(dy, *ids, *tables, moments, weight, seed, dsum, partial),
+        *(*sizes, scale_of(drop.threshold)),
+        DROPS=drop.seed is not None,
         AFFINE=affine_needed,
         **row_options(hidden),
     )
@@ -252,72 +224,10 @@ def add_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
         return reference.add_rows(rows, index, count)
     tokens, hidden = rows.shape
     block_t, block_n = ADD_ROWS.tile.values()
-    strips, most = triton.cdiv(hidden, block_n), triton.cdiv(tokens, block_t)
-    chunks = min(most, triton.cdiv(4 * processors(rows), strips * count))
-    each = triton.cdiv(most, chunks) * block_t
-    chunks = triton.cdiv(tokens, each)
+    strips = triton.cdiv(hidden, block_n)
+    chunks, each = split(tokens, block_t, triton.cdiv(4 * processors(rows), strips * count))
     partial = rows.new_empty((chunks, count, hidden), dtype=torch.float32)
     add_rows_kernel[(strips, count, chunks)](
         rows, index, partial, tokens, each, hidden, **ADD_ROWS.options
     )
     return sum_partials(partial, rows.new_empty((count, hidden)))
-
-
-def _cases():
-    ids = dict.fromkeys(["id0", "id1", "id2"], "*i64")
-    counts = dict.fromkeys(["rows0", "rows1", "rows2"], "i32")
-    scalars = {**counts, "hidden": "i32", "threshold": "i32", "scale": "fp32"}
-    for dtype in ("bf16", "fp32"):
-        yield {
-            "name": f"add_rows/{dtype}/{ADD_ROWS.name}",
-            "kernel": add_rows_kernel,
-            "signature": {
-                "rows": f"*{dtype}",
-                "index": "*i64",
-                "partial": "*fp32",
-                "tokens": "i32",
-                "tokens_each": "i32",
-                "hidden": "i32",
-            },
-            "divisible": ["rows", "index", "partial", "hidden"],
-            "constexprs": {**ADD_ROWS.tile},
-            "num_warps": ADD_ROWS.warps,
-            "num_stages": ADD_ROWS.stages,
-            "gemm": False,
-        }
-        for hidden in (384, 768, 1024):
-            options = row_options(hidden)
-            shared = {
-                "num_warps": options.pop("num_warps"),
-                "num_stages": options.pop("num_stages"),
-                "gemm": False,
-            }
-            data = {**ids, "weight": "*fp32", "seed": "*i64", "moments": "*fp32"}
-            rows = dict.fromkeys(["table0", "table1", "table2", "y"], f"*{dtype}")
-            yield {
-                "name": f"embed_norm/{dtype}/{hidden}",
-                "kernel": embed_norm_kernel,
-                "signature": {**data, **rows, "bias": "*fp32", **scalars, "eps": "fp32"},
-                "divisible": [*data, *rows, "bias", "hidden"],
-                "constexprs": {"DROPS": True, **options},
-                **shared,
-            }
-            rows = dict.fromkeys(["table0", "table1", "table2", "dy", "dsum"], f"*{dtype}")
-            yield {
-                "name": f"embed_norm_backward/{dtype}/{hidden}",
-                "kernel": embed_norm_backward_kernel,
-                "signature": {
-                    **data,
-                    **rows,
-                    "partial": "*fp32",
-                    **scalars,
-                    "tokens": "i32",
-                    "tokens_each": "i32",
-                },
-                "divisible": [*data, *rows, "partial", "hidden"],
-                "constexprs": {"DROPS": True, "AFFINE": True, **options},
-                **shared,
-            }
-
-
-AOT_CASES = list(_cases())

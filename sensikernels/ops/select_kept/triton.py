@@ -232,35 +232,3 @@ def fill_in_order(
         num_warps=WARPS,
     )
     return chosen
-
-
-def _case(kernel: object, pointers: str, **constexprs: object) -> dict[str, object]:
-    signature = dict.fromkeys(pointers.split(), "*i64")
-    return {
-        "kernel": kernel,
-        "gemm": False,
-        "signature": signature,
-        "constexprs": constexprs,
-        "num_warps": WARPS,
-        "num_stages": 3,
-    }
-
-
-AOT_CASES = [
-    _case(_count, "table tiles keys histogram", SCORE=2, SHIFT=10, WIDTH=11, TILE=TILE, BINS=BINS),
-    _case(_ties, "table tiles keys ties", SCORE=2, TILE=TILE),
-    _case(_bits, "table tiles keys wanted needs before kept", SCORE=2, TILE=TILE),
-    {
-        **_case(_fill, "segment", PREFIX=True, FILL=FILL),
-        "signature": {
-            "cost": "*fp64",
-            "segment": "*i64",
-            "free": "*u8",
-            "left": "*fp64",
-            "chosen": "*u8",
-            "ended": "*i32",
-            "n": "i32",
-        },
-    },
-]
-"""What the launchers above compile, for compilation without a GPU."""

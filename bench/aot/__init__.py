@@ -1,0 +1,1 @@
+"""The ahead-of-time gate: every Triton kernel compiled for GPUs that are not here."""
