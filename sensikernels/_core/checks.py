@@ -7,10 +7,19 @@ from collections.abc import Iterable
 from sensikernels._core.errors import UsageError
 
 
-def require(ok: bool, argument: str, expected: object, got: object) -> None:
-    """Raise ``UsageError("argument: expected …, got …")`` unless ``ok``."""
+def expected(argument: str, wanted: object, got: object) -> UsageError:
+    """The error to raise for a wrong argument: ``argument: expected …, got …``."""
+    return UsageError(f"{argument}: expected {wanted}, got {got}")
+
+
+def require(ok: bool, argument: str, wanted: object, got: object) -> None:
+    """Raise ``expected(argument, wanted, got)`` unless ``ok``.
+
+    The message is formed whether it is needed or not: where a call of an operator must cost
+    little, write ``if wrong: raise expected(…)``.
+    """
     if not ok:
-        raise UsageError(f"{argument}: expected {expected}, got {got}")
+        raise expected(argument, wanted, got)
 
 
 def require_one_of(value: str, argument: str, known: Iterable[str]) -> None:
