@@ -1,23 +1,19 @@
-"""A layout as an operator's schema can carry it."""
+"""Layouts as lists of integers and tensors, which an operator's schema can carry."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from sensikernels._core.checks import require
-from sensikernels._core.values import readable
-from sensikernels.layouts.kinds import BLOCK_TENSORS, BlockLayout, CompactLayout
+from sensikernels.layouts.checks import BLOCK_TENSORS
+from sensikernels.layouts.kinds import BlockLayout, CompactLayout
 
-Layout = CompactLayout | BlockLayout
-# By ids and versions: the tensors, so that no id is used again, and what they held when checked.
-_KNOWN: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple[Tensor, ...], Layout]] = {}
-_MOST = 256
+Carried = CompactLayout | BlockLayout
 
 
-def to_arguments(layout: CompactLayout | BlockLayout) -> tuple[list[int], list[Tensor]]:
+def to_arguments(layout: Carried) -> tuple[list[int], list[Tensor]]:
     """The layout as an operator's schema can carry it; ``from_arguments`` reads it back."""
     ends = [layout.rows, layout.columns]
     index = [t for t in ends if t is not None]
@@ -29,36 +25,18 @@ def to_arguments(layout: CompactLayout | BlockLayout) -> tuple[list[int], list[T
     return sizes, index
 
 
-def from_arguments(sizes: Sequence[int], index: Sequence[Tensor]) -> Layout:
-    """The inverse of ``to_arguments``; the same layout for the same tensors, unless written to.
+def from_arguments(sizes: Sequence[int], index: Sequence[Tensor]) -> Carried:
+    """The inverse of ``to_arguments``, checked.
 
     Raises:
         UsageError: not what ``to_arguments`` writes, or index tensors that are no layout.
     """
-    if not all(type(t) is Tensor and not t.is_inference() for t in index):
-        layout = _made(sizes, index)
-        layout.check()
-        return layout
-    # A compiled graph asks for each product of each step.
-    key = (*sizes, *map(id, index), *(t._version for t in index))
-    known = _KNOWN.get(key)
-    if known is not None and _unwritten(known[0], known[1]):
-        return known[2]
     layout = _made(sizes, index)
     layout.check()
-    if len(_KNOWN) >= _MOST:
-        _KNOWN.clear()
-    _KNOWN[key] = tuple(index), tuple(t.clone() for t in index), layout
     return layout
 
 
-def _unwritten(tensors: tuple[Tensor, ...], copies: tuple[Tensor, ...]) -> bool:
-    """Whether the tensors hold what they held, by whatever way they may have been written to."""
-    pairs = zip(tensors, copies, strict=True)
-    return all(not readable(t) or (t.shape == c.shape and torch.equal(t, c)) for t, c in pairs)
-
-
-def _made(sizes: Sequence[int], index: Sequence[Tensor]) -> Layout:
+def _made(sizes: Sequence[int], index: Sequence[Tensor]) -> Carried:
     ok = len(sizes) in (7, 9) and all(flag in (0, 1) for flag in sizes[3:7])
     require(ok, "sizes", "7 or 9 integers, the 4 after the third 0 or 1", list(sizes))
     count = sum(sizes[5:7]) + (len(BLOCK_TENSORS) if len(sizes) == 9 else 0)

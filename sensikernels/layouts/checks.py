@@ -1,56 +1,48 @@
-"""What a layout checks: shapes, dtypes and devices when it is made, values before its first use.
+"""Checks of a layout: shapes, dtypes and devices when it is made, values before its first use.
 
-Once, for it is frozen. Values are looked at where ``_values.readable`` says so.
+They run once, as a layout is frozen. Values are looked at where ``values.readable`` allows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sensikernels._core.checks import require
+from sensikernels._core.checks import expected, require
 from sensikernels._core.values import readable, require_within
 
+BLOCK_TENSORS = (
+    "row_ptr",
+    "col_idx",
+    "row_idx",
+    "row_ptr_t",
+    "row_idx_t",
+    "perm_t",
+    "row_order",
+    "row_order_t",
+)
+"""Index tensors of a ``BlockLayout``, in the order in which an operator's schema carries them."""
 
-class Blocks(Protocol):
-    """The fields of a ``BlockLayout`` that have to agree."""
 
-    @property
-    def block_shape(self) -> tuple[int, int]: ...
-    @property
-    def grid_shape(self) -> tuple[int, int]: ...
-    @property
-    def out_width(self) -> int: ...
-    @property
-    def in_width(self) -> int: ...
-    @property
-    def kept_entries(self) -> int: ...
-    @property
-    def row_ptr(self) -> Tensor: ...
-    @property
-    def col_idx(self) -> Tensor: ...
-    @property
-    def row_idx(self) -> Tensor: ...
-    @property
-    def row_ptr_t(self) -> Tensor: ...
-    @property
-    def row_idx_t(self) -> Tensor: ...
-    @property
-    def perm_t(self) -> Tensor: ...
-    @property
-    def row_order(self) -> Tensor: ...
-    @property
-    def row_order_t(self) -> Tensor: ...
+class Grid(NamedTuple):
+    """Sizes of a layout of blocks, each for rows and columns."""
+
+    lines: tuple[int, int]
+    """Block rows and block columns."""
+    sides: tuple[int, int]
+    """Height and width of a block."""
+    features: tuple[int, int]
+    """Features written and features read."""
 
 
 def check_shape(shape: Sequence[int], name: str, least: int) -> None:
     """Two integers of at least ``least``."""
     if len(shape) != 2 or not all(isinstance(n, int) and n >= least for n in shape):
-        require(False, name, f"two integers >= {least}", tuple(shape))
+        raise expected(name, f"two integers >= {least}", tuple(shape))
 
 
 def check_index(
@@ -60,9 +52,9 @@ def check_index(
     ok = isinstance(index, Tensor) and index.dtype == torch.int32 and index.dim() == 1
     if not ok or (size is not None and index.shape[0] != size):
         got = f"{index.dtype} {list(index.shape)}" if isinstance(index, Tensor) else type(index)
-        require(False, name, f"int32 [{'n' if size is None else size}]", got)
+        raise expected(name, f"int32 [{'n' if size is None else size}]", got)
     if device is not None and index.device != device:
-        require(False, name, f"a tensor on {device}", index.device)
+        raise expected(name, f"a tensor on {device}", index.device)
 
 
 def check_feature_shapes(
@@ -91,46 +83,27 @@ def check_elements(shape: tuple[int, int], index: Tensor) -> None:
     require_within(index, "index", shape[0] * shape[1], ascending=True)
 
 
-def check_block_shapes(layout: Blocks) -> None:
-    """The index tensors of blocks: int32, of sizes that agree, on one device."""
-    n, device = layout.col_idx.shape[0], layout.col_idx.device
-    rows, columns = layout.grid_shape
-    check_shape(layout.block_shape, "block_shape", 1)
-    for name in ("col_idx", "row_idx", "row_idx_t", "perm_t"):
-        check_index(getattr(layout, name), name, n, device)
-    for name, size in (
-        ("row_ptr", rows + 1),
-        ("row_ptr_t", columns + 1),
-        ("row_order", rows),
-        ("row_order_t", columns),
-    ):
-        check_index(getattr(layout, name), name, size, device)
-    widths = (layout.out_width, layout.in_width)
-    for name, lines, width, side in zip(
-        ("row_ptr", "row_ptr_t"), (rows, columns), widths, layout.block_shape, strict=True
-    ):
+def check_block_shapes(index: Mapping[str, Tensor], grid: Grid) -> None:
+    """``BLOCK_TENSORS``: int32, of sizes that agree, on one device."""
+    n, device = index["col_idx"].shape[0], index["col_idx"].device
+    rows, columns = grid.lines
+    sizes = dict.fromkeys(("col_idx", "row_idx", "row_idx_t", "perm_t"), n)
+    sizes |= {"row_ptr": rows + 1, "row_ptr_t": columns + 1}
+    sizes |= {"row_order": rows, "row_order_t": columns}
+    for name, size in sizes.items():
+        check_index(index[name], name, size, device)
+    for name, lines, side, width in zip(("row_ptr", "row_ptr_t"), *grid, strict=True):
         want = -(-width // side) + 1
         require(lines + 1 == want, name, f"int32 [{want}], {width} features by {side}", lines + 1)
 
 
-def check_blocks(layout: Blocks) -> None:
-    """What the index tensors of blocks hold, if that can be read."""
-    if not readable(layout.row_ptr):
+def check_blocks(index: Mapping[str, Tensor], grid: Grid, kept_entries: int) -> None:
+    """The values of ``BLOCK_TENSORS``, if they can be read."""
+    if not readable(index["row_ptr"]):
         return
-    ptr, col, row, ptr_t, row_t, perm, order, order_t = (
-        getattr(layout, name).cpu().numpy().astype(np.int64)
-        for name in (
-            "row_ptr",
-            "col_idx",
-            "row_idx",
-            "row_ptr_t",
-            "row_idx_t",
-            "perm_t",
-            "row_order",
-            "row_order_t",
-        )
-    )
-    (rows, columns), n = layout.grid_shape, len(col)
+    arrays = (index[name].cpu().numpy().astype(np.int64) for name in BLOCK_TENSORS)
+    ptr, col, row, ptr_t, row_t, perm, order, order_t = arrays
+    (rows, columns), n = grid.lines, len(col)
     counts = _check_lines(ptr, "row_ptr", n)
     _require_same(row, np.repeat(np.arange(rows), counts), "row_idx", "each block's row")
     _check_rising(row * columns + col, col, "col_idx", columns)
@@ -145,12 +118,10 @@ def check_blocks(layout: Blocks) -> None:
         require(bool((np.diff(size[place]) <= 0).all()), name, "most blocks first", place[:8])
     heights, widths = (
         np.minimum(side, features - np.arange(lines) * side)
-        for side, features, lines in zip(
-            layout.block_shape, (layout.out_width, layout.in_width), (rows, columns), strict=True
-        )
+        for lines, side, features in zip(*grid, strict=True)
     )
     entries = int((heights[row] * widths[col]).sum())
-    require(layout.kept_entries == entries, "kept_entries", entries, layout.kept_entries)
+    require(kept_entries == entries, "kept_entries", entries, kept_entries)
 
 
 def _check_lines(pointers: np.ndarray, name: str, n: int) -> np.ndarray:

@@ -10,21 +10,48 @@ import torch
 from torch import Tensor
 
 from sensikernels.layouts import checks
-
-BLOCK_TENSORS = (
-    "row_ptr",
-    "col_idx",
-    "row_idx",
-    "row_ptr_t",
-    "row_idx_t",
-    "perm_t",
-    "row_order",
-    "row_order_t",
-)
+from sensikernels.layouts.checks import BLOCK_TENSORS, Grid
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CompactLayout:
+class _Checked:
+    """What every layout derives when it is made. Fields, not properties: each call reads them."""
+
+    shape: tuple[int, int]
+    """``(out_features, in_features)`` of the weight."""
+    values_shape: tuple[int, ...] = field(init=False, repr=False)
+    """Shape of the kept entries."""
+    in_width: int = field(init=False, repr=False)
+    """Features the layer reads."""
+    out_width: int = field(init=False, repr=False)
+    """Features the layer writes."""
+    kind: str = field(init=False, repr=False)
+    """``direct`` (nothing to gather or scatter: a plain linear on ``values``), ``rows`` (their
+    results are scattered to full width), ``compact``, ``blocks`` or ``elements``."""
+    block: int = field(init=False, repr=False, default=0)
+    """The smaller side of a block; 0 without blocks."""
+    density: float = field(init=False, repr=False)
+    """Kept share of the weight's entries, 0 to 1."""
+    device: torch.device | None = field(init=False, repr=False)
+    """Where the index tensors lie; None if there are none."""
+    sound: bool = field(init=False, repr=False, default=False)
+    """The values of the index tensors have been checked, or follow from how they were made."""
+
+    def check(self) -> None:
+        """Raise UsageError unless the index tensors hold such a layout; looked at once.
+
+        A traced graph cannot depend on what an index holds, so nothing is looked at there.
+        """
+        if not self.sound and not torch.compiler.is_compiling():
+            self._check_values()
+            vars(self)["sound"] = True
+
+    def _check_values(self) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CompactLayout(_Checked):
     """Kept rows x kept columns of a weight ``[out_features, in_features]``: a smaller matrix.
 
     ``rows`` and ``columns`` are ascending int32 indices; None keeps all. ``values`` is
@@ -35,35 +62,19 @@ class CompactLayout:
     Raises UsageError.
     """
 
-    shape: tuple[int, int]
     rows: Tensor | None
     columns: Tensor | None
     compact_input: bool = False
     compact_output: bool = False
 
-    # Derived, and fields rather than properties: every call of a layer reads them.
-    values_shape: tuple[int, ...] = field(init=False, repr=False)
-    """``(kept_out, kept_in)``."""
-    in_width: int = field(init=False, repr=False)
-    """Features the layer reads."""
-    out_width: int = field(init=False, repr=False)
-    """Features the layer writes."""
     gather_columns: Tensor | None = field(init=False, repr=False)
     """Columns of the input to read; None: it is used as it comes."""
     scatter_rows: Tensor | None = field(init=False, repr=False)
     """Columns of the output to write; None: it is written as it comes."""
     direct: bool = field(init=False, repr=False)
-    """Nothing to gather or scatter: the layer is a plain linear on ``values``."""
+    """Whether there is nothing to gather or scatter."""
     kept_entries: int = field(init=False, repr=False)
     """Weight entries kept."""
-    density: float = field(init=False, repr=False)
-    """Kept share of the weight's entries, 0 to 1."""
-    chosen: dict[Any, Any] = field(init=False, repr=False)
-    """What ``backend="auto"`` chose, by dtype and size class of the input: asked for every call."""
-    sound: bool = field(init=False, repr=False, default=False)
-    """What the index tensors hold has been checked, or follows from how they were made."""
-    device: torch.device | None = field(init=False, repr=False)
-    """Where the index tensors lie; None if there are none."""
 
     def __post_init__(self) -> None:
         _make_contiguous(self, ("rows", "columns"))
@@ -71,28 +82,26 @@ class CompactLayout:
         height, width = _count(self.rows, self.shape[0]), _count(self.columns, self.shape[1])
         gather = None if self.compact_input else self.columns
         scatter = None if self.compact_output else self.rows
+        direct = gather is None and scatter is None
         vars(self).update(
+            kind="direct" if direct else "rows" if gather is None else "compact",
             values_shape=(height, width),
             in_width=width if self.compact_input else self.shape[1],
             out_width=height if self.compact_output else self.shape[0],
+            density=_share(height * width, self.shape),
+            device=next((t.device for t in (self.rows, self.columns) if t is not None), None),
             gather_columns=gather,
             scatter_rows=scatter,
-            direct=gather is None and scatter is None,
-            device=next((t.device for t in (self.rows, self.columns) if t is not None), None),
+            direct=direct,
             kept_entries=height * width,
-            density=height * width / (self.shape[0] * self.shape[1] or 1),
-            chosen={},
         )
 
-    def check(self) -> None:
-        """Raise UsageError unless rows and columns are features, ascending; looked at once."""
-        if _unseen(self):
-            checks.check_features(self.shape, self.rows, self.columns)
-            mark_sound(self)
+    def _check_values(self) -> None:
+        checks.check_features(self.shape, self.rows, self.columns)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class BlockLayout:
+class BlockLayout(_Checked):
     """Kept blocks of a weight, row by row (block CSR) and, by index only, column by column.
 
     ``values`` is ``[n_blocks, bm, bn]``, contiguous, blocks ordered by (block row, block column);
@@ -111,7 +120,6 @@ class BlockLayout:
     Raises UsageError.
     """
 
-    shape: tuple[int, int]
     block_shape: tuple[int, int]
     row_ptr: Tensor
     col_idx: Tensor
@@ -132,49 +140,40 @@ class BlockLayout:
     """Kept blocks."""
     grid_shape: tuple[int, int] = field(init=False, repr=False)
     """``(R, C)``: block rows and block columns the layer sees."""
-    values_shape: tuple[int, ...] = field(init=False, repr=False)
-    """``(n_blocks, bm, bn)``."""
-    in_width: int = field(init=False, repr=False)
-    """Features the layer reads."""
-    out_width: int = field(init=False, repr=False)
-    """Features the layer writes."""
-    density: float = field(init=False, repr=False)
-    """Kept share of the weight's entries, 0 to 1."""
-    chosen: dict[Any, Any] = field(init=False, repr=False)
-    """What ``backend="auto"`` chose, by dtype and size class of the input: asked for every call."""
-    sound: bool = field(init=False, repr=False, default=False)
-    """What the index tensors hold has been checked, or follows from how they were made."""
-    device: torch.device | None = field(init=False, repr=False)
-    """Where the index tensors lie; None if there are none."""
 
     def __post_init__(self) -> None:
+        checks.check_shape(self.block_shape, "block_shape", 1)
         _make_contiguous(self, ("rows", "columns", *BLOCK_TENSORS))
-        for name in BLOCK_TENSORS:
-            checks.check_index(getattr(self, name), name)
+        for name, index in self._index().items():
+            checks.check_index(index, name)
         checks.check_feature_shapes(self.shape, self.rows, self.columns, self.col_idx.device)
         n_blocks = self.col_idx.shape[0]
         vars(self).update(
-            n_blocks=n_blocks,
-            device=self.col_idx.device,
-            grid_shape=(self.row_ptr.shape[0] - 1, self.row_ptr_t.shape[0] - 1),
+            kind="blocks",
+            block=min(self.block_shape),
             values_shape=(n_blocks, *self.block_shape),
             in_width=_count(self.columns, self.shape[1]),
             out_width=_count(self.rows, self.shape[0]),
-            density=self.kept_entries / (self.shape[0] * self.shape[1] or 1),
-            chosen={},
+            density=_share(self.kept_entries, self.shape),
+            device=self.col_idx.device,
+            n_blocks=n_blocks,
+            grid_shape=(self.row_ptr.shape[0] - 1, self.row_ptr_t.shape[0] - 1),
         )
-        checks.check_block_shapes(self)
+        checks.check_block_shapes(self._index(), self._grid())
 
-    def check(self) -> None:
-        """Raise UsageError unless the index tensors hold such blocks; looked at once."""
-        if _unseen(self):
-            checks.check_features(self.shape, self.rows, self.columns)
-            checks.check_blocks(self)
-            mark_sound(self)
+    def _index(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in BLOCK_TENSORS}
+
+    def _grid(self) -> Grid:
+        return Grid(self.grid_shape, self.block_shape, (self.out_width, self.in_width))
+
+    def _check_values(self) -> None:
+        checks.check_features(self.shape, self.rows, self.columns)
+        checks.check_blocks(self._index(), self._grid(), self.kept_entries)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ElementLayout:
+class ElementLayout(_Checked):
     """Single kept entries: ``index`` is ascending int32 into the flattened weight.
 
     ``values`` is ``[n]``. Runs dense on the full weight: exact, but no faster than dense.
@@ -183,7 +182,6 @@ class ElementLayout:
     Raises UsageError.
     """
 
-    shape: tuple[int, int]
     index: Tensor
 
     rows: ClassVar[None] = None
@@ -191,49 +189,27 @@ class ElementLayout:
     compact_input: ClassVar[bool] = False
     compact_output: ClassVar[bool] = False
     direct: ClassVar[bool] = False
-    sound: bool = field(init=False, repr=False, default=False)
-    """As the other layouts'."""
 
-    @property
-    def device(self) -> torch.device | None:
-        """Where the index lies."""
-        return self.index.device
+    kept_entries: int = field(init=False, repr=False)
+    """Weight entries kept."""
 
     def __post_init__(self) -> None:
         _make_contiguous(self, ("index",))
         checks.check_shape(self.shape, "shape", 0)
         checks.check_index(self.index, "index")
+        kept = self.index.shape[0]
+        vars(self).update(
+            kind="elements",
+            values_shape=(kept,),
+            in_width=self.shape[1],
+            out_width=self.shape[0],
+            density=_share(kept, self.shape),
+            device=self.index.device,
+            kept_entries=kept,
+        )
 
-    def check(self) -> None:
-        """Raise UsageError unless the index names entries, ascending; looked at once."""
-        if _unseen(self):
-            checks.check_elements(self.shape, self.index)
-            mark_sound(self)
-
-    @property
-    def values_shape(self) -> tuple[int, ...]:
-        """``(n,)``."""
-        return (self.index.shape[0],)
-
-    @property
-    def in_width(self) -> int:
-        """Features the layer reads."""
-        return self.shape[1]
-
-    @property
-    def out_width(self) -> int:
-        """Features the layer writes."""
-        return self.shape[0]
-
-    @property
-    def kept_entries(self) -> int:
-        """Weight entries kept."""
-        return self.index.shape[0]
-
-    @property
-    def density(self) -> float:
-        """Kept share of the weight's entries, 0 to 1."""
-        return self.index.shape[0] / (self.shape[0] * self.shape[1] or 1)
+    def _check_values(self) -> None:
+        checks.check_elements(self.shape, self.index)
 
 
 Layout: TypeAlias = CompactLayout | BlockLayout | ElementLayout
@@ -256,13 +232,8 @@ def mark_sound(layout: AnyLayout) -> AnyLayout:
     return layout
 
 
-def _unseen(layout: Layout) -> bool:
-    """Whether a check is due; a traced graph cannot depend on what an index holds."""
-    return not layout.sound and not torch.compiler.is_compiling()
-
-
 def _make_contiguous(layout: Layout, names: Sequence[str]) -> None:
-    """What kernels read is contiguous, however it came."""
+    """Replace index tensors by contiguous ones, which is what kernels read."""
     for name in names:
         index = getattr(layout, name)
         if isinstance(index, Tensor) and not index.is_contiguous():
@@ -271,3 +242,7 @@ def _make_contiguous(layout: Layout, names: Sequence[str]) -> None:
 
 def _count(index: Tensor | None, features: int) -> int:
     return features if index is None else index.shape[0]
+
+
+def _share(kept: int, shape: tuple[int, int]) -> float:
+    return kept / (shape[0] * shape[1] or 1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sensikernels._core import environment
 from sensikernels._core.hooks import hooked, hooked_everywhere
 from sensikernels.nn.selective import SelectiveLinear
 from sensikernels.ops.selective_linear import Selected, selective_linear_grouped, why_apart
@@ -17,9 +18,9 @@ def grouped_selective_linear(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Te
 
     Query, key and value of an attention read the same ``x [..., in_features]``: their kept entries
     get their gradients from one product, x is saved once, and its three gradients are summed by
-    the GEMMs that make them. Layers that cannot share (``explain_group`` says why) run alone.
+    the GEMMs that make them. Layers that cannot share (``group_refusal`` says why) run alone.
     """
-    if explain_group(x, layers) is not None:
+    if group_refusal(x, layers) is not None:
         return tuple(layer(x) for layer in layers)
     linears = []
     for layer in layers:
@@ -31,7 +32,7 @@ def grouped_selective_linear(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Te
     return selective_linear_grouped(x, linears, backend=first.backend)
 
 
-def explain_group(x: Tensor, layers: Sequence[nn.Module]) -> str | None:
+def group_refusal(x: Tensor, layers: Sequence[nn.Module]) -> str | None:
     """Why ``layers`` run alone on ``x``; None if they run as one."""
     selective = [layer for layer in layers if isinstance(layer, SelectiveLinear)]
     if len(selective) < 2 or len(selective) != len(layers):
@@ -43,14 +44,7 @@ def explain_group(x: Tensor, layers: Sequence[nn.Module]) -> str | None:
     backends = {layer.backend for layer in selective}
     if any(layer.activation != "none" for layer in selective) or len(backends) > 1:
         return "they differ in backend, or have an activation"
-    if backends == {"reference"}:
+    asked = environment.backend() if backends == {"auto"} else selective[0].backend
+    if asked == "reference":
         return "backend reference runs layers alone"
-    layouts = tuple(layer.layout for layer in selective)
-    memo = getattr(layouts[0], "chosen", None)
-    if memo is None or torch.compiler.is_compiling():
-        return why_apart(layouts, x.dtype)
-    known, reason = memo.get(("group", x.dtype), ((), None))
-    if len(known) != len(layouts) or any(a is not b for a, b in zip(known, layouts, strict=True)):
-        reason = why_apart(layouts, x.dtype)
-        memo["group", x.dtype] = layouts, reason
-    return reason
+    return why_apart([layer.layout for layer in selective], x.dtype)

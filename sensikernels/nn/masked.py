@@ -11,7 +11,7 @@ from sensikernels._core import environment
 from sensikernels.layouts import full_weight, kept_values
 from sensikernels.masks.mask import Mask
 from sensikernels.nn._layout import MaskedModule, check_mask
-from sensikernels.ops.common.dispatch import Choice
+from sensikernels.ops.common.choice import Choice
 from sensikernels.ops.masked_linear import explain, masked_linear, take_kept
 
 

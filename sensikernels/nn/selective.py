@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sensikernels.layouts import assign_, kept_values, layout_of
 from sensikernels.masks.mask import Mask
 from sensikernels.nn._layout import MaskedModule, check_mask
-from sensikernels.ops.common.dispatch import Choice
+from sensikernels.ops.common.choice import Choice
 from sensikernels.ops.selective_linear import explain, selective_linear
 
 

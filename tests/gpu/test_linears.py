@@ -279,9 +279,9 @@ def test_what_auto_chooses_without_a_table(monkeypatch: pytest.MonkeyPatch):
     from sensikernels.ops.common import dispatch
 
     monkeypatch.setattr(dispatch, "load", lambda device: ((), "analytic"))
-    dispatch._break_even.cache_clear()
+    dispatch.forget()
     rows, blocks = on_gpu("rows"), on_gpu("blocks")
     half = dict(device="cuda", dtype=torch.bfloat16)
     assert (explain(rows, **half).form, explain(rows, **half).backend) == ("compact", "triton")
     assert explain(blocks, **half).form in ("dense", "block-sparse")
-    dispatch._break_even.cache_clear()
+    dispatch.forget()

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sensikernels.masks.mask import Mask
 from sensikernels.nn import MaskedLinear, SelectiveLinear, grouped_selective_linear
-from sensikernels.nn.group import explain_group
+from sensikernels.nn.group import group_refusal
 
 H = 24
 
@@ -42,7 +42,7 @@ def test_training_as_one_is_training_alone(train_bias: bool):
     group = layers(train_bias=train_bias)
     twin = copy.deepcopy(group)
     batches = list(torch.randn(4, 2, 5, H))
-    assert explain_group(batches[0], group) is None
+    assert group_refusal(batches[0], group) is None
     one, alone = train(group, batches, grouped=True), train(twin, batches, grouped=False)
     torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-5)
     for a, b in zip(group, twin, strict=True):
@@ -58,7 +58,7 @@ def test_blocks_of_different_columns_train_as_one():
     ]
     twin = copy.deepcopy(group)
     batches = list(torch.randn(4, 2, 5, H))
-    assert explain_group(batches[0], group) is None
+    assert group_refusal(batches[0], group) is None
     one, alone = train(group, batches, grouped=True), train(twin, batches, grouped=False)
     torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-5)
 
@@ -81,25 +81,25 @@ def test_why_layers_stay_alone():
         (layers(backend="reference"), "reference"),
     ]
     for given, message in cases:
-        assert message in (explain_group(x, given) or "")
+        assert message in (group_refusal(x, given) or "")
         for y, one in zip(grouped_selective_linear(x, given), given, strict=True):
             torch.testing.assert_close(y, one(x))
     with torch.no_grad():
-        assert "trained" in (explain_group(x, group) or "")
+        assert "trained" in (group_refusal(x, group) or "")
         assert len(grouped_selective_linear(x, group)) == 3
 
 
 def test_a_group_follows_its_layers_elsewhere():
     x, group = torch.randn(3, H), layers()
-    assert explain_group(x, group) is None
+    assert group_refusal(x, group) is None
     moved = [copy.deepcopy(one).double() for one in group]
-    assert explain_group(x.double(), moved) is None
+    assert group_refusal(x.double(), moved) is None
     swapped = [
         group[0],
         SelectiveLinear.from_linear(nn.Linear(H, H), Mask.columns(torch.rand(H) < 0.5, (H, H))),
     ]
-    assert "columns" in (explain_group(x, swapped) or "")
-    assert explain_group(x, group) is None
+    assert "columns" in (group_refusal(x, swapped) or "")
+    assert group_refusal(x, group) is None
 
 
 @pytest.mark.parametrize("kind", ["masked", "selective", "group"])

@@ -18,11 +18,9 @@ from sensikernels.ops.masked_linear import explain
 @pytest.fixture
 def user_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dispatch, "USER_TABLES", tmp_path)
-    dispatch.load.cache_clear()
-    dispatch._break_even.cache_clear()
+    dispatch.forget()
     yield tmp_path
-    dispatch.load.cache_clear()
-    dispatch._break_even.cache_clear()
+    dispatch.forget()
 
 
 def test_tune_writes_what_auto_reads(user_tables: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,7 +14,8 @@ from torch import Tensor
 from sensikernels._core import environment
 from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.philox import DRAWS
-from sensikernels.layouts import BlockLayout, CompactLayout, Layout, from_arguments
+from sensikernels.layouts import BlockLayout, CompactLayout, Layout
+from sensikernels.ops.common.carried import carried
 
 KERNELS = ("native", "triton")
 
@@ -83,7 +84,7 @@ def product_layout(
     """The layout that arguments describe, beside ``dy [T, out_width]`` and its kernels."""
     check_kernels(backend, dy)
     check_rank(dy, "dy", 2)
-    layout = from_arguments(sizes, index)
+    layout = carried(sizes, index)
     check_layout(layout, dy)
     if dy.shape[1] != layout.out_width:
         require(False, "dy", f"[T, {layout.out_width}]", list(dy.shape))

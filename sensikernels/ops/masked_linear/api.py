@@ -1,16 +1,15 @@
-"""``masked_linear``: the public function, its checks and its autocast rule."""
+"""The public function ``masked_linear``, its checks and its autocast rule."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sensikernels._core import environment
 from sensikernels.layouts import CompactLayout, Layout
+from sensikernels.ops.common.linears import check_operands, linear
 from sensikernels.ops.masked_linear import dispatch, reference
 from sensikernels.ops.masked_linear.autograd import CompactLinear, KernelLinear
-from sensikernels.ops.masked_linear.checks import check
 
 
 def masked_linear(
@@ -37,16 +36,17 @@ def masked_linear(
 
     Returns:
         ``[..., out_features]`` or ``[..., kept_out]``, in x's dtype; under autocast in autocast's
-        dtype. Differentiable in x, values and bias (once, except for a compact compact layout).
+        dtype. Differentiable in x, values and bias: once, or to any order for a compact layout
+        with compact input and output.
 
     Raises:
         UsageError: shapes, dtypes or devices disagree, or a named backend cannot serve.
     """
-    check(x, values, layout, bias, activation)
+    check_operands(x, values, layout, bias, activation, layout.in_width, layout.out_width)
     if backend == "auto":
         backend = environment.backend()
-    if backend == "auto" and isinstance(layout, CompactLayout) and layout.direct:
-        return _linear(x, values, bias, activation)
+    if layout.direct and backend == "auto":
+        return linear(x, values, bias, activation)
     device = "cpu" if x.is_cpu else x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -60,19 +60,14 @@ def masked_linear(
 def _run(
     x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None, activation: str, backend: str
 ) -> Tensor:
-    choice = dispatch.choose(layout, x, backend)
+    choice = dispatch.choice(layout, x, backend)
     if choice.form == "dense":
         return reference.masked_linear(x, values, layout, bias, activation)
     if choice.backend == "torch":
         assert isinstance(layout, CompactLayout)
         if layout.direct:
-            return _linear(x, values, bias, activation)
+            return linear(x, values, bias, activation)
         compact = (x, values, bias, layout, activation)
         return CompactLinear.apply(*compact)  # type: ignore[no-untyped-call]
     arguments = (x, values, bias, layout, activation, choice.backend)
     return KernelLinear.apply(*arguments)  # type: ignore[no-untyped-call]
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    y = F.linear(x, weight, bias)
-    return F.gelu(y) if activation == "gelu" else y

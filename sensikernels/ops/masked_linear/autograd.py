@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sensikernels.layouts import BlockLayout, CompactLayout, to_arguments
+from sensikernels.layouts import CompactLayout, to_arguments
+from sensikernels.ops.common.carried import Carried
 from sensikernels.ops.common.columns import (
     fused_activation,
     gather,
@@ -23,6 +24,7 @@ from sensikernels.ops.common.columns import (
     serves,
     unwatched,
 )
+from sensikernels.ops.common.linears import gelu_gradient
 from sensikernels.ops.masked_linear import ops
 
 _OPS = torch.ops.sensikernels
@@ -118,14 +120,9 @@ class KernelLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        layout: CompactLayout | BlockLayout,
-        activation: str,
-        backend: str,
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layout: Carried, *how: str
     ) -> Tensor:
+        activation, backend = how
         ctx.shape, ctx.layout, ctx.backend = x.shape, layout, backend
         x2d = matrix(x)
         if unwatched(x):
@@ -154,7 +151,7 @@ def _kernel_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     index = () if direct else to_arguments(layout)
     dx = dvalues = dbias = None
     if pre is not None:
-        through = ops.grad_activation if direct else _OPS.masked_linear_grad_activation
+        through = gelu_gradient if direct else _OPS.masked_linear_grad_activation
         dy, dbias = through(dy, pre, backend)
     elif bias_needed:
         dbias = dy.sum(0)

@@ -8,81 +8,103 @@ import torch
 from torch import Tensor
 
 from sensikernels._core import environment
-from sensikernels._core.checks import require, require_one_of
-from sensikernels.layouts import BlockLayout, CompactLayout, ElementLayout, Layout
+from sensikernels._core.compile import constant_when_traced
+from sensikernels.layouts import Layout, to_device
+from sensikernels.ops.common.choice import Choice, choose
 from sensikernels.ops.common.columns import fused_activation
-from sensikernels.ops.common.dispatch import Choice, break_even, compare
+from sensikernels.ops.common.dispatch import break_even, compare, remembered, traced_limit
 
 
-def choose(layout: Layout, x: Tensor, backend: str, *, explaining: bool = False) -> Choice:
-    """The form that serves ``x``; ``auto`` takes the fastest known one.
+def choice(layout: Layout, x: Tensor, backend: str = "auto") -> Choice:
+    """What serves ``x``, on the layout's device, and why; ``auto`` takes the fastest known form.
 
     Raises:
         UsageError: a named backend cannot serve this layout or device.
     """
-    if backend == "auto" and not isinstance(layout, ElementLayout):
-        direct = isinstance(layout, CompactLayout) and layout.direct
-        return _DIRECT if direct else _auto(layout, x, explaining)
-    if backend == "reference":
-        return _DENSE
-    if isinstance(layout, ElementLayout):
-        require(backend == "auto", "backend", f"auto or reference ({_ELEMENTS.reason})", backend)
-        return _ELEMENTS
-    if backend == "triton":
-        ok = x.is_cuda or environment.interpreting()
-        require(ok, "backend", "a CUDA tensor for triton", f"triton with x on {x.device}")
-        return _NAMED[_form(layout), "triton"]
-    if backend != "native":
-        require_one_of(backend, "backend", environment.BACKENDS)
-    if isinstance(layout, CompactLayout):
-        return _NAMED["compact", "torch"]
-    require(not x.is_cuda, "backend", "triton for blocks on a GPU", "native")
-    return _NAMED["block-sparse", "native"]
+    kind = layout.kind
+    if kind == "rows" and not (x.is_cuda and fused_activation(x)):
+        kind = "compact"
+    if torch.compiler.is_compiling():
+        return _TRACED[_traced(kind, layout, x, backend)]
+    tokens = x.numel() // (layout.in_width or 1)
+    device = layout.device or x.device
+    return _decide(
+        kind, layout.block, layout.density, device, x.dtype, tokens.bit_length(), backend
+    )
 
 
-def _auto(layout: CompactLayout | BlockLayout, x: Tensor, explaining: bool) -> Choice:
-    if explaining or torch.compiler.is_compiling():
-        return _measured(layout, x, explaining)
-    key = (x.dtype, (x.numel() // (layout.in_width or 1)).bit_length())
-    choice: Choice | None = layout.chosen.get(key)
-    if choice is None:
-        choice = layout.chosen[key] = _measured(layout, x, explaining)
-    return choice
+@remembered
+def _decide(
+    kind: str,
+    block: int,
+    density: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int,
+    backend: str,
+) -> Choice:
+    if kind in _REASONS:
+        return _chosen(kind, device.type == "cuda", _FORMS[kind], backend, _REASONS[kind])
+    limit, source = break_even(device, dtype, _FORMS[kind], block, max(bits - 1, 0))
+    faster = "dense" if density > limit else _FORMS[kind]
+    return _chosen(kind, device.type == "cuda", faster, backend, compare(density, limit, source))
 
 
-def _measured(layout: CompactLayout | BlockLayout, x: Tensor, explaining: bool) -> Choice:
-    form = _form(layout)
-    block = min(layout.block_shape) if isinstance(layout, BlockLayout) else 0
-    limit, source = break_even(x, form, block)
-    kept = layout.density
-    if isinstance(layout, CompactLayout):
-        # The scatter in the epilogue spares a pass over y; chosen columns are saved, so gathered.
-        rows_alone = layout.scatter_rows is not None and layout.gather_columns is None
-        served = "triton" if rows_alone and fused_activation(x) else "torch"
-    else:
-        served = "triton" if x.is_cuda else "native"
-    chosen = _AUTO["dense", "torch"] if kept > limit else _AUTO[form, served]
-    return replace(chosen, reason=compare(kept, limit, source)) if explaining else chosen
+def _traced(kind: str, layout: Layout, x: Tensor, backend: str) -> tuple[str, str]:
+    """Form and backend for a graph, which must not depend on the token count."""
+    faster = _FORMS[kind]
+    if kind not in _REASONS:
+        limit = traced_limit(str(x.device), x.dtype, faster, layout.block)
+        faster = "dense" if layout.density > limit else faster
+    return _traced_choice(kind, x.is_cuda, faster, backend)
 
 
-def _form(layout: CompactLayout | BlockLayout) -> str:
-    return "compact" if isinstance(layout, CompactLayout) else "block-sparse"
+@constant_when_traced
+def _traced_choice(kind: str, cuda: bool, faster: str, backend: str) -> tuple[str, str]:
+    chosen = _chosen(kind, cuda, faster, backend, "")
+    return chosen.form, chosen.backend
 
 
-_DENSE = Choice(form="dense", backend="torch", reason="asked for by name")
-_DIRECT = Choice(form="compact", backend="torch", reason="nothing to gather or scatter")
-_ELEMENTS = Choice(
-    form="dense", backend="torch", reason="single elements run dense on the full weight"
-)
-_FORMS = (
-    ("dense", "torch"),
-    ("compact", "torch"),
-    ("compact", "triton"),
-    ("block-sparse", "native"),
-    ("block-sparse", "triton"),
-)
-_NAMED = {f: Choice(form=f[0], backend=f[1], reason="asked for by name") for f in _FORMS}
-_AUTO = {f: Choice(form=f[0], backend=f[1], reason="") for f in _FORMS}
+def _chosen(kind: str, cuda: bool, faster: str, backend: str, reason: str) -> Choice:
+    elements = _REASONS[kind] if kind == "elements" else None
+    on_a_gpu = cuda and kind == "blocks"
+    here = cuda or environment.interpreting()
+    refusals = {
+        "triton": elements or (None if here else "x is not on a GPU"),
+        "native": elements or ("triton serves blocks on a GPU" if on_a_gpu else None),
+        "reference": None,
+    }
+    # Scattering in the GEMM's epilogue spares a pass over y; chosen columns are saved, so gathered.
+    auto = "triton" if on_a_gpu or kind == "rows" else "native"
+    prefer = ("reference" if faster == "dense" else auto,)
+    found = choose(refusals, backend, prefer=prefer, reason=reason)
+    if found.backend == "reference":
+        return replace(found, form="dense", backend="torch")
+    torch_runs_it = found.backend == "native" and kind != "blocks"
+    return replace(found, form=_FORMS[kind], backend="torch" if torch_runs_it else found.backend)
+
+
+_FORMS = {
+    "direct": "compact",
+    "rows": "compact",
+    "compact": "compact",
+    "blocks": "block-sparse",
+    "elements": "dense",
+}
+_REASONS = {
+    "direct": "nothing to gather or scatter",
+    "elements": "single elements run dense on the full weight",
+}
+_TRACED = {
+    (form, backend): Choice(form=form, backend=backend, reason="")
+    for form, backend in (
+        ("dense", "torch"),
+        ("compact", "torch"),
+        ("compact", "triton"),
+        ("block-sparse", "native"),
+        ("block-sparse", "triton"),
+    )
+}
 
 
 def explain(
@@ -93,7 +115,6 @@ def explain(
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> Choice:
-    """What ``masked_linear`` would run for ``tokens`` rows of ``dtype`` on ``device``, and why."""
+    """What ``masked_linear`` runs for ``tokens`` rows of ``dtype`` on ``device``, and why."""
     x = torch.empty(1, dtype=dtype, device=device).expand(tokens, layout.in_width)
-    named = environment.backend() if backend == "auto" else backend
-    return choose(layout, x, named, explaining=True)
+    return choice(layout if layout.device == x.device else to_device(layout, device), x, backend)

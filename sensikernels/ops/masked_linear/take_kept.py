@@ -1,4 +1,4 @@
-"""What a mask change costs: weight, master copy and moments compact together."""
+"""The kept entries of several tensors at once: weight, master copy and moments of a new mask."""
 
 from __future__ import annotations
 

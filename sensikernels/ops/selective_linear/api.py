@@ -1,13 +1,12 @@
-"""``selective_linear``: the public function, its checks and its autocast rule."""
+"""The public function ``selective_linear``, its checks and its autocast rule."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sensikernels._core import environment
 from sensikernels.layouts import Layout
+from sensikernels.ops.common.linears import linear
 from sensikernels.ops.selective_linear import dispatch, reference
 from sensikernels.ops.selective_linear.autograd import SelectiveLinear
 from sensikernels.ops.selective_linear.checks import check
@@ -47,15 +46,15 @@ def selective_linear(
         UsageError: shapes, dtypes or devices disagree, or a named backend cannot serve.
     """
     check(x, weight, values, layout, bias, activation)
-    choice = dispatch.choose(layout, x, environment.backend() if backend == "auto" else backend)
+    backend = dispatch.choice(layout, x, backend).backend
     device = "cpu" if x.is_cpu else x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, values = x.to(dtype), weight.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            return _run(x, weight, values, layout, bias, activation, choice.backend)
-    return _run(x, weight, values, layout, bias, activation, choice.backend)
+            return _run(x, weight, values, layout, bias, activation, backend)
+    return _run(x, weight, values, layout, bias, activation, backend)
 
 
 def _run(
@@ -70,7 +69,6 @@ def _run(
     if backend == "reference":
         return reference.selective_linear(x, weight, values, layout, bias, activation)
     if not values.requires_grad:
-        y = F.linear(x, weight.detach(), bias)
-        return F.gelu(y) if activation == "gelu" else y
+        return linear(x, weight.detach(), bias, activation)
     arguments = (x, weight.detach(), values, bias, layout, activation, backend)
     return SelectiveLinear.apply(*arguments)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What a selective linear and its operators demand of their arguments."""
+"""Checks of a selective linear's arguments, for the public function and its operators."""
 
 from __future__ import annotations
 
@@ -8,51 +8,33 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.checks import expected, require
 from sensikernels._core.values import readable
-from sensikernels.layouts import BlockLayout, CompactLayout, Layout, from_arguments
+from sensikernels.layouts import BlockLayout, Layout
+from sensikernels.ops.common.carried import Carried, carried
 from sensikernels.ops.common.checks import check_kernels, check_layout, check_rank, check_tensor
+from sensikernels.ops.common.linears import ACTIVATIONS, check_operands
 
-ACTIVATIONS = ("none", "gelu")
+__all__ = ["ACTIVATIONS", "alone", "apart", "check"]
 
 
 def check(
-    x: Tensor,
-    weight: Tensor,
-    values: Tensor,
-    layout: Layout,
-    bias: Tensor | None,
-    activation: str,
+    x: Tensor, weight: Tensor, values: Tensor, layout: Layout, bias: Tensor | None, activation: str
 ) -> None:
     """Raise UsageError where shapes, dtypes or devices disagree."""
-    if activation not in ACTIVATIONS:
-        require_one_of(activation, "activation", ACTIVATIONS)
     if weight.shape != layout.shape:
-        require(False, "weight", list(layout.shape), list(weight.shape))
-    if x.ndim == 0 or x.shape[-1] != layout.shape[1]:
-        require(False, "x", f"[..., {layout.shape[1]}]", list(x.shape))
-    if values.shape != layout.values_shape:
-        require(False, "values", list(layout.values_shape), list(values.shape))
-    if x.device != values.device or x.device != weight.device:
-        require(False, "x", f"a tensor on {weight.device}", x.device)
-    same = x.dtype == values.dtype == weight.dtype
-    if not same and not torch.is_autocast_enabled(x.device.type):
-        require(False, "x", f"dtype {weight.dtype} as weight and values", (x.dtype, values.dtype))
-    if not x.is_floating_point():
-        require(False, "x", "a floating dtype", x.dtype)
-    if bias is not None:
-        if bias.shape != layout.shape[:1]:
-            require(False, "bias", [layout.shape[0]], list(bias.shape))
-        if bias.device != x.device:
-            require(False, "bias", f"a tensor on {x.device}", bias.device)
-        if bias.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            require(False, "bias", f"dtype {x.dtype} as x", bias.dtype)
-    check_layout(layout, x)
+        raise expected("weight", list(layout.shape), list(weight.shape))
+    if x.device != weight.device:
+        raise expected("x", f"a tensor on {weight.device}", x.device)
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise expected("x", f"dtype {weight.dtype} as weight", x.dtype)
+    out_features, in_features = layout.shape
+    check_operands(x, values, layout, bias, activation, in_features, out_features)
 
 
 def apart(
     dys: Sequence[Tensor], x: Tensor, sizes: Sequence[int], index: Sequence[Tensor], backend: str
-) -> list[CompactLayout | BlockLayout]:
+) -> list[Carried]:
     """The checked layouts that ``grouped_through_dispatcher`` wrote one after the other."""
     check_kernels(backend, x)
     check_rank(x, "x", 2)
@@ -64,9 +46,7 @@ def apart(
     counts = [sum(one[5:7]) + (8 if each > 7 else 0) for one in mine]
     ends = list(accumulate(counts, initial=0))
     require(min(counts) >= 0 and ends[-1] == len(index), "index", ends[-1], len(index))
-    layouts = [
-        from_arguments(one, index[a:b]) for one, (a, b) in zip(mine, pairwise(ends), strict=True)
-    ]
+    layouts = [carried(one, index[a:b]) for one, (a, b) in zip(mine, pairwise(ends), strict=True)]
     first = layouts[0]
     for layout, dy in zip(layouts, dys, strict=True):
         check_layout(layout, x)
@@ -81,24 +61,22 @@ def apart(
 
 def alone(
     dy: Tensor, x: Tensor, sizes: Sequence[int], index: Sequence[Tensor], backend: str
-) -> CompactLayout | BlockLayout:
+) -> Carried:
     """The checked layout of one linear, whose gradient a kernel of its own forms."""
     (layout,) = apart([dy], x, sizes, index, backend)
     if backend == "native" and not isinstance(layout, BlockLayout):
-        require(False, "backend", "triton for this layout", backend)
+        raise expected("backend", "triton for this layout", backend)
     return layout
 
 
-def _same_columns(a: CompactLayout | BlockLayout, b: CompactLayout | BlockLayout) -> bool:
+def _same_columns(a: Carried, b: Carried) -> bool:
     """Whether x, read for one, is read for the other; by size where values cannot be read."""
     if a.columns is None or b.columns is None or a.columns.shape != b.columns.shape:
         return False
     return not readable(a.columns) or torch.equal(a.columns, b.columns)
 
 
-def _check_operands(
-    dy: Tensor, x: Tensor, layout: CompactLayout | BlockLayout, backend: str
-) -> None:
+def _check_operands(dy: Tensor, x: Tensor, layout: Carried, backend: str) -> None:
     """Both hold the kept features alone or, where kernels choose them themselves, all."""
     ends = zip((dy, x), ("dy", "x"), (layout.rows, layout.columns), layout.shape, strict=True)
     for t, name, index, features in ends:
@@ -107,5 +85,5 @@ def _check_operands(
         if backend == "triton":
             widths.append(features)
         if t.shape[1] not in widths:
-            require(False, name, f"[T, {widths[0]}]", list(t.shape))
+            raise expected(name, f"[T, {widths[0]}]", list(t.shape))
     check_tensor(dy, "dy", (x.shape[0], dy.shape[1]), x.dtype, x.device)

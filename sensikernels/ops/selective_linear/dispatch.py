@@ -2,64 +2,100 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sensikernels._core import environment
-from sensikernels._core.checks import require, require_one_of
-from sensikernels.layouts import BlockLayout, CompactLayout, ElementLayout, Layout
-from sensikernels.ops.common.dispatch import Choice, break_even, compare
+from sensikernels._core.compile import constant_when_traced
+from sensikernels.layouts import BlockLayout, Layout
+from sensikernels.ops.common.choice import Choice, choose
+from sensikernels.ops.common.dispatch import break_even, compare, remembered, traced_limit
 
 
-def choose(layout: Layout, x: Tensor, backend: str, *, explaining: bool = False) -> Choice:
-    """The form that serves ``x``; ``auto`` takes the fastest known one.
+def choice(layout: Layout, x: Tensor, backend: str = "auto") -> Choice:
+    """What serves ``x``, and why; ``auto`` takes the fastest known form.
 
     Raises:
         UsageError: a named backend cannot serve this layout or device.
     """
-    if backend == "reference":
-        return _REFERENCE
-    if isinstance(layout, ElementLayout):
-        require(backend == "auto", "backend", f"auto or reference ({_ELEMENTS.reason})", backend)
-        return _ELEMENTS
-    if backend == "triton":
-        ok = x.is_cuda or environment.interpreting()
-        require(ok, "backend", "a CUDA tensor for triton", f"triton with x on {x.device}")
-        return _TRITON
-    if backend not in ("auto", "native"):
-        require_one_of(backend, "backend", environment.BACKENDS)
-    if isinstance(layout, CompactLayout):
-        return _COMPACT
-    if backend == "native":
-        require(not x.is_cuda, "backend", "triton for blocks on a GPU", "native")
-        return _NATIVE
-    return _auto(layout, x, explaining)
+    blocks = isinstance(layout, BlockLayout)
+    if torch.compiler.is_compiling():
+        faster = "selective"
+        if blocks:
+            limit = traced_limit(str(x.device), x.dtype, "selective", layout.block)
+            faster = "dense" if _share(layout) > limit else faster
+        return _TRACED[_traced_choice(layout.kind, x.is_cuda, faster, backend)]
+    if not blocks:
+        return _decide(layout.kind, x.is_cuda, backend)
+    tokens_log2 = (x.numel() // (layout.shape[1] or 1) or 1).bit_length() - 1
+    return _decide_blocks(_share(layout), layout.block, x.device, x.dtype, tokens_log2, backend)
 
 
-def _auto(layout: BlockLayout, x: Tensor, explaining: bool) -> Choice:
-    """Blocks against one GEMM over all rows and columns that have a kept block."""
-    block = min(layout.block_shape)
-    limit, source = break_even(x, "selective", block)
+def _share(layout: Layout) -> float:
+    """Kept share of the rows and columns that have a kept block: one GEMM takes all of these."""
     rows = layout.shape[0] if layout.rows is None else layout.rows.shape[0]
     columns = layout.shape[1] if layout.columns is None else layout.columns.shape[0]
-    share = layout.kept_entries / (rows * columns)
-    dense = share > limit
-    return Choice(
-        form="dense" if dense else "selective",
-        backend="torch" if dense else "triton" if x.is_cuda else "native",
-        reason=compare(share, limit, source) if explaining else "",
+    return layout.kept_entries / (rows * columns)
+
+
+@remembered
+def _decide(kind: str, cuda: bool, backend: str) -> Choice:
+    reason = _ELEMENTS if kind == "elements" else "one GEMM on the kept rows and columns"
+    return _chosen(kind, cuda, "selective", backend, reason)
+
+
+@remembered
+def _decide_blocks(
+    share: float,
+    block: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens_log2: int,
+    backend: str,
+) -> Choice:
+    limit, source = break_even(device, dtype, "selective", block, tokens_log2)
+    faster = "dense" if share > limit else "selective"
+    return _chosen("blocks", device.type == "cuda", faster, backend, compare(share, limit, source))
+
+
+@constant_when_traced
+def _traced_choice(kind: str, cuda: bool, faster: str, backend: str) -> tuple[str, str]:
+    chosen = _chosen(kind, cuda, faster, backend, "")
+    return chosen.form, chosen.backend
+
+
+def _chosen(kind: str, cuda: bool, faster: str, backend: str, reason: str) -> Choice:
+    asked = environment.backend() if backend == "auto" else backend
+    if asked == "auto" and (faster == "dense" or kind == "elements"):
+        return Choice(form="dense", backend="torch", reason=reason)
+    elements = _ELEMENTS if kind == "elements" else None
+    on_a_gpu = cuda and kind == "blocks"
+    here = cuda or environment.interpreting()
+    refusals = {
+        "triton": elements or (None if here else "x is not on a GPU"),
+        "native": elements or ("triton serves blocks on a GPU" if on_a_gpu else None),
+        "reference": None,
+    }
+    prefer = ("triton" if on_a_gpu else "native",)
+    found = choose(refusals, backend, prefer=prefer, reason=reason)
+    if found.backend == "native" and kind != "blocks":
+        return replace(found, form="compact", backend="torch")
+    return replace(found, form="dense" if found.backend == "reference" else "selective")
+
+
+_ELEMENTS = "single elements take a dense gradient, of which the kept entries stay"
+_TRACED = {
+    (form, backend): Choice(form=form, backend=backend, reason="")
+    for form, backend in (
+        ("dense", "reference"),
+        ("dense", "torch"),
+        ("compact", "torch"),
+        ("selective", "native"),
+        ("selective", "triton"),
     )
-
-
-_REFERENCE = Choice(form="dense", backend="reference", reason="asked for by name")
-_ELEMENTS = Choice(
-    form="dense",
-    backend="torch",
-    reason="single elements take a dense gradient, of which the kept entries stay",
-)
-_TRITON = Choice(form="selective", backend="triton", reason="asked for by name")
-_NATIVE = Choice(form="selective", backend="native", reason="asked for by name")
-_COMPACT = Choice(form="compact", backend="torch", reason="one GEMM on the kept rows and columns")
+}
 
 
 def explain(
@@ -72,5 +108,4 @@ def explain(
 ) -> Choice:
     """What forms the gradient for ``tokens`` rows of ``dtype`` on ``device``, and why."""
     x = torch.empty(1, dtype=dtype, device=device).expand(tokens, layout.shape[1])
-    named = environment.backend() if backend == "auto" else backend
-    return choose(layout, x, named, explaining=True)
+    return choice(layout, x, backend)

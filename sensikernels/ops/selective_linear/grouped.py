@@ -1,13 +1,15 @@
 """Selective linears that read the same input: one node, one product for all kept entries.
 
-Query, key and value of an attention do. Saved of the input: one copy of what all of them read.
+Query, key and value of an attention do. One copy of what all of them read is saved of the input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from functools import cache
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from sensikernels._core import environment
 from sensikernels._core.checks import require
-from sensikernels.layouts import BlockLayout, CompactLayout, ElementLayout, Layout
+from sensikernels._core.compile import constant_when_traced
+from sensikernels.layouts import BlockLayout, ElementLayout, Layout
+from sensikernels.ops.common.choice import Choice, choose
 from sensikernels.ops.common.columns import fused_activation, gather, matrix, unwatched
+from sensikernels.ops.common.linears import autocast_dtype
 from sensikernels.ops.selective_linear import ops
 from sensikernels.ops.selective_linear.checks import check
 
@@ -33,8 +38,37 @@ class Selected(NamedTuple):
     bias: Tensor | None = None
 
 
+class _Met(NamedTuple):
+    """Verdict over layouts that met last: derived from them, and kept no longer than the first."""
+
+    others: tuple[ref[Layout], ...]
+    reason: str | None
+    over: tuple[Layout, ...]
+
+
+_MET: WeakKeyDictionary[Layout, _Met] = WeakKeyDictionary()
+
+
+def _met(layouts: Sequence[Layout]) -> _Met:
+    first, *others = layouts
+    known = _MET.get(first)
+    if known is None or [one() for one in known.others] != others:
+        reason, over = _apart(layouts), tuple[Layout, ...]()
+        if reason is None and not _ready(layouts):
+            over = tuple(_join([_blocks(one) for one in layouts]))
+        known = _MET[first] = _Met(tuple(map(ref, others)), reason, over)
+    return known
+
+
 def why_apart(layouts: Sequence[Layout], dtype: torch.dtype) -> str | None:
     """Why linears with these layouts cannot share a product; None if they can."""
+    reason = _apart(layouts) if torch.compiler.is_compiling() else _met(layouts).reason
+    if reason is None and dtype == torch.float64 and isinstance(layouts[0], BlockLayout):
+        return "blocks of float64 run alone"
+    return reason
+
+
+def _apart(layouts: Sequence[Layout]) -> str | None:
     first, *others = layouts
     if isinstance(first, ElementLayout) or any(type(one) is not type(first) for one in others):
         return "a product is shared by compact layouts or by blocks, not by elements or a mixture"
@@ -46,8 +80,6 @@ def why_apart(layouts: Sequence[Layout], dtype: torch.dtype) -> str | None:
             return "they keep different columns"
         if isinstance(first, BlockLayout) and other.block_shape != first.block_shape:  # type: ignore[union-attr]
             return "their blocks differ in shape"
-    if dtype == torch.float64 and isinstance(first, BlockLayout):
-        return "blocks of float64 run alone"
     return None
 
 
@@ -60,16 +92,15 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 def joined(layouts: Sequence[Layout]) -> tuple[Layout, ...]:
     """The layouts over the columns that any of them keeps; themselves where they keep the same.
 
-    Blocks alone need it; it is done once for the layouts that meet, and kept with the first.
+    Only blocks need it. The result is kept while the first of them lives.
     """
+    return tuple(layouts) if _ready(layouts) else _met(layouts).over
+
+
+def _ready(layouts: Sequence[Layout]) -> bool:
+    """Whether these share an input as they are."""
     first = layouts[0]
-    if not isinstance(first, BlockLayout) or all(one.columns is first.columns for one in layouts):
-        return tuple(layouts)
-    known, made = first.chosen.get("joined", ((), ()))
-    if len(known) != len(layouts) or any(a is not b for a, b in zip(known, layouts, strict=True)):
-        known, made = tuple(layouts), tuple(_join([_blocks(one) for one in layouts]))
-        first.chosen["joined"] = known, made
-    return cast("tuple[Layout, ...]", made)
+    return not isinstance(first, BlockLayout) or all(o.columns is first.columns for o in layouts)
 
 
 def _join(layouts: Sequence[BlockLayout]) -> list[BlockLayout]:
@@ -137,28 +168,33 @@ def selective_linear_grouped(
     reason = why_apart(layouts, x.dtype) if linears else "there are none"
     require(reason is None, "linears", "ones that can share a product", reason)
     for one in linears:
-        check(x, one.weight, one.values, one.layout, one.bias, "none")
+        check(x, *one, "none")
         require(one.values.requires_grad, "values", "ones that are trained", "a frozen one")
-    served = _backend(layouts[0], x, environment.backend() if backend == "auto" else backend)
+    blocks = isinstance(layouts[0], BlockLayout)
+    served = _serving(blocks, x.is_cuda, fused_activation(x), backend)
     tensors = [t for one in linears for t in (one.weight.detach(), one.values, one.bias)]
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, tensors = x.to(dtype), [None if t is None else t.to(dtype) for t in tensors]
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return _Grouped.apply(x, joined(layouts), served, *tensors)  # type: ignore[no-untyped-call]
     return _Grouped.apply(x, joined(layouts), served, *tensors)  # type: ignore[no-untyped-call]
 
 
-def _backend(layout: Layout, x: Tensor, asked: str) -> str:
-    if asked == "triton":
-        ok = x.is_cuda or environment.interpreting()
-        require(ok, "backend", "a CUDA tensor for triton", f"triton with x on {x.device}")
-    require(asked in ("auto", "native", "triton"), "backend", "auto, native or triton", asked)
-    if asked == "triton" or (asked == "auto" and fused_activation(x)):
-        return "triton"
-    require(not x.is_cuda or isinstance(layout, CompactLayout), "backend", "triton", asked)
-    return "native"
+@constant_when_traced
+def _serving(blocks: bool, cuda: bool, fused: bool, backend: str) -> str:
+    return _decide(blocks, cuda, fused, backend).backend
+
+
+@cache
+def _decide(blocks: bool, cuda: bool, fused: bool, backend: str) -> Choice:
+    """The kernels that form the gradients; the reference runs linears alone."""
+    here = cuda or environment.interpreting()
+    refusals = {
+        "triton": None if here else "x is not on a GPU",
+        "native": "triton serves blocks on a GPU" if blocks and cuda else None,
+    }
+    return choose(refusals, backend, prefer=("triton", "native") if fused else ("native",))
 
 
 class _Grouped(torch.autograd.Function):

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sensikernels._core.checks import require
-from sensikernels.layouts import BlockLayout, CompactLayout, to_arguments
+from sensikernels._core.checks import expected, require
+from sensikernels.layouts import BlockLayout, to_arguments
 from sensikernels.ops.common import blocks
-from sensikernels.ops.common.checks import check_activation
+from sensikernels.ops.common.carried import Carried
+from sensikernels.ops.common.linears import define_gelu_gradient
 from sensikernels.ops.selective_linear.checks import alone, apart
 
 _LIB = torch.library.Library("sensikernels", "FRAGMENT")
@@ -26,23 +27,22 @@ _LIB.define(
     "selective_grad_values_grouped(Tensor[] dys, Tensor x, int[] sizes, Tensor[] index, "
     "str backend) -> Tensor[]"
 )
-_LIB.define("selective_grad_activation(Tensor dy, Tensor pre, str backend) -> (Tensor, Tensor)")
+define_gelu_gradient(_LIB, "selective_grad_activation")
 
 
-def grad_values(dy: Tensor, x: Tensor, layout: CompactLayout | BlockLayout, backend: str) -> Tensor:
+def grad_values(dy: Tensor, x: Tensor, layout: Carried, backend: str) -> Tensor:
     """``dy^T @ x`` at the kept entries."""
     if backend == "triton":
         from sensikernels.ops.selective_linear.triton import selective_grad_values
 
         return selective_grad_values(dy, x, layout)
     if dy.is_cuda or not isinstance(layout, BlockLayout):
-        require(False, "backend", "triton for this layout and device", "native")
-    assert isinstance(layout, BlockLayout)
+        raise expected("backend", "triton for this layout and device", "native")
     return blocks.grad_values(dy, x, layout)
 
 
 def grad_values_grouped(
-    dys: Sequence[Tensor], x: Tensor, layouts: Sequence[CompactLayout | BlockLayout], backend: str
+    dys: Sequence[Tensor], x: Tensor, layouts: Sequence[Carried], backend: str
 ) -> list[Tensor]:
     """``dy^T @ x`` at the kept entries of each layout; the dys are those of kept rows alone."""
     if backend == "triton":
@@ -58,7 +58,7 @@ def grad_values_grouped(
 
 
 def grouped_through_dispatcher(
-    dys: Sequence[Tensor], x: Tensor, layouts: Sequence[CompactLayout | BlockLayout], backend: str
+    dys: Sequence[Tensor], x: Tensor, layouts: Sequence[Carried], backend: str
 ) -> list[Tensor]:
     """``grad_values_grouped`` where something watches operators."""
     sizes, index = zip(*map(to_arguments, layouts), strict=True)
@@ -69,63 +69,36 @@ def grouped_through_dispatcher(
     return got
 
 
-def _grad_values_grouped(
-    dys: list[Tensor], x: Tensor, sizes: list[int], index: list[Tensor], backend: str
-) -> list[Tensor]:
-    got = grad_values_grouped(dys, x, apart(dys, x, sizes, index, backend), backend)
+def _grad_values_grouped(dys: list[Tensor], x: Tensor, *listed: Any) -> list[Tensor]:
+    got = grad_values_grouped(dys, x, apart(dys, x, *listed), listed[-1])
     # An operator's results may not share memory.
     return [one if one.untyped_storage().nbytes() == one.nbytes else one.clone() for one in got]
 
 
-def grad_activation(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """``(dpre, dbias)``."""
-    if backend == "triton":
-        from sensikernels.ops.selective_linear.triton import selective_backward_activation
-
-        return selective_backward_activation(dy, pre)
-    dpre = torch.ops.aten.gelu_backward(dy.contiguous(), pre)
-    return dpre, dpre.sum(0)
+def _grad_values(dy: Tensor, x: Tensor, *listed: Any) -> Tensor:
+    return grad_values(dy, x, alone(dy, x, *listed), listed[-1])
 
 
-def _grad_values(
-    dy: Tensor, x: Tensor, sizes: list[int], index: list[Tensor], backend: str
-) -> Tensor:
-    return grad_values(dy, x, alone(dy, x, sizes, index, backend), backend)
+def _fake_grad_values(dy: Tensor, x: Tensor, *listed: Any) -> Tensor:
+    return dy.new_empty(alone(dy, x, *listed).values_shape)
 
 
-def _grad_activation(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    check_activation(dy, pre, backend)
-    return grad_activation(dy, pre, backend)
+def _fake_grad_values_grouped(dys: list[Tensor], x: Tensor, *listed: Any) -> list[Tensor]:
+    return [x.new_empty(one.values_shape) for one in apart(dys, x, *listed)]
 
 
-for _device in ("CPU", "CUDA"):
-    _LIB.impl("selective_grad_values", _grad_values, _device)
-    _LIB.impl("selective_grad_values_grouped", _grad_values_grouped, _device)
-    _LIB.impl("selective_grad_activation", _grad_activation, _device)
-
-
-@torch.library.register_fake("sensikernels::selective_grad_activation")
-def _(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    check_activation(dy, pre, backend)
-    return dy.new_empty(dy.shape), dy.new_empty(dy.shape[1])
-
-
-@torch.library.register_fake("sensikernels::selective_grad_values")
-def _(dy: Tensor, x: Tensor, sizes: list[int], index: list[Tensor], backend: str) -> Tensor:
-    return dy.new_empty(alone(dy, x, sizes, index, backend).values_shape)
+for _name, _run, _fake in (
+    ("selective_grad_values", _grad_values, _fake_grad_values),
+    ("selective_grad_values_grouped", _grad_values_grouped, _fake_grad_values_grouped),
+):
+    _LIB.impl(_name, _run, "CPU")
+    _LIB.impl(_name, _run, "CUDA")
+    torch.library.register_fake(f"sensikernels::{_name}", _fake, lib=_LIB)
 
 
 @register_flop_formula(torch.ops.sensikernels.selective_grad_values)
 def _(dy: Any, x: Any, sizes: list[int], *_: Any, **__: Any) -> int:
     return int(2 * dy[0] * sizes[0])
-
-
-@torch.library.register_fake("sensikernels::selective_grad_values_grouped")
-def _(
-    dys: list[Tensor], x: Tensor, sizes: list[int], index: list[Tensor], backend: str
-) -> list[Tensor]:
-    layouts = apart(dys, x, sizes, index, backend)
-    return [x.new_empty(one.values_shape) for one in layouts]
 
 
 @register_flop_formula(torch.ops.sensikernels.selective_grad_values_grouped)

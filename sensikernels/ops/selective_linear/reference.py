@@ -10,12 +10,7 @@ from sensikernels.layouts import Layout, full_weight
 
 
 def selective_linear(
-    x: Tensor,
-    weight: Tensor,
-    values: Tensor,
-    layout: Layout,
-    bias: Tensor | None,
-    activation: str,
+    x: Tensor, weight: Tensor, values: Tensor, layout: Layout, bias: Tensor | None, activation: str
 ) -> Tensor:
     """``act(x @ W^T + bias)``, W being the frozen ``weight`` with ``values`` put in; any float."""
     kept = full_weight(torch.ones_like(values), layout).bool()

@@ -279,7 +279,11 @@ def test_refusals_name_argument_expected_and_got():
         ("values: expected dtype", (x, values.double(), layout, bias), {}),
         ("activation: expected one of", (x, values, layout), {"activation": "relu"}),
         ("backend: expected one of", (x, values, layout), {"backend": "cuda"}),
-        ("backend: expected a CUDA tensor", (x, values, layout), {"backend": "triton"}),
+        (
+            "backend: triton cannot serve this call: x is not on a GPU",
+            (x, values, layout),
+            {"backend": "triton"},
+        ),
         (
             "backend: expected auto or reference",
             (x[:, :4], torch.ones(4), elements),

@@ -199,7 +199,11 @@ def test_refusals_name_argument_expected_and_got():
         ("x: expected dtype", (x.double(), weight, values, layout, bias), {}),
         ("activation: expected", (x, weight, values, layout), {"activation": "relu"}),
         ("backend: expected one of", (x, weight, values, layout), {"backend": "cuda"}),
-        ("backend: expected a CUDA", (x, weight, values, layout), {"backend": "triton"}),
+        (
+            "backend: triton cannot serve this call: x is not on a GPU",
+            (x, weight, values, layout),
+            {"backend": "triton"},
+        ),
     ]
     for message, arguments, options in cases:
         with pytest.raises(UsageError, match=message):

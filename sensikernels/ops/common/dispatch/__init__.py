@@ -1,4 +1,4 @@
-"""What ``backend="auto"`` runs: a measured table per device, an analytic rule where there is none.
+"""Break-even densities, by which ``backend="auto"`` chooses: measured, or by an analytic rule.
 
 A table is a list of break-even densities: above them dense is faster. It is looked up by what is
 run, dtype, and the nearest measured block size and token count. ``<device>.json`` beside
@@ -9,11 +9,11 @@ wins.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -28,6 +28,21 @@ KINDS = ("compact", "block-sparse", "selective")
 FORMAT = 4
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _LARGEST = 1 << 24  # of a block's side and a token count
+_REMEMBERED: list[Any] = []
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def remembered(function: F) -> F:
+    """``function`` with its results cached until ``forget``: for what depends on a table."""
+    cached = lru_cache(maxsize=4096)(function)
+    _REMEMBERED.append(cached)
+    return cast(F, cached)
+
+
+def forget() -> None:
+    """Drop what was loaded and every choice made by it."""
+    for cached in _REMEMBERED:
+        cached.cache_clear()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +64,6 @@ class BreakEven:
             require(ok, name, f"a whole number from {least} to {_LARGEST}", size)
         ok = type(self.density) in (int, float) and 0 <= self.density <= 1
         require(ok, "density", "a share from 0 to 1", self.density)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """``form``: dense, compact or block-sparse; ``backend``: what runs it; and why."""
-
-    form: str
-    backend: str
-    reason: str
 
 
 def device_key(device: torch.device | str) -> str:
@@ -92,11 +98,10 @@ def write_table(path: Path, table: Sequence[BreakEven], facts: dict[str, Any]) -
     """Write a table and the ``facts`` of its measurement by renaming; forget what was loaded."""
     document = {"format": FORMAT, **facts, "break_even": [vars(entry) for entry in table]}
     write_json(path, sealed(document))
-    load.cache_clear()
-    _break_even.cache_clear()
+    forget()
 
 
-@cache
+@remembered
 def load(device: str) -> tuple[tuple[BreakEven, ...], str]:
     """The table of a device key and where it came from; empty if there is none."""
     for folder in (USER_TABLES, Path(__file__).parent):
@@ -106,23 +111,15 @@ def load(device: str) -> tuple[tuple[BreakEven, ...], str]:
     return (), "analytic"
 
 
-def break_even(x: torch.Tensor, kind: str, block: int) -> tuple[float, str]:
-    """Density above which dense is faster for input ``x``, and where the number comes from."""
-    if torch.compiler.is_compiling():
-        return _traced(str(x.device), kind, x.dtype, block)
-    return _break_even(x.device, kind, x.dtype, block, tokens_log2(x))
-
-
-@constant_when_traced
-def _traced(device: str, kind: str, dtype: torch.dtype, block: int) -> tuple[float, str]:
-    """A graph must not depend on the token count: that of a training batch stands for all."""
-    return _break_even(torch.device(device), kind, dtype, block, 12)
-
-
-@cache
-def _break_even(
-    device: torch.device, kind: str, dtype: torch.dtype, block: int, tokens_log2: int
+@remembered
+def break_even(
+    device: torch.device, dtype: torch.dtype, kind: str, block: int, tokens_log2: int
 ) -> tuple[float, str]:
+    """Density above which dense is faster, and where the number comes from.
+
+    ``kind``: one of ``KINDS``. ``block``: the smaller side of a block, 0 without blocks.
+    ``tokens_log2``: the token count's logarithm, rounded down. Raises UsageError.
+    """
     require(kind in KINDS, "kind", "one of " + ", ".join(KINDS), kind)
     table, source = load(device_key(device))
     name = str(dtype).removeprefix("torch.")
@@ -138,6 +135,12 @@ def _break_even(
         )
         return best.density, source
     return analytic(device, kind, block, dtype), "analytic"
+
+
+@constant_when_traced
+def traced_limit(device: str, dtype: torch.dtype, kind: str, block: int) -> float:
+    """``break_even`` for a graph, which must not depend on a token count: a training batch's."""
+    return break_even(torch.device(device), dtype, kind, block, 12)[0]
 
 
 def compare(density: float, limit: float, source: str) -> str:
@@ -162,8 +165,3 @@ def analytic(device: torch.device, kind: str, block: int, dtype: torch.dtype) ->
             return 0.6
         return 0.9 if kind == "selective" else 1.0
     return 128 * block / (128 + block) * 5.5 / 550
-
-
-def tokens_log2(x: torch.Tensor) -> int:
-    """Size class of the token count: its logarithm, rounded down."""
-    return (x.numel() // (x.shape[-1] or 1) or 1).bit_length() - 1
