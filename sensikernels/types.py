@@ -12,7 +12,7 @@ from sensikernels._core.checks import require
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Which of ``n`` units survive, in buffers whose shapes do not depend on how many do."""
+    """The kept ones of ``n`` units, in buffers whose shapes do not depend on their number."""
 
     bits: Tensor
     """bool ``[n]``."""

@@ -27,7 +27,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and prints."""
+        """True if this process writes files and prints."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:

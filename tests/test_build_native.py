@@ -1,4 +1,4 @@
-"""What a build looks for: torch on disk, a compiler, nvcc behind wrappers, and CUDA's runtime."""
+"""Things a build looks for: torch on disk, a compiler, nvcc behind wrappers, and CUDA's runtime."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def fake_torch(folder: Path, version: str) -> None:
 
 
 def isolated(code: str, tmp_path: Path, **environment: str) -> str:
-    """What ``code`` prints in a process that sees setuptools alone, as in an isolated build.
+    """The output of ``code`` in a process that sees setuptools alone, as in an isolated build.
 
     ``tmp_path/env`` is the site-packages of the environment that the build is made for.
     """

@@ -1,4 +1,4 @@
-"""What ``import sensikernels`` costs, needs and offers."""
+"""The cost, needs and names of ``import sensikernels``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a wheel and an sdist hold: built from a copy of the tree, the wheel from the sdist."""
+"""The content of a wheel and an sdist: built from a copy of the tree, the wheel from the sdist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each part of the step adds on short real batches: ``python -m bench.studies.ablation``.
+"""The gain of each feature of the step on short real batches: ``python -m bench.studies.ablation``.
 
 MiniLM, 32 sentences a batch in random order. Every stage runs in a process of its own (oneDNN
 reads its cache size once), interleaved there with stock HuggingFace training on the same sentences.

@@ -1,4 +1,4 @@
-"""Where a step's time goes: ``python -m bench.studies.breakdown --data-dir GLUE --picture F``.
+"""A step by operators: ``python -m bench.studies.breakdown --data-dir GLUE --picture F``.
 
 Each contestant of one case takes a few steps under torch's profiler; every operator's own time is
 booked to a part of the step. The bars are milliseconds a step, stacked.

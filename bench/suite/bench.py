@@ -34,7 +34,7 @@ def progress(line: str) -> None:
 
 
 def isolate(module: ModuleType, failures: list[str]) -> None:
-    """Where a suite measures case by case, let one that fails leave a line in ``failures``.
+    """Let a case that fails leave a line in ``failures``, and the others go on.
 
     A whole step is tried again without HuggingFace compiled, the contestant most likely to fail.
     """

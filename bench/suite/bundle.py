@@ -1,4 +1,4 @@
-"""What the suite needs but no machine has: ``… bench.suite.bundle DIR [--data-dir GLUE]``.
+"""Weights and data for a machine without network: ``… bench.suite.bundle DIR [--data-dir GLUE]``.
 
 Writes the MiniLM weights in float16 (45 MB) where Python finds them once DIR is on its path, and
 GLUE's training and development files of SST-2, MRPC and QNLI, for ``gpu_suite.sh --bundle DIR``.

@@ -75,7 +75,7 @@ class Report:
         return [s["name"] for s in self.record["steps"] if s["status"] in BAD]
 
     def files(self) -> list[str]:
-        """What is there to take home."""
+        """The files of the report."""
         return sorted(p.name for p in self.output.iterdir() if p.is_file())
 
     def text(self) -> str:
@@ -96,7 +96,7 @@ class Report:
 
 
 def read_result(step: Step) -> Any:
-    """What a step has written, were it only a part; None for nothing."""
+    """The result that a step has written, even if only a part; None if there is none."""
     path = step.result
     if path is None:
         return None

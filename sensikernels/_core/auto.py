@@ -53,7 +53,7 @@ class _Then(Loader):
         self._loader, self._finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """As the loader does."""
+        """The module, as the wrapped loader makes it."""
         made: ModuleType | None = self._loader.create_module(spec)
         return made
 

@@ -18,7 +18,7 @@ _MISSING = Path(__file__).parents[1] / "_native_missing.txt"
 
 @cache
 def why_not() -> str | None:
-    """Why the extension cannot be used, on one line; None if it can. Loads it."""
+    """The reason why the extension cannot be used, on one line; None if it can. Loads it."""
     if not _LIBRARY.exists():
         return (
             f"no compiled extension ({_note() or 'it was not built'}); "
@@ -53,7 +53,7 @@ def ops() -> Any:
 
 
 def why_no_cuda() -> str | None:
-    """Why the extension holds no CUDA kernels, on one line; None if it does.
+    """The reason why the extension holds no CUDA kernels, on one line; None if it does.
 
     Raises:
         SensiError: there is no extension.
@@ -64,7 +64,7 @@ def why_no_cuda() -> str | None:
 
 
 def describe() -> str:
-    """Which build this is, on one line: pure Python and why, or what it holds kernels for."""
+    """This build on one line: pure Python and why, or the devices it holds kernels for."""
     reason = why_not()
     if reason is not None:
         return reason if _LIBRARY.exists() else f"pure Python, {reason}"
@@ -77,11 +77,11 @@ def describe() -> str:
 
 
 def _note() -> str:
-    """What the build wrote down about what it left out; empty if nothing."""
+    """The build's own note of parts it left out; empty if there is none."""
     return _MISSING.read_text().splitlines()[0] if _MISSING.exists() else ""
 
 
 def build_info() -> dict[str, str]:
-    """What was built: ``torch``, ``stable_abi``, ``compiler`` and ``cuda_archs`` ("" for none)."""
+    """The build: ``torch``, ``stable_abi``, ``compiler`` and ``cuda_archs`` ("" for none)."""
     info: dict[str, str] = json.loads(ops().build_info())
     return info

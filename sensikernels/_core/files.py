@@ -49,7 +49,7 @@ def writing(target: Path) -> Iterator[Path]:
 
 
 def partial_name(target: Path) -> Path:
-    """Where ``target`` is written before it has its name."""
+    """The path at which ``target`` is written before it is renamed."""
     return target.with_name(f".{target.name}.tmp")
 
 
@@ -60,7 +60,7 @@ def write_json(target: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file says. Raises OSError where it cannot be read.
+    """The content of a JSON file. Raises OSError if it cannot be read.
 
     Raises:
         ValueError: it is larger than 256 MiB, no UTF-8, no JSON, nested too deep, names a key
@@ -158,7 +158,7 @@ def _require_mine(argument: str, path: Path, mine: Callable[[Path], object]) -> 
 
 
 def one_line(error: object) -> str:
-    """What an error says, on one line that is not too long."""
+    """The message of an error on one line of bounded length."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""Whether calling a module runs more than its class's forward."""
+"""Hooks of modules: code that runs beside a class's own forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _IDLE = ("transformers.utils.output_capturing", "torch.utils.module_tracker")
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs hooks, or a forward that somebody put on the instance."""
+    """True if a call of ``module`` runs hooks, or a forward set on the instance."""
     state = vars(module)
     if "forward" in state:
         return True
@@ -24,12 +24,12 @@ def hooked(module: nn.Module) -> bool:
 
 
 def bare(module: Any, *kinds: type) -> bool:
-    """Whether ``module`` is exactly one of ``kinds`` and calling it does nothing besides."""
+    """True if ``module`` is exactly one of ``kinds`` and a call does nothing besides."""
     return type(module) in kinds and not hooked(module) and not hooked_everywhere()
 
 
 def hooked_everywhere() -> bool:
-    """Whether hooks wait for every module's call."""
+    """True if hooks are registered for the calls of all modules."""
     for name in _CALLED:
         hooks = getattr(torch_module, f"_global{name}")
         if hooks and any(map(_acts, hooks.values())):

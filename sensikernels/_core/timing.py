@@ -1,4 +1,4 @@
-"""How long a call takes, the device idle before and after."""
+"""The time of a call, the device idle before and after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What index tensors hold: looked at wherever that waits for nothing."""
+"""Checks of the values of index tensors, made wherever reading them waits for nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def readable(t: Tensor) -> bool:
-    """Whether the values of ``t`` may be looked at.
+    """True if the values of ``t`` may be read now.
 
     On a CPU always; on a device, which has to be waited for, if ``SENSIKERNELS_CHECK=1``. Never
     while a graph is traced or captured, nor where there are no values.

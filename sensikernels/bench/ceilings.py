@@ -1,4 +1,4 @@
-"""What this machine can do at most: ``python -m sensikernels.bench.ceilings [--device cuda]``.
+"""Ceilings of this machine: ``python -m sensikernels.bench.ceilings [--device cuda]``.
 
 Rates of memory, L2 and matrix products, and the cost of a launch, measured in the run whose figures
 are held against them. Bytes of a copy count read and written. Products are random numbers: zeros

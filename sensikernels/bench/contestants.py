@@ -1,4 +1,4 @@
-"""Who races in a training step: HuggingFace's model as it is, ours dense, ours under each plan.
+"""The contestants of a training step: HuggingFace's model as it is, ours dense and planned.
 
 All see the same sentences. HuggingFace's are padded, to the longest of the batch (``hf-dynamic``,
 ``hf-compiled``) or to 128 tokens (``hf-padded``, as ``run_glue`` does by default); ours run on
@@ -70,7 +70,7 @@ class Contestant:
 
 @dataclass(frozen=True, kw_only=True)
 class Race:
-    """What all contestants share: a model to copy, rows of each batch, and the device."""
+    """The model to copy, the rows of each batch and the device that all contestants share."""
 
     base: nn.Module
     rows: Sequence[Sequence[TokenRow]]

@@ -48,7 +48,7 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """How a contestant trains: fields of ``Settings``, and for how many epochs."""
+    """The ``Settings`` of a contestant that differ from the others', and its epochs."""
 
     settings: Mapping[str, Any]
     epochs: float = 1.0
@@ -87,7 +87,7 @@ class Racer:
 
     @property
     def seconds(self) -> float:
-        """What training and ranking have taken so far."""
+        """Seconds of training and ranking so far."""
         return sum(self.runner.step_ms) / 1e3 + self.runner.seconds["rank"]
 
     def advance(self, share: float) -> None:

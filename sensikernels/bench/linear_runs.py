@@ -1,4 +1,4 @@
-"""What runs at a point of the linear suite. Each is a module, called as a user calls one."""
+"""Contestants at a point of the linear suite: modules, called as a user calls them."""
 
 from __future__ import annotations
 

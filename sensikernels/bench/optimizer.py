@@ -166,7 +166,7 @@ def contestants(
 
 
 def bytes_moved(params: Sequence[Tensor], pattern: str, density: float) -> float:
-    """What a step cannot avoid: lines of weight (read, written) and gradient, and kept state."""
+    """Bytes a step cannot avoid: lines of weight (read, written) and gradient, and kept state."""
     entries = sum(p.numel() for p in params)
     width = params[0].element_size()
     # Of a line of 64 bytes with entries chosen one by one, one is enough to fetch it.

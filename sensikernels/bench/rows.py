@@ -190,7 +190,7 @@ def _commit() -> tuple[str | None, bool | None]:
 
 
 def _said(*command: str) -> str | None:
-    """What a command prints; None where it cannot run or fails."""
+    """The output of a command; None if it cannot run or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

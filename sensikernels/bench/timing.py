@@ -44,7 +44,7 @@ class Timing:
 
 
 class _Deadline:
-    """When the process wants to be done with timing; None: never."""
+    """The moment after which no race goes on; None: there is none."""
 
     at: float | None = None
 
@@ -150,7 +150,7 @@ def interleave(
 def _clock(
     contestants: Mapping[str, Run], device: str, clock: str
 ) -> tuple[Callable[[str], float], str, str]:
-    """How a contestant is timed, and the names of clock and cache state."""
+    """The function that times a contestant, and the names of clock and cache state."""
     wall = lambda name: time_once(contestants[name], device)  # noqa: E731
     if device == "cpu" or clock == "wall":
         return wall, "wall", ""

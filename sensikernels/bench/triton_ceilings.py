@@ -27,7 +27,7 @@ def read_again(source, out, chunks, PASSES: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def nothing(out):
-    """What a launch costs when the kernel does nothing."""
+    """A kernel that does nothing, to time its launch."""
     tl.store(out, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""What this machine can run, and for each thing it cannot, why."""
+"""A report of what this machine can run, and why it cannot run the rest."""
 
 from __future__ import annotations
 

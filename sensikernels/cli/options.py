@@ -42,7 +42,7 @@ DataDir = Annotated[
     Path | None,
     typer.Option(
         help="Folder that holds SST-2/, MRPC/, … in GLUE's "
-        "own layout; without it the hub is asked.",
+        "own layout; default: download from the hub.",
         rich_help_panel=_DATA,
     ),
 ]

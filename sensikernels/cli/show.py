@@ -1,4 +1,4 @@
-"""What the commands print: tables on stdout, progress on stderr."""
+"""Output of the commands: tables on stdout, progress on stderr."""
 
 from __future__ import annotations
 

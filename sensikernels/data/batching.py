@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,11 @@ from torch.utils.data import DataLoader
 from sensikernels._core.checks import require
 from sensikernels.data.packing import MULTIPLE, collate_packed, round_up
 from sensikernels.data.rows import Encoded, TokenRow
-from sensikernels.data.sampling import LengthBucketSampler, TokenBudgetSampler
+from sensikernels.data.sampling import LengthBucketSampler, Order, TokenBudgetSampler
 from sensikernels.masks.geometry import Geometry, count_shapes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def collate(
@@ -63,25 +66,18 @@ class Batches(DataLoader[Any]):
         batch_size: int | None = None,
         tokens: int | None = None,
         packed: bool = False,
-        shuffle: bool = True,
-        seed: int = 0,
-        epoch: int = 0,
-        start: int = 0,
-        bucket: int = 32,
         pad_to_multiple: int = 8,
         multiple: int = MULTIPLE,
+        **order: Unpack[Order],
     ) -> None:
         """Batches of ``batch_size`` rows or, packed, of at most ``tokens`` tokens.
 
         ``packed``: collated by ``collate_packed`` to a ``multiple`` of tokens, else by ``collate``.
-        Other arguments as in the samplers. UsageError as there, and unless exactly one of
-        ``batch_size`` and ``tokens`` is given.
+        ``order``: see ``sampling.Order``. Raises UsageError as the samplers do, and unless exactly
+        one of ``batch_size`` and ``tokens`` is given.
         """
         require(pad_to_multiple >= 1, "pad_to_multiple", "at least 1", pad_to_multiple)
         require(multiple >= 1, "multiple", "at least 1", multiple)
-        order: dict[str, Any] = dict(
-            seed=seed, epoch=epoch, start=start, bucket=bucket, shuffle=shuffle
-        )
         if tokens is None:
             require(batch_size is not None, "batch_size", "rows, or tokens", "neither")
             self.order = LengthBucketSampler(encoded.lengths, batch_size or 0, **order)

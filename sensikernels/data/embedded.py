@@ -1,4 +1,4 @@
-"""Where the small pre-trained model of the ``demo`` extra lies on disk."""
+"""The path of the small pre-trained model that the ``demo`` extra installs."""
 
 from __future__ import annotations
 

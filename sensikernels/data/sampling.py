@@ -1,9 +1,10 @@
-"""In which order rows are seen: random, of similar length, resumable."""
+"""Orders of rows: random, of similar length, resumable."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,24 @@ from torch.utils.data import Sampler
 
 from sensikernels._core.checks import require
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Lengths = npt.NDArray[np.int64]
+
+
+class Order(TypedDict, total=False):
+    """The arguments of every sampler.
+
+    ``seed`` (0) and ``epoch`` (0) make the order; ``start`` (0) is the first batch to iterate;
+    ``bucket`` (32): batches that are sorted by length together; ``shuffle`` (True).
+    """
+
+    seed: int
+    epoch: int
+    start: int
+    bucket: int
+    shuffle: bool
 
 
 class _Resumable(Sampler[list[int]]):
@@ -24,11 +42,11 @@ class _Resumable(Sampler[list[int]]):
         self,
         lengths: npt.ArrayLike,
         *,
-        seed: int,
-        epoch: int,
-        start: int,
-        bucket: int,
-        shuffle: bool,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        bucket: int = 32,
+        shuffle: bool = True,
     ) -> None:
         self.lengths: Lengths = np.asarray(lengths)
         require(
@@ -97,22 +115,10 @@ class LengthBucketSampler(_Resumable):
     length, for evaluation. Every row occurs once an epoch; at most one batch is short.
     """
 
-    def __init__(
-        self,
-        lengths: npt.ArrayLike,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-        start: int = 0,
-        bucket: int = 32,
-        shuffle: bool = True,
-    ) -> None:
+    def __init__(self, lengths: npt.ArrayLike, batch_size: int, **order: Unpack[Order]) -> None:
         require(batch_size >= 1, "batch_size", "at least 1", batch_size)
         self.batch_size = batch_size
-        super().__init__(
-            lengths, seed=seed, epoch=epoch, start=start, bucket=bucket, shuffle=shuffle
-        )
+        super().__init__(lengths, **order)
 
     def _total(self) -> int:
         return -(-len(self.lengths) // self.batch_size)
@@ -136,24 +142,12 @@ class TokenBudgetSampler(_Resumable):
         UsageError: a row is longer than ``tokens``.
     """
 
-    def __init__(
-        self,
-        lengths: npt.ArrayLike,
-        tokens: int,
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-        start: int = 0,
-        bucket: int = 32,
-        shuffle: bool = True,
-    ) -> None:
+    def __init__(self, lengths: npt.ArrayLike, tokens: int, **order: Unpack[Order]) -> None:
         longest = int(np.max(np.asarray(lengths), initial=0))
         require(tokens >= max(longest, 1), "tokens", f"at least {longest}, the longest row", tokens)
         self.tokens = tokens
         self._made: tuple[int, list[list[int]]] | None = None
-        super().__init__(
-            lengths, seed=seed, epoch=epoch, start=start, bucket=bucket, shuffle=shuffle
-        )
+        super().__init__(lengths, **order)
 
     def _window(self) -> int:
         return max(1, round(self.tokens * self.bucket / float(self.lengths.mean())))

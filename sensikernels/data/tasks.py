@@ -61,7 +61,7 @@ class Task:
 
     @property
     def values(self) -> tuple[str, ...]:
-        """What the file writes for each class, in class order."""
+        """The label that the file writes for each class, in class order."""
         return self.label_values or self.label_names
 
     def files(self, split: Split) -> tuple[str, ...]:

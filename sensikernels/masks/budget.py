@@ -1,4 +1,4 @@
-"""How much may be kept."""
+"""Budgets: the share or number of units that a plan may keep."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from sensikernels._core.checks import require
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """What a pass over some batches costs, as far as shapes tell.
+    """The shapes of a pass over some batches, from which its cost follows.
 
     ``shapes`` counts batches by ``(rows, padded length)``. Linear FLOPs follow ``tokens`` = Σ B·S;
     attention's follow ``squared`` = Σ B·S², and are exact at ``mean_length`` = Σ B·S² / Σ B·S.
@@ -99,7 +99,7 @@ class Geometry:
 
 
 def count_shapes(shapes: Iterable[tuple[int, int]]) -> dict[tuple[int, float], int]:
-    """How often each ``(rows, padded length)`` occurs, in ascending order."""
+    """The number of times each ``(rows, padded length)`` occurs, in ascending order."""
     return dict(sorted(Counter(shapes).items()))
 
 

@@ -15,7 +15,7 @@ PATTERNS = ("rows", "columns", "heads", "blocks", "elements")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mask:
-    """Which tiles of a weight ``[out_features, in_features]`` are kept.
+    """The kept tiles of a weight ``[out_features, in_features]``.
 
     ``grid`` is bool ``[ceil(out / block_shape[0]), ceil(in / block_shape[1])]``; the last tile of
     a row or column may be cut by the weight's edge.

@@ -150,7 +150,7 @@ def _unfold(coupling: Coupling, values: Tensor, kept: Tensor) -> Tensor:
 def _room(
     structure: Structure, group: tuple[Coupling, ...], budget: Budget, length: float
 ) -> float:
-    """What the budget leaves for the group's units once the fixed part is paid."""
+    """The budget left for the group's units once the fixed part is paid."""
     unit_total: float
     if budget.params is not None:
         fixed, total = float(structure.fixed_params), float(structure.params())

@@ -1,4 +1,4 @@
-"""What of a model can be trimmed together, and what each unit costs. Plain data."""
+"""Units of a model that are trimmed together, and their costs. Plain data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DPS Dense: train everything and the most moving entries in turn (arXiv 2211.01642)."""
+"""DPS Dense: train all entries, and those with the largest gradients, in turn (2211.01642)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class DPS(Method):
     """
 
     name = "dps"
-    summary = "stages of full updates and of updates to the most moving entries"
+    summary = "stages of full updates and of updates to the entries with the largest gradients"
     learning_rate = 2e-5
     needs_whole_gradients = True
 

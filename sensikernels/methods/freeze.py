@@ -21,7 +21,7 @@ from sensikernels.methods.base import Method, Run, option
 
 
 def depth_of(model: nn.Module, share: float) -> int:
-    """How many of the encoder's layers are its lowest ``share``; all but one at most."""
+    """The number of layers in the encoder's lowest ``share``; all but one at most."""
     layers = len(encoder_layers(model))
     return min(round(share * layers), layers - 1)
 

@@ -44,7 +44,7 @@ def measure_costs(
     seconds: float = 20.0,
     progress: Callable[[str], object] = lambda _: None,
 ) -> StepCosts:
-    """What trimming one layer to each width saves of a training step of ``model``.
+    """Measure the time that trimming one layer to each width saves of a step of ``model``.
 
     A copy cut to its first and last layer is trimmed, one layer and one kind of unit at a time,
     and stepped in turn with an untrimmed twin on the batch of median size. Gradients, update and

@@ -229,7 +229,7 @@ class SensiCallback(TrainerCallback):
 
     @contextmanager
     def _followed(self, run: Run) -> Iterator[None]:
-        """Where the method makes a plan inside the block: the same everywhere, and DDP with it."""
+        """Have every process, and DDP, follow a plan that the method makes inside the block."""
         plan = run.plan
         yield
         if run.plan is not plan:

@@ -131,7 +131,7 @@ def matching(folder: Path) -> Iterator[None]:
 
 
 def not_finite(tree: Any, at: str = "") -> str | None:
-    """Where in a tree of tensors and plain values the first number is that is not finite."""
+    """The place of the first number in a tree of tensors and plain values that is not finite."""
     if isinstance(tree, Tensor):
         finite = not tree.is_floating_point() or bool(tree.isfinite().all())
         return None if finite else at

@@ -1,4 +1,4 @@
-"""What a fine-tuning run is asked to do, checked before anything is loaded."""
+"""The settings of a fine-tuning run, checked before anything is loaded."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def wrap(world: World, run: Run, *, settled: bool) -> nn.Module:
 
 
 def shards(world: World, model: nn.Module) -> bool:
-    """Whether each process holds a shard of ``model`` now."""
+    """True if each process holds a shard of ``model`` now."""
     if world.parallel == "ddp" or world.size == 1:
         return False
     from sensikernels.training.sharded import is_sharded

@@ -73,10 +73,10 @@ def read_report(settings: Settings) -> dict[str, Any] | None:
 
 
 class Attempts(list[str]):
-    """What failed of the end of a run, a line each; the rest is done all the same."""
+    """The failures at the end of a run, a line each; the rest is done all the same."""
 
     def __call__(self, what: str, make: Callable[[], T]) -> T | None:
-        """What ``make`` returns; None, and a line, where it fails in whatever way."""
+        """The result of ``make``; None, and a line, if it fails in whatever way."""
         try:
             return make()
         except Exception as error:
@@ -224,7 +224,7 @@ def _read_back(session: Session, small: Any, folder: Path, failed: list[str]) ->
 
 
 def rounding(device: torch.device, dtype: torch.dtype, logits: Tensor) -> float:
-    """How far two computations of the same logits may be apart.
+    """The largest difference that rounding may make between two computations of the logits.
 
     64 steps of the coarsest number that products are rounded to, at the size of the largest logit.
     """
@@ -238,7 +238,7 @@ def rounding(device: torch.device, dtype: torch.dtype, logits: Tensor) -> float:
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two tensors are the same bits."""
+    """True if two tensors are the same bits."""
     if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return torch.equal(one.cpu(), other.cpu())

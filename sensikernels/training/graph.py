@@ -177,7 +177,7 @@ class _Captured:
 
 
 def shape_of(batch: Batch) -> Any:
-    """What batches of one graph have in common: names, shapes, and values that are no tensors."""
+    """The key of a graph's batches: names, shapes, and values that are no tensors."""
     items = sorted(batch.items())
     return tuple((n, v.shape, v.dtype) if isinstance(v, Tensor) else (n, v) for n, v in items)
 

@@ -70,7 +70,7 @@ def finetune(settings: Settings, watch: Watcher | None = None) -> dict[str, Any]
 
 @contextmanager
 def _kept(session: Session) -> Iterator[None]:
-    """Where something fails after the last step: say where the trained model lies."""
+    """Name the folder of the trained model if something fails after the last step."""
     try:
         yield
     except Exception as error:

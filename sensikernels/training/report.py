@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -60,14 +61,10 @@ def build(
         "step_ms": {"dense": theirs, "planned": ours},
         "step_speedup": None if theirs is None else theirs / ours,
         "steps": {"total": session.step, "timed_from": runner.changed_at},
-        "tokens_per_s": {
-            "dense": None if dense is None else _throughput(session, dense, steps),
-            "planned": _throughput(session, runner, steps),
-        },
+        "tokens_per_s": _of_both(session, lambda one: _throughput(session, one, steps)),
         "peak_mib": {"dense": measured.dense_peak, "planned": measured.peak},
         "seconds": {
-            "planned": _seconds(runner),
-            "dense": None if dense is None else _seconds(dense),
+            **_of_both(session, _seconds),
             "setup": session.seconds["setup"],
             "wall": session.wall(),
         },
@@ -76,10 +73,7 @@ def build(
             "value": runner.epochs[-1][metric],
             "dense_value": None if dense is None else dense.epochs[-1][metric],
         },
-        "metrics": {
-            "planned": runner.epochs,
-            "dense": None if dense is None else dense.epochs,
-        },
+        "metrics": _of_both(session, lambda one: one.epochs),
         "saved_model": {k: v for k, v in saved.items() if k != "trainable"},
         "failed": failed,
         "data": _data(session),
@@ -89,7 +83,16 @@ def build(
         "versions": versions(),
         "kept": runner.run.plan.kept_counts() if runner.run.plan else {},
         "events": runner.run.events,
-        "losses": {"planned": runner.losses, "dense": None if dense is None else dense.losses},
+        "losses": _of_both(session, lambda one: one.losses),
+    }
+
+
+def _of_both(session: Session, fact: Callable[[Runner], Any]) -> dict[str, Any]:
+    """A fact of the planned run, and of the dense baseline where there is one."""
+    dense = session.dense
+    return {
+        "planned": fact(session.runner),
+        "dense": None if dense is None else fact(dense),
     }
 
 

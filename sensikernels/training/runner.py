@@ -63,7 +63,7 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device that holds the model."""
         return next(self.run.model.parameters()).device
 
     def begin(self) -> None:
@@ -135,7 +135,7 @@ class Runner:
         return graphed if graphed.reason is None else None
 
     def _needs_eager(self) -> str | None:
-        """What a step does that no graph can hold; None if nothing."""
+        """The reason why no graph can hold the step; None if one can."""
         if self.world.size > 1:
             return f"{self.world.size} processes reduce gradients"
         if not isinstance(self.run.optimizer, SubsetAdamW):

@@ -25,7 +25,7 @@ from sensikernels.training.runner import Runner, method_runner
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a watcher is told after each step."""
+    """The news that a watcher gets after each step."""
 
     step: int
     max_steps: int

@@ -52,7 +52,7 @@ def shard(model: nn.Module, optimizer: SubsetAdamW) -> ShardedAdamW:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ``shard`` has changed ``model``."""
+    """True if ``shard`` has changed ``model``."""
     return isinstance(model, FSDPModule)
 
 
@@ -120,7 +120,7 @@ class ShardedAdamW(SubsetAdamW):
         return part
 
     def _scale(self, limit: float) -> Tensor:
-        """What gradients are divided by: max(1, (norm + 1e-6) / limit), float32 []."""
+        """The divisor of the gradients: max(1, (norm + 1e-6) / limit), float32 []."""
         device = self._shards[0][1].device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for param, part in self._shards:

@@ -197,7 +197,7 @@ def capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["rows", "columns", "heads", "blocks"])
 def test_a_captured_layer_follows_a_change_of_mask(kind: str, dtype: torch.dtype):
-    """As many tiles, others: indices and values are rewritten where they lie; the graph stays."""
+    """Other tiles, as many: indices and values are rewritten in place; the graph stays."""
 
     def layout_for(seed: int) -> Layout:
         mask = mask_of(kind, seed)

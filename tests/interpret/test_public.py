@@ -75,7 +75,7 @@ def test_selective_linear(kind: str, activation: str):
 def test_on_a_gpu_a_compact_layer_takes_gelu_and_bias_in_one_pass(
     monkeypatch: pytest.MonkeyPatch, op: str, kind: str
 ):
-    """What a CUDA tensor runs, with the answer to "is it one" turned round."""
+    """The path of a CUDA tensor, forced on the CPU."""
     autograd = import_module(f"sensikernels.ops.{op}.autograd")
     asked: list[torch.Tensor] = []
     layout = _layout(kind)

@@ -30,7 +30,7 @@ def compile_shim(source: Path, folder: Path, *flags: str) -> Path:
 
 
 def run_shim(program: Path, *arguments: str, stdin: bytes = b"") -> str:
-    """What the program prints; a failure shows what it said."""
+    """The output of the program; a failure shows it."""
     done = subprocess.run([program, *arguments], input=stdin, capture_output=True)
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-4000:]
     return done.stdout.decode()

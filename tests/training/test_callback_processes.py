@@ -29,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def _train(
     rank: int, size: int, port: int, model: Path, output: Path, name: str, given: dict[str, Any]
 ) -> None:
-    """What a user's script does, in one process of ``size``; its findings as JSON."""
+    """A user's script in one process of ``size``; it leaves its findings as JSON."""
     os.environ |= (
         {
             "RANK": str(rank),

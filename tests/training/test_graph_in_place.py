@@ -1,4 +1,4 @@
-"""What a captured step takes in its stride: row-sparse words, and other kept entries in place.
+"""Changes that a captured step follows: row-sparse words, and other kept entries in place.
 
 Graphs are acted out on the CPU, and the update's CUDA kernels run there (``device_kernels``).
 """
@@ -205,8 +205,7 @@ def test_other_kept_entries_need_no_capture(kind: str, mode: str, capacity: bool
 
 @pytest.mark.parametrize("kind", COUNTS)
 def test_moments_are_those_of_an_optimizer_made_for_the_choice(kind: str):
-    """What is in place has the numbers of new buffers: what stayed keeps its moments, what joined
-    starts from zero with a bias correction of its own."""
+    """Entries that stay keep their moments; those that join start from zero, corrected alone."""
     torch.manual_seed(0)
     model = Plain()
     optimizer = SubsetAdamW(model.parameters(), lr=1e-2, backend="native")

@@ -30,7 +30,7 @@ def kept_alive(settings, tmp_path, **given):
 
 
 def killed(settings, kills, **given):
-    """Those of a run that dies as often as ``kills`` says."""
+    """The report of a run that dies as often as ``kills`` says."""
     first = settings(checkpoint_every=EVERY, epochs=2, **given)
     again = settings(checkpoint_every=EVERY, epochs=2, resume=True, **given)
     for turn, kill in enumerate(kills):

@@ -1,4 +1,4 @@
-"""What the end of a run needs is checked before its first step; nothing is left behind then."""
+"""The needs of a run's end are checked before its first step; nothing is left behind then."""
 
 from __future__ import annotations
 

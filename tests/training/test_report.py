@@ -47,7 +47,7 @@ def outside_embeddings(tensors):
 
 
 def may_train(method, name):
-    """What the method's own paper lets move."""
+    """The parameters that the method's own paper lets move."""
     if method == "bitfit":
         return name.endswith("bias") or name.startswith("classifier")
     if method == "freeze":

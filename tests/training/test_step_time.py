@@ -16,7 +16,7 @@ from tests.training.processes import run_together
 
 @pytest.fixture
 def few_rounds(monkeypatch):
-    """Where a table's figures do not matter it need not take twenty seconds."""
+    """A quick table of costs, for tests that do not read its figures."""
     quick = partial(step_time.measure_costs, seconds=0.0)
     for module in (step_time, loop):
         monkeypatch.setattr(module, "measure_costs", quick)
