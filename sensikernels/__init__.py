@@ -8,10 +8,10 @@ model = sensikernels.compact(model)  # a smaller HuggingFace model
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sensikernels._core.auto import register_when_imported
+from sensikernels._core.lazy import resolver
 
 if TYPE_CHECKING:
     from sensikernels.hf.compact import compact as compact
@@ -76,11 +76,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{home}"), name)
+__getattr__ = resolver(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

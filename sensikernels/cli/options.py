@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,161 +30,88 @@ class MethodCommand(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-_DATA, _BUDGET, _TRAINING, _RUN = "Task and model", "Method and budget", "Training", "Run"
+_task = partial(typer.Option, rich_help_panel="Task and model")
+_budget = partial(typer.Option, rich_help_panel="Method and budget")
+_training = partial(typer.Option, rich_help_panel="Training")
+_run = partial(typer.Option, rich_help_panel="Run")
 
-Task = Annotated[
-    str,
-    typer.Option(
-        help="The task, demo embedded:",
-        rich_help_panel=_DATA,
-    ),
-]
+Task = Annotated[str, _task(help="The task, demo embedded:")]
 DataDir = Annotated[
     Path | None,
-    typer.Option(
-        help="Folder that holds SST-2/, MRPC/, … in GLUE's "
-        "own layout; default: download from the hub.",
-        rich_help_panel=_DATA,
+    _task(
+        help="Folder that holds SST-2/, MRPC/, … in GLUE's own layout; default: download from the "
+        "hub."
     ),
 ]
-Model = Annotated[
-    str,
-    typer.Option(help="minilm (embedded weights), a folder, or a hub name.", rich_help_panel=_DATA),
-]
-MaxTrain = Annotated[
-    int | None,
-    typer.Option(help="Train on this many rows, drawn by --seed.", rich_help_panel=_DATA),
-]
-MethodName = Annotated[
-    str | None,
-    typer.Option(
-        "--method",
-        help="How to train at a budget.",
-        rich_help_panel=_BUDGET,
-    ),
-]
-Flops = Annotated[
-    float | None,
-    typer.Option(help="Keep this share of the training step's FLOPs.", rich_help_panel=_BUDGET),
-]
-Params = Annotated[
-    float | None,
-    typer.Option(help="Keep this share of the encoder's parameters.", rich_help_panel=_BUDGET),
-]
+Model = Annotated[str, _task(help="minilm (embedded weights), a folder, or a hub name.")]
+MaxTrain = Annotated[int | None, _task(help="Train on this many rows, drawn by --seed.")]
+
+MethodName = Annotated[str | None, _budget("--method", help="How to train at a budget.")]
+Flops = Annotated[float | None, _budget(help="Keep this share of the training step's FLOPs.")]
+Params = Annotated[float | None, _budget(help="Keep this share of the encoder's parameters.")]
 StepTime = Annotated[
-    float | None,
-    typer.Option(
-        help="Keep this share of the dense step's time on this device.", rich_help_panel=_BUDGET
-    ),
+    float | None, _budget(help="Keep this share of the dense step's time on this device.")
 ]
 Costs = Annotated[
     Path | None,
-    typer.Option(
-        help="What widths cost, for --step-time, by "
-        "`sensikernels tune --costs`; else measured anew.",
-        rich_help_panel=_BUDGET,
+    _budget(
+        help="Measured costs of widths, for --step-time, by `sensikernels tune --costs`; default: "
+        "measure them."
     ),
 ]
 Units = Annotated[
     str | None,
-    typer.Option(
-        help="Keep these counts: heads=36,neurons=4608 (in the "
-        "whole model; in each layer with --scope per_layer).",
-        rich_help_panel=_BUDGET,
+    _budget(
+        help="Keep these counts: heads=36,neurons=4608 (in the whole model; in each layer with "
+        "--scope per_layer)."
     ),
 ]
-Scope = Annotated[
-    str,
-    typer.Option(help="global: layers compete; per_layer: each meets it.", rich_help_panel=_BUDGET),
-]
+Scope = Annotated[str, _budget(help="global: layers compete; per_layer: each meets it.")]
 PlanFile = Annotated[
     Path | None,
-    typer.Option(
-        "--plan",
-        help="Trim to this plan.json (of `sensikernels plan`) instead of ranking.",
-        rich_help_panel=_BUDGET,
-    ),
+    _budget("--plan", help="Trim to this plan.json (of `sensikernels plan`) instead of ranking."),
 ]
 Options = Annotated[
     list[str] | None,
-    typer.Option(
-        "--method-option",
-        metavar="KEY=VALUE",
-        help="A setting of the method, repeatable.",
-        rich_help_panel=_BUDGET,
-    ),
+    _budget("--method-option", metavar="KEY=VALUE", help="A setting of the method, repeatable."),
 ]
-Ranking = Annotated[
-    int,
-    typer.Option(
-        "--ranking-rows", help="Training rows that rank the units.", rich_help_panel=_BUDGET
-    ),
-]
-Epochs = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
-BatchSize = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
-Lr = Annotated[
-    float | None,
-    typer.Option(help="Peak learning rate; default: the method's own.", rich_help_panel=_TRAINING),
-]
-DenseLr = Annotated[
-    float | None,
-    typer.Option(help="The baseline's; default: --lr, else 5e-5.", rich_help_panel=_TRAINING),
-]
-Dtype = Annotated[
-    str, typer.Option(help="fp32, or bf16 with fp32 master weights.", rich_help_panel=_TRAINING)
-]
+Ranking = Annotated[int, _budget("--ranking-rows", help="Training rows that rank the units.")]
+
+Epochs = Annotated[int, _training()]
+BatchSize = Annotated[int, _training()]
+Lr = Annotated[float | None, _training(help="Peak learning rate; default: the method's own.")]
+DenseLr = Annotated[float | None, _training(help="The baseline's; default: --lr, else 5e-5.")]
+Dtype = Annotated[str, _training(help="fp32, or bf16 with fp32 master weights.")]
 Embeddings = Annotated[
-    str,
-    typer.Option(
-        help="Word table: sparse (only rows that occur move), frozen, or dense.",
-        rich_help_panel=_TRAINING,
-    ),
+    str, _training(help="Word table: sparse (only rows that occur move), frozen, or dense.")
 ]
 Dropout = Annotated[
-    str,
-    typer.Option(
-        help="Masks from a counter (parallel, none stored) or torch's own.",
-        rich_help_panel=_TRAINING,
-    ),
+    str, _training(help="Masks from a counter (parallel, none stored) or torch's own.")
 ]
 Packed = Annotated[
     bool,
-    typer.Option(
-        "--packed/--no-packed",
-        help="Train on packed tokens, or on padded ones.",
-        rich_help_panel=_TRAINING,
-    ),
+    _training("--packed/--no-packed", help="Train on packed tokens, or on padded ones."),
 ]
 Padding = Annotated[
     int,
-    typer.Option(
-        "--pad-to-multiple",
-        help="Batch lengths are multiples of this, so that shapes repeat.",
-        rich_help_panel=_TRAINING,
+    _training(
+        "--pad-to-multiple", help="Batch lengths are multiples of this, so that shapes repeat."
     ),
 ]
-MaxLength = Annotated[int, typer.Option(help="Longer rows are cut.", rich_help_panel=_TRAINING)]
-Seed = Annotated[int, typer.Option(rich_help_panel=_TRAINING)]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_RUN)]
+MaxLength = Annotated[int, _training(help="Longer rows are cut.")]
+Seed = Annotated[int, _training()]
+
+Device = Annotated[str, _run(help="auto, cpu or cuda.")]
 Parallel = Annotated[
-    str,
-    typer.Option(
-        help="Under torchrun: ddp (copies of the model) or fsdp (shards of it).",
-        rich_help_panel=_RUN,
-    ),
+    str, _run(help="Under torchrun: ddp (copies of the model) or fsdp (shards of it).")
 ]
 Compare = Annotated[
     bool,
-    typer.Option(
+    _run(
         "--compare-dense",
         help="Train the dense model in turn, batch by batch: the honest baseline.",
-        rich_help_panel=_RUN,
     ),
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue the run in --output.", rich_help_panel=_RUN)
-]
-Every = Annotated[
-    int, typer.Option(help="Steps between checkpoints; 0: none.", rich_help_panel=_RUN)
-]
-Output = Annotated[Path, typer.Option(help="A new or empty folder.", rich_help_panel=_RUN)]
+Resume = Annotated[bool, _run("--resume", help="Continue the run in --output.")]
+Every = Annotated[int, _run(help="Steps between checkpoints; 0: none.")]
+Output = Annotated[Path, _run(help="A new or empty folder.")]
