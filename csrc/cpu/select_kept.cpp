@@ -6,6 +6,7 @@
 #include "checks.h"
 #include "cpu/ranges.h"
 #include "cpu/select_scan.h"
+#include "select_checks.h"
 
 #include <algorithm>
 #include <array>
@@ -267,39 +268,11 @@ float select(const std::vector<Source>& sources, size_t begin, size_t end, int64
     return selection.threshold;
 }
 
-int64_t type_code(const Tensor& t) {
-    switch (t.scalar_type()) {
-        case ScalarType::Float:
-            return kFloat;
-        case ScalarType::BFloat16:
-            return kBFloat16;
-        case ScalarType::Half:
-            return kHalf;
-        default:
-            STD_TORCH_CHECK(false, "tensors: expected float32, bfloat16 or float16, got ",
-                            toString(t.scalar_type()));
-    }
-    return -1;
-}
-
 void select_elements(std::vector<Tensor> tensors, std::vector<Tensor> grads,
                      std::vector<int64_t> offsets, std::vector<int64_t> k, int64_t score,
                      Tensor arena, Tensor threshold, Tensor counts) {
-    STD_TORCH_CHECK(0 <= score && score < kScores, "score: expected a code below ", (int)kScores,
-                    ", got ", score);
-    STD_TORCH_CHECK(grads.size() == tensors.size() && offsets.size() == tensors.size(),
-                    "grads: expected ", tensors.size(), " tensors, got ", grads.size());
-    sk::check_dtype(arena, "arena", ScalarType::Byte);
-    sk::check_dtype(threshold, "threshold", ScalarType::Float);
-    sk::check_dtype(counts, "counts", ScalarType::Long);
-    for (const Tensor* t : {&arena, &threshold, &counts}) {
-        sk::check_cpu(*t, "arena, threshold, counts");
-        sk::check_contiguous(*t, "arena, threshold, counts");
-    }
-    sk::check_numel(counts, "counts", tensors.size());
-    sk::check_numel(threshold, "threshold", k.size());
-    STD_TORCH_CHECK(k.size() == 1 || k.size() == tensors.size(), "k: expected 1 or ",
-                    tensors.size(), " counts, got ", k.size());
+    sk::check_select(tensors.size(), grads.size(), offsets.size(), k.size(), score, kScores, arena,
+                     threshold, counts, sk::check_cpu);
     uint8_t* bits = static_cast<uint8_t*>(arena.data_ptr());
     std::vector<Source> sources;
     for (size_t i = 0; i < tensors.size(); ++i) {
@@ -312,8 +285,8 @@ void select_elements(std::vector<Tensor> tensors, std::vector<Tensor> grads,
         // From one place on to the next, so that all lie in the arena once the last does.
         const int64_t before = i ? offsets[i - 1] : 0;
         sk::check_count(offsets[i], "offsets", before, arena.numel() - (n + 7) / 8);
-        sources.push_back({tensors[i].data_ptr(), grads[i].data_ptr(), type_code(tensors[i]),
-                           type_code(grads[i]), n, bits + offsets[i]});
+        sources.push_back({tensors[i].data_ptr(), grads[i].data_ptr(), sk::type_code(tensors[i]),
+                           sk::type_code(grads[i]), n, bits + offsets[i]});
     }
     prefer_huge_pages(bits, arena.numel());
     for (size_t i = 0; i < sources.size(); ++i) {

@@ -11,6 +11,7 @@
 #include "cpu/subset_adamw_bits.h"
 #include "cpu/subset_adamw_simd.h"
 #include "cpu/subset_adamw_visit.h"
+#include "subset_adamw_checks.h"
 
 namespace sk::subset_adamw {
 namespace {
@@ -268,21 +269,7 @@ float scalar(const std::optional<Tensor>& t, const char* name, float otherwise) 
 void step(const Tensor& table, const Tensor& chunk_table, const Tensor& hyper, Tensor partials,
           Tensor norm, int64_t, double max_grad_norm, const std::optional<Tensor>& grad_scale,
           const std::optional<Tensor>& found_inf) {
-    check_dtype(table, "table", ScalarType::Long);
-    check_dim(table, "table", 2);
-    check_size(table, "table", 1, sizeof(Item) / 8);
-    check_dtype(chunk_table, "chunks", ScalarType::Long);
-    check_dim(chunk_table, "chunks", 2);
-    check_size(chunk_table, "chunks", 1, 3);
-    check_dtype(hyper, "hyper", ScalarType::Double);
-    check_dim(hyper, "hyper", 2);
-    check_size(hyper, "hyper", 1, kHypers);
-    check_dtype(partials, "partials", ScalarType::Double);
-    check_size(partials, "partials", 0, chunk_table.size(0));
-    for (const Tensor& t : {table, chunk_table, hyper, partials}) {
-        check_contiguous(t, "table");
-        check_cpu(t, "table");
-    }
+    check_tables(table, chunk_table, hyper, partials, norm, check_cpu);
     const auto* items = static_cast<const Item*>(table.const_data_ptr());
     const auto* chunks = static_cast<const Chunk*>(chunk_table.const_data_ptr());
     const auto* rows = static_cast<const double*>(hyper.const_data_ptr());
@@ -297,9 +284,6 @@ void step(const Tensor& table, const Tensor& chunk_table, const Tensor& hyper, T
         STD_TORCH_CHECK(0 <= chunks[c].first && chunks[c].first <= chunks[c].end,
                         "chunks: expected units from 0 on");
     }
-    check_cpu(norm, "norm");
-    check_dtype(norm, "norm", ScalarType::Float);
-    check_numel(norm, "norm", 1);
     const bool stays = scalar(found_inf, "found_inf", 0.0f) != 0;
     const double unscale = 1 / static_cast<double>(scalar(grad_scale, "grad_scale", 1.0f));
     double clip = 1;

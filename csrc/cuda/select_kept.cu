@@ -2,45 +2,18 @@
 #include "stream.h"
 //
 #include "cuda/select_kept.cuh"
+#include "select_checks.h"
 
 #include <vector>
 
 namespace sk::select_kept {
 namespace {
 
-int16_t type_code(const Tensor& t) {
-    switch (t.scalar_type()) {
-        case ScalarType::Float:
-            return group_reduce::kFloat;
-        case ScalarType::BFloat16:
-            return group_reduce::kBFloat16;
-        case ScalarType::Half:
-            return group_reduce::kHalf;
-        default:
-            STD_TORCH_CHECK(false, "tensors: expected float32, bfloat16 or float16, got ",
-                            toString(t.scalar_type()));
-    }
-    return -1;
-}
-
 void select_elements(std::vector<Tensor> tensors, std::vector<Tensor> grads,
                      std::vector<int64_t> offsets, std::vector<int64_t> k, int64_t score,
                      Tensor arena, Tensor threshold, Tensor counts) {
-    STD_TORCH_CHECK(0 <= score && score < kScores, "score: expected a code below ", (int)kScores,
-                    ", got ", score);
-    STD_TORCH_CHECK(grads.size() == tensors.size() && offsets.size() == tensors.size(),
-                    "grads: expected ", tensors.size(), " tensors, got ", grads.size());
-    STD_TORCH_CHECK(k.size() == 1 || k.size() == tensors.size(), "k: expected 1 or ",
-                    tensors.size(), " counts, got ", k.size());
-    check_dtype(arena, "arena", ScalarType::Byte);
-    check_dtype(threshold, "threshold", ScalarType::Float);
-    check_dtype(counts, "counts", ScalarType::Long);
-    for (const Tensor* t : {&arena, &threshold, &counts}) {
-        check_cuda(*t, "arena, threshold, counts");
-        check_contiguous(*t, "arena, threshold, counts");
-    }
-    check_numel(counts, "counts", tensors.size());
-    check_numel(threshold, "threshold", k.size());
+    check_select(tensors.size(), grads.size(), offsets.size(), k.size(), score, kScores, arena,
+                 threshold, counts, check_cuda);
     if (tensors.empty()) return;
     const int device = arena.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
@@ -63,8 +36,8 @@ void select_elements(std::vector<Tensor> tensors, std::vector<Tensor> grads,
         Source& s = batch.at[batch.count++];
         s.value = reinterpret_cast<int64_t>(tensors[i].const_data_ptr());
         s.grad = reinterpret_cast<int64_t>(grads[i].const_data_ptr());
-        s.value_type = type_code(tensors[i]);
-        s.grad_type = type_code(grads[i]);
+        s.value_type = (int16_t)type_code(tensors[i]);
+        s.grad_type = (int16_t)type_code(grads[i]);
         s.numel = tensors[i].numel();
         s.entry0 = entries;
         s.piece0 = batch.pieces;

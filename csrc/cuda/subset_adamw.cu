@@ -2,6 +2,7 @@
 #include "stream.h"
 //
 #include "cuda/subset_adamw.cuh"
+#include "subset_adamw_checks.h"
 
 #include <optional>
 #include <tuple>
@@ -18,24 +19,7 @@ int resident_blocks(int device) {
 void step(const Tensor& table, const Tensor& chunks, const Tensor& hyper, Tensor partials,
           Tensor norm, int64_t dtypes, double max_grad_norm,
           const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
-    check_dtype(table, "table", ScalarType::Long);
-    check_dim(table, "table", 2);
-    check_size(table, "table", 1, sizeof(Item) / 8);
-    check_dtype(chunks, "chunks", ScalarType::Long);
-    check_dim(chunks, "chunks", 2);
-    check_size(chunks, "chunks", 1, 3);
-    check_dtype(hyper, "hyper", ScalarType::Double);
-    check_dim(hyper, "hyper", 2);
-    check_size(hyper, "hyper", 1, kHypers);
-    check_dtype(norm, "norm", ScalarType::Float);
-    check_numel(norm, "norm", 1);
-    check_cuda(norm, "norm");
-    check_dtype(partials, "partials", ScalarType::Double);
-    check_size(partials, "partials", 0, chunks.size(0));
-    for (const Tensor& t : {table, chunks, hyper, partials}) {
-        check_contiguous(t, "table");
-        check_cuda(t, "table");
-    }
+    check_tables(table, chunks, hyper, partials, norm, check_cuda);
     const int64_t parameters = table.size(0), bytes = parameters * sizeof(Rates);
     Tensor rates = torch::stable::new_empty(partials, {bytes / 8});
     const auto scalar = [](const std::optional<Tensor>& t, const char* name) -> const float* {
