@@ -43,42 +43,43 @@ SIX_LINEARS: Mapping[str, tuple[Couples, ...]] = {
 """Couplings by granularity, for layers of Q, K, V, attention output and two FFN linears."""
 
 
-class Block(NamedTuple):
-    """The modules of one layer that packed tokens run through; ``None`` where it has no dropout.
+class Closing(NamedTuple):
+    """The end of half a layer: ``norm(dropout(dense(x)) + residual)``; ``dropout`` may be None."""
 
-    ``attention`` holds ``dropout``, ``scaling`` and ``attention_head_size``. ``around`` are the
-    modules whose forwards are not called.
+    dense: Any
+    dropout: Any
+    norm: Any
+
+
+class Block(NamedTuple):
+    """The modules of one layer that packed tokens run through.
+
+    ``attention`` holds ``dropout``, ``scaling`` and ``attention_head_size``; ``projections`` are
+    query, key and value. ``around`` are the modules whose forwards are not called.
     """
 
-    query: Any
-    key: Any
-    value: Any
     attention: Any
-    attention_output: Any
-    attention_dropout: Any
-    attention_norm: Any
+    projections: tuple[Any, Any, Any]
+    attended: Closing
     intermediate: Any
     activation: Any
-    output: Any
-    output_dropout: Any
-    output_norm: Any
+    output: Closing
     around: tuple[nn.Module, ...]
 
 
 class Embedding(NamedTuple):
     """The modules that make hidden states of token ids.
 
-    ``types``: the table of token types, if there is one. ``project``: a linear from the embedding
-    width to the hidden width, if they differ. ``around``: modules whose forwards are not called.
+    ``tables``: of words, positions and token types; None where there are no types. ``around``:
+    modules whose forwards are not called. ``project``: a linear from the width of the tables to
+    the hidden width, where they differ.
     """
 
-    words: Any
-    positions: Any
-    types: Any
+    tables: tuple[Any, Any, Any]
     norm: Any
     dropout: Any
-    project: Any
     around: tuple[nn.Module, ...]
+    project: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -38,6 +38,12 @@ class Swap:
     groups: Mapping[str, int] = field(default_factory=dict)
     report: tuple[str, ...] = ()
 
+    def record(self, model: nn.Module) -> None:
+        """Have ``model`` carry this record, and warn where it is saved as if it were whole."""
+        object.__setattr__(model, _RECORD, self)
+        if self.plan.weight_masks:
+            warn_of_saving(model)
+
 
 def applied(model: nn.Module) -> Swap | None:
     """The model's swap record, or None where no plan is applied."""
@@ -90,9 +96,8 @@ def apply(
         report = use_features(model, wanted)  # after freezing: a prefix cache asks what is frozen
         if wanted:
             undo.callback(restore_features, model)
-        groups = {}
-        if optimizer is not None:
-            groups = _follow(model, optimizer, moves, states, required, {}, undo)
+        follow = (moves, states, required, {}, undo)
+        groups = {} if optimizer is None else _follow(model, optimizer, *follow)
         undo.pop_all()
     following.mark_replaced(move.old for move in moves)
     swap = Swap(
@@ -104,9 +109,7 @@ def apply(
         groups=groups,
         report=(*report, *(f"{change.name}: {change.new}" for change in changes)),
     )
-    object.__setattr__(model, _RECORD, swap)
-    if plan.weight_masks:
-        warn_of_saving(model)
+    swap.record(model)
     return swap.report
 
 

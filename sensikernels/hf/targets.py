@@ -11,7 +11,7 @@ from torch import nn
 from sensikernels._core.checks import require, require_one_of
 from sensikernels.hf.family import SIX_LINEARS, Couples, Family
 from sensikernels.hf.layers import Layer, encoder_layers, family_of
-from sensikernels.hf.packed import packing_of
+from sensikernels.hf.packed.step import packing_of
 from sensikernels.masks.plans import Plan
 from sensikernels.masks.structure import Coupling, Member, Structure
 
