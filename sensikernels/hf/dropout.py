@@ -76,7 +76,7 @@ def attention(
 def eager(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **named: Any
 ) -> tuple[Tensor, Tensor]:
-    """The same with its weights, as HF's eager attention: a mask is added to the scores."""
+    """HF's eager attention interface, with its weights: the mask is added to the scores."""
     mask = None if mask is None else mask.to(query.dtype)
     return _by_products(module, (query, key, value), mask, _options(named))
 
@@ -156,14 +156,14 @@ def restore_dropout(model: nn.Module) -> None:
 
 
 def attention_before(model: nn.Module) -> str:
-    """The model's choice of attention, that of before counter dropout where it is in use."""
+    """The name of the model's attention; with counter dropout in use, of the one before it."""
     record = getattr(model, ATTENTION_RECORD, None)
     implementation: str = _attention(model) if record is None else record[1]
     return implementation
 
 
 def set_attention(model: nn.Module, name: str) -> str:
-    """Have ``model`` use the attention of that name; the one before.
+    """Have ``model`` use the attention of that name; returns the name of the one before.
 
     Raises UsageError for a model that transformers' switch is not on.
     """

@@ -1,4 +1,4 @@
-"""The facts about one family of encoders that the rest of this package asks for."""
+"""The description of a family of encoders: all that the generic code asks about a model."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class LanguageHead:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedStep:
-    """How an encoder runs on packed tokens.
+    """The classes and functions by which an encoder runs on packed tokens.
 
     ``encoder``: the class of the encoder, whose own forward is replaced.
     ``around``: the modules whose forwards are not called, by their names in the encoder (``N``

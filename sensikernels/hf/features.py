@@ -1,4 +1,4 @@
-"""The features of the fast step, by name: switched on together, taken back together."""
+"""The features of the fast step, switched on and off together by name."""
 
 from __future__ import annotations
 

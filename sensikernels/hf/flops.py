@@ -1,4 +1,4 @@
-"""FLOPs that a training step really runs, counted while it runs."""
+"""FLOPs of a training step, counted while it runs."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """Measured over dense."""
+        """Measured FLOPs over dense FLOPs. Raises UsageError if there is no dense figure."""
         if not self.dense_flops_per_token:
             raise UsageError("plan: expected a dense FLOPs figure to compare with, got none")
         return self.flops_per_token / self.dense_flops_per_token

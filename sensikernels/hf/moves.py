@@ -1,4 +1,4 @@
-"""How tensors that belong to a parameter follow it when a layout cuts it, and back."""
+"""Functions that cut a parameter's gradient and moments as a layout cuts the parameter."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _by_lines(move: Callable[..., Move], rows: Entries, columns: Entries) -> Mov
 
 
 def cut_bias(name: str, old: nn.Parameter, new: nn.Parameter, rows: Tensor | None) -> Move:
-    """A bias loses what is not in ``rows``."""
+    """A bias keeps its entries at ``rows``, all of them for None."""
     return Move(name=name, old=old, new=new, data=new.detach(), entries=_taken(0, rows))
 
 
@@ -101,7 +101,7 @@ def _spread(axis: int, index: Tensor | None, size: int) -> Entries:
 
 
 def _of_any_type(entries: Entries) -> Entries:
-    """Blocks at the edge are padded by arithmetic, which flags do not have."""
+    """``entries`` for tensors of any dtype: those that are not floating are cut as float32."""
 
     def apply(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():

@@ -1,4 +1,4 @@
-"""How much the loss would rise if a unit went: one score per head, dimension or neuron."""
+"""Scores of units: estimates of how much the loss would rise if one were removed."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class _Meter:
             }
 
     def sum_over_ranks(self) -> None:
-        """The geometry of every process's batches."""
+        """Add up the counts of every process."""
         counts = {"": torch.tensor([self.rows, self.tokens, self.attended], dtype=torch.float64)}
         _sum_over_ranks(counts)
         self.rows, self.tokens, self.attended = (int(count) for count in counts[""])

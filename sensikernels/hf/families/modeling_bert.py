@@ -1,6 +1,6 @@
-"""BERT with per-layer widths: what ``compact`` saves and ``from_pretrained`` loads.
+"""BERT with per-layer widths: the classes that ``compact`` makes and ``from_pretrained`` loads.
 
-Self-contained on purpose: it travels with a checkpoint, so that
+This file is saved with every compact checkpoint and imports nothing of this package, so that
 ``from_pretrained(..., trust_remote_code=True)`` works where this package is not installed.
 """
 

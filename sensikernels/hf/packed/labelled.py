@@ -1,4 +1,4 @@
-"""A masked-language model whose head runs on labelled tokens alone, as its loss reads no others."""
+"""A masked-language model whose head runs on labelled tokens alone: its loss reads no others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IGNORED = -100  # HuggingFace's label of tokens that do not count
 
 
 class LabelledHead(Changed):
-    """A masked-language model as ``use_labelled`` changes it in place."""
+    """The mixin that ``use_labelled`` puts in front of a masked-language model's class."""
 
     labelled_head: tuple[Family, int]
 

@@ -22,38 +22,44 @@ from sensikernels.ops.embed_norm import embed_norm
 from sensikernels.ops.varlen_attention import varlen_attention
 
 
-def embed(parts: Embedding, tokens: Tokens, *, fused: bool) -> Tensor:
+def embed(embedding: Embedding, tokens: Tokens, *, fused: bool) -> Tensor:
     """Hidden states ``[tokens, hidden]`` of the embedding block."""
-    for module in parts.around:
+    for module in embedding.around:
         uncalled(module)
-    hidden = _fused_sum(parts, tokens) if fused and _can_fuse(parts) else _sum(parts, tokens)
-    return hidden if parts.project is None else parts.project(hidden)
+    hidden = (
+        _fused_sum(embedding, tokens) if fused and _can_fuse(embedding) else _sum(embedding, tokens)
+    )
+    return hidden if embedding.project is None else embedding.project(hidden)
 
 
-def _can_fuse(parts: Embedding) -> bool:
-    return _is_norm(parts.norm) and all(map(_is_table, parts.tables)) and _is_dropout(parts.dropout)
+def _can_fuse(embedding: Embedding) -> bool:
+    return (
+        _is_norm(embedding.norm)
+        and all(map(_is_table, embedding.tables))
+        and _is_dropout(embedding.dropout)
+    )
 
 
-def _fused_sum(parts: Embedding, tokens: Tokens) -> Tensor:
-    words, positions, types = (without_row(t.weight, t.padding_idx) for t in parts.tables)
-    norm = parts.norm
+def _fused_sum(embedding: Embedding, tokens: Tokens) -> Tensor:
+    words, positions, types = (without_row(t.weight, t.padding_idx) for t in embedding.tables)
+    norm = embedding.norm
     return embed_norm(
         tokens.input_ids,
         tokens.position_ids,
         tokens.token_type_ids,
         *(words, positions, types, norm.weight, norm.bias),
-        dropout=_rate(parts.dropout),
+        dropout=_rate(embedding.dropout),
         eps=norm.eps,
-        sparse=parts.tables[0].sparse,
+        sparse=embedding.tables[0].sparse,
     )
 
 
-def _sum(parts: Embedding, tokens: Tokens) -> Tensor:
-    words, positions, types = parts.tables
+def _sum(embedding: Embedding, tokens: Tokens) -> Tensor:
+    words, positions, types = embedding.tables
     total = words(tokens.input_ids)
     if types is not None:
         total = total + types(tokens.token_type_ids)
-    hidden: Tensor = parts.dropout(parts.norm(total + positions(tokens.position_ids)))
+    hidden: Tensor = embedding.dropout(embedding.norm(total + positions(tokens.position_ids)))
     return hidden
 
 
@@ -66,7 +72,7 @@ def run_layer(
     fused: bool,
     first_only: bool = False,
 ) -> Tensor:
-    """``[tokens, hidden]`` to the same, or to ``[rows, hidden]`` with ``first_only``.
+    """One layer on ``[tokens, hidden]``: the same shape, or ``[rows, hidden]`` with ``first_only``.
 
     ``block_of``: the modules of ``layer``. ``first_only``: queries, output projection and FFN for
     each sequence's first token alone.
@@ -138,7 +144,7 @@ def _rate(dropout: nn.Dropout) -> float:
 
 
 def uncalled(module: Any) -> Any:
-    """``module``, of which only parts are called. Raises UsageError if hooks wait for a call."""
+    """``module``, whose own forward is not called. Raises UsageError if it has hooks."""
     if not torch.compiler.is_compiling() and hooked(module):
         raise UsageError(
             f"{type(module).__name__}: expected no hooks on a module that packed tokens do not "
