@@ -194,7 +194,7 @@ def test_what_cannot_be_done_is_said() -> None:
     model, batch = make(), draw("classification", LENGTHS["ragged"])
     with pytest.raises(UsageError, match="expected packed tokens, got padded"):
         restore_packed(model)
-    with pytest.raises(UsageError, match="model: expected a BERT, got Linear"):
+    with pytest.raises(UsageError, match="model: expected a BERT.*, got Linear"):
         use_packed(nn.Linear(2, 2))
     config = make().config
     config.is_decoder = True

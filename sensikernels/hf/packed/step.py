@@ -158,7 +158,7 @@ def _encoder_of(model: nn.Module) -> tuple[Family, PackedStep, Any]:
         encoder = getattr(model, family.encoder, model)
         if family.packed is not None and isinstance(encoder, family.packed.encoder):
             return family, family.packed, encoder
-    titles = " or ".join(family.title for family in FAMILIES if family.packed is not None)
+    titles = " or ".join(family.title for family in reversed(FAMILIES) if family.packed)
     raise expected("model", f"a {titles}", type(model).__name__)
 
 
