@@ -143,8 +143,8 @@ class Family:
     ``linears``: the paths from a layer to its linears, by role. ``norms``: the paths to its norms,
     ``attention_norm`` and ``output_norm``. ``attention``: the path to the module that attends.
     ``couplings``: the linears that lose units together, by granularity.
-    ``embeddings``, ``pooler``, ``classifier``, ``heads``: names of modules outside the layers;
-    ``heads`` are those of every task, which always train.
+    ``embeddings``, ``pooler``, ``pooler_linear``, ``classifier``, ``heads``: names of modules
+    outside the layers; ``heads`` are those of every task, which always train.
     ``config_names``: its names of the sizes in a config, where they are not BERT's.
     ``packed`` and ``compact``: None if the family cannot run on packed tokens, or be compacted.
     """
@@ -161,6 +161,7 @@ class Family:
     below: tuple[str, ...] = ("embeddings",)
     embeddings: str = "embeddings"
     pooler: str = "pooler"
+    pooler_linear: str = "pooler.dense"
     classifier: str = "classifier"
     heads: tuple[str, ...] = ("classifier", "qa_outputs")
     config_names: Mapping[str, str] = field(default_factory=dict)

@@ -74,7 +74,7 @@ def head_linears(model: nn.Module) -> tuple[str, ...]:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and (name.endswith(f"{family.pooler}.dense") or name.split(".")[0] == family.classifier)
+        and (name.endswith(family.pooler_linear) or name.split(".")[0] == family.classifier)
     )
 
 
