@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sensikernels.hf.compact import compact as compact
     from sensikernels.hf.dropout import use_counter_dropout as use_counter_dropout
     from sensikernels.hf.export import export as export
-    from sensikernels.hf.packed import use_packed as use_packed
+    from sensikernels.hf.packed.step import use_packed as use_packed
     from sensikernels.hf.sensitivity import sensitivity as sensitivity
     from sensikernels.hf.swap import apply as apply
     from sensikernels.hf.swap import restore as restore

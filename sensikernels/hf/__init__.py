@@ -10,7 +10,8 @@ from sensikernels.hf.layers import below_layers, encoder_layers, family_of
 from sensikernels.hf.load import load_model, load_tokenizer, quiet
 from sensikernels.hf.module_state import class_of, modes_kept
 from sensikernels.hf.optimizer import is_norm
-from sensikernels.hf.packed import (
+from sensikernels.hf.packed.prefix_cache import uncached
+from sensikernels.hf.packed.step import (
     cache_frozen_prefix,
     computed,
     packing_of,
@@ -18,7 +19,6 @@ from sensikernels.hf.packed import (
     unpacked,
     use_packed,
 )
-from sensikernels.hf.packed.prefix_cache import uncached
 from sensikernels.hf.packed.tokens import to_padded
 from sensikernels.hf.sensitivity import (
     CRITERIA,

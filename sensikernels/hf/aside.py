@@ -1,4 +1,4 @@
-"""What a linear was before a plan replaced it, carried by the layer that took its place."""
+"""The linear that a plan replaced, kept by the layer that took its place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ASIDE = "_sensikernels_aside"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Aside:
-    """The linear itself, emptied, and what its replacement does not hold.
+    """The linear itself, without its data, and the entries that its replacement does not hold.
 
     ``dropped`` and ``dropped_bias`` are the entries that the mask drops, on the host. They are no
     buffers: nothing sends, casts or saves them, and every copy of the layer has its own.
@@ -83,7 +83,7 @@ def check_linear(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Line
 
 
 def exchange(name: str, linear: nn.Linear, plan: Plan, form: str, axis: int | None) -> Exchange:
-    """Build what takes ``linear``'s place, ``linear`` untouched.
+    """Build the layer that takes ``linear``'s place; ``linear`` is not touched.
 
     ``axis``: the axis along which a coupling makes the layer compact, if one does.
     """
@@ -120,7 +120,7 @@ def exchange(name: str, linear: nn.Linear, plan: Plan, form: str, axis: int | No
 
 @torch.no_grad()
 def exchange_back(name: str, module: nn.Module) -> Exchange:
-    """Build the whole Parameters that the linear of ``exchange`` gets back, nothing touched.
+    """Build the full-size Parameters that a replaced linear gets back; nothing is touched.
 
     Dropped entries are as they were, all others as they are now. Raises UsageError where there
     is no such layer.
@@ -150,7 +150,7 @@ def exchange_back(name: str, module: nn.Module) -> Exchange:
 
 
 def settle(change: Exchange) -> Callable[[], None]:
-    """Give the Parameters of ``change.new`` their data; returns what takes that back.
+    """Give the Parameters of ``change.new`` their data; returns the function that undoes it.
 
     Where a layer goes in, the whole Parameters are emptied but stay the same objects, so that they
     are the same again after ``restore``.
@@ -184,13 +184,13 @@ def bias_rows(module: Swapped) -> Tensor | None:
 
 
 def user_attributes(module: nn.Module) -> dict[str, Any]:
-    """What somebody else put on a layer that ``exchange`` made."""
+    """Attributes that users put on a layer that ``exchange`` made."""
     aside: Aside = vars(module)[_ASIDE]
     return {name: value for name, value in vars(module).items() if name not in aside.own}
 
 
 def _give_back(module: nn.Module, linear: nn.Linear) -> None:
-    """Hooks, mode and attributes as they are now."""
+    """Give ``linear`` the hooks, the mode and the attributes that ``module`` has now."""
     now = user_attributes(module)
     for name in set(added(linear)) - set(now):
         delattr(linear, name)
@@ -212,7 +212,7 @@ def _whole_bias(module: Swapped, aside: Aside) -> Tensor:
 
 
 def _home(held: nn.Parameter, data: Tensor) -> nn.Parameter:
-    """The Parameter the linear always had, unless it cannot hold data that lies elsewhere now."""
+    """The Parameter the linear had, or a new one if the data is on a device of another type now."""
     same = held.device.type == data.device.type
     return held if same else nn.Parameter(data, requires_grad=held.requires_grad)
 

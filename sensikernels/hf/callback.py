@@ -1,4 +1,4 @@
-"""What a ``transformers.Trainer`` brings: the base of its callbacks, and its loss."""
+"""The base class of a ``transformers.Trainer``'s callbacks, and the loss it computes."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from sensikernels.nn import MaskedLinear, SelectiveLinear
 
 @torch.no_grad()
 def compact(model: nn.Module) -> nn.Module:
-    """The same function as a plain HF model without masks: smaller where units were trimmed.
+    """The model as a plain HF model without masks, smaller where units were trimmed.
 
     Trimmed models become the compact classes of their family (registered with the Auto classes;
     their saved ``config.json`` carries every layer's widths), other plans come back as the original
@@ -89,7 +89,7 @@ def check_compactable(model: nn.Module) -> tuple[Any, Compact]:
 
 
 def _carry_all(model: nn.Module, small: nn.Module) -> None:
-    """Hooks, modes and attributes of every module."""
+    """Give every module of ``small`` the hooks, the mode and the attributes of its original."""
     for name, module in model.named_modules():
         twin = small.get_submodule(name)
         attributes = {

@@ -6,9 +6,9 @@ bfloat16 to float32: together 16 to 40 % of a bf16 step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,76 +31,74 @@ against 47."""
 ATTENTION_RECORD = "_sensikernels_attention"
 
 
+class _Options(NamedTuple):
+    """The arguments of HF's attention interface that are named and not always given."""
+
+    scaling: float | None = None
+    dropout: float = 0.0
+    is_causal: bool | None = None
+
+
+def _options(named: Mapping[str, Any]) -> _Options:
+    return _Options(**{name: named[name] for name in _Options._fields if name in named})
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    **_: Any,
+    **named: Any,
 ) -> tuple[Tensor, None]:
     """HF's attention interface: ``[batch, heads, tokens, width]`` to ``[batch, tokens, heads, ·]``.
 
     Softmax and counter dropout in the activations' dtype; without dropout SDPA, but on a CPU only
     beyond ``SHORT`` keys, where its kernel catches up with plain products. A decoder without a
-    mask is causal, as in HF's SDPA.
+    mask is causal, as in HF's SDPA. Of ``named`` it reads ``scaling``, ``dropout`` and
+    ``is_causal``.
     """
+    options = _options(named)
     short = query.device.type == "cpu" and key.shape[2] <= SHORT
-    if dropout == 0.0 and not short:
+    if options.dropout == 0.0 and not short:
         out = F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=attention_mask,
-            scale=scaling,
-            is_causal=_causal(module, query, attention_mask, is_causal),
+            scale=options.scaling,
+            is_causal=_causal(module, query, attention_mask, options.is_causal),
         )
         return out.transpose(1, 2), None
-    masked = (attention_mask, scaling, dropout, is_causal)
-    return _by_products(module, query, key, value, *masked)[0], None
+    return _by_products(module, (query, key, value), attention_mask, options)[0], None
 
 
 def eager(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    **_: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **named: Any
 ) -> tuple[Tensor, Tensor]:
-    """The same with its weights, as HF's eager attention: a mask is added to the scores."""
-    if attention_mask is not None:
-        attention_mask = attention_mask.to(query.dtype)
-    return _by_products(module, query, key, value, attention_mask, scaling, dropout, is_causal)
+    """HF's eager attention interface, with its weights: the mask is added to the scores."""
+    mask = None if mask is None else mask.to(query.dtype)
+    return _by_products(module, (query, key, value), mask, _options(named))
 
 
 def _by_products(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    projected: tuple[Tensor, Tensor, Tensor],
     attention_mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    is_causal: bool | None,
+    options: _Options,
 ) -> tuple[Tensor, Tensor]:
     """Two products and a softmax; a bool mask is True where a key is seen, another one is added."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = projected
+    scale = query.shape[-1] ** -0.5 if options.scaling is None else options.scaling
     scores = torch.matmul(query * scale, key.transpose(2, 3))
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
         scores = scores + attention_mask.to(scores.dtype)
-    elif _causal(module, query, attention_mask, is_causal):
+    elif _causal(module, query, attention_mask, options.is_causal):
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, torch.finfo(scores.dtype).min)
-    weights = counter_dropout(torch.softmax(scores, -1), dropout)
+    weights = counter_dropout(torch.softmax(scores, -1), options.dropout)
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
@@ -158,14 +156,14 @@ def restore_dropout(model: nn.Module) -> None:
 
 
 def attention_before(model: nn.Module) -> str:
-    """The model's choice of attention, that of before counter dropout where it is in use."""
+    """The name of the model's attention; with counter dropout in use, of the one before it."""
     record = getattr(model, ATTENTION_RECORD, None)
     implementation: str = _attention(model) if record is None else record[1]
     return implementation
 
 
 def set_attention(model: nn.Module, name: str) -> str:
-    """Have ``model`` use the attention of that name; the one before.
+    """Have ``model`` use the attention of that name; returns the name of the one before.
 
     Raises UsageError for a model that transformers' switch is not on.
     """

@@ -1,4 +1,4 @@
-"""A trimmed model as checkpoints that load without this package."""
+"""Checkpoints of trimmed models that load without this package."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _pad(small: nn.Module, family: Family, classes: Compact) -> nn.Module:
-    """A compact model at full size: what it has first, zeros behind."""
+    """A compact model at full size: its own entries first in every layer, then zeros."""
     config: Any = small.config
     ours = ("model_type", "widths", "auto_map")
     stock = classes.stock_config(**{k: v for k, v in config.to_dict().items() if k not in ours})

@@ -1,4 +1,4 @@
-"""The facts about one family of encoders that the rest of this package asks for."""
+"""The description of a family of encoders: all that the generic code asks about a model."""
 
 from __future__ import annotations
 
@@ -43,42 +43,43 @@ SIX_LINEARS: Mapping[str, tuple[Couples, ...]] = {
 """Couplings by granularity, for layers of Q, K, V, attention output and two FFN linears."""
 
 
-class Block(NamedTuple):
-    """The modules of one layer that packed tokens run through; ``None`` where it has no dropout.
+class Closing(NamedTuple):
+    """The end of half a layer: ``norm(dropout(dense(x)) + residual)``; ``dropout`` may be None."""
 
-    ``attention`` holds ``dropout``, ``scaling`` and ``attention_head_size``. ``around`` are the
-    modules whose forwards are not called.
+    dense: Any
+    dropout: Any
+    norm: Any
+
+
+class Block(NamedTuple):
+    """The modules of one layer that packed tokens run through.
+
+    ``attention`` holds ``dropout``, ``scaling`` and ``attention_head_size``; ``projections`` are
+    query, key and value. ``around`` are the modules whose forwards are not called.
     """
 
-    query: Any
-    key: Any
-    value: Any
     attention: Any
-    attention_output: Any
-    attention_dropout: Any
-    attention_norm: Any
+    projections: tuple[Any, Any, Any]
+    attended: Closing
     intermediate: Any
     activation: Any
-    output: Any
-    output_dropout: Any
-    output_norm: Any
+    output: Closing
     around: tuple[nn.Module, ...]
 
 
 class Embedding(NamedTuple):
     """The modules that make hidden states of token ids.
 
-    ``types``: the table of token types, if there is one. ``project``: a linear from the embedding
-    width to the hidden width, if they differ. ``around``: modules whose forwards are not called.
+    ``tables``: of words, positions and token types; None where there are no types. ``around``:
+    modules whose forwards are not called. ``project``: a linear from the width of the tables to
+    the hidden width, where they differ.
     """
 
-    words: Any
-    positions: Any
-    types: Any
+    tables: tuple[Any, Any, Any]
     norm: Any
     dropout: Any
-    project: Any
     around: tuple[nn.Module, ...]
+    project: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,7 +92,7 @@ class LanguageHead:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedStep:
-    """How an encoder runs on packed tokens.
+    """The classes and functions by which an encoder runs on packed tokens.
 
     ``encoder``: the class of the encoder, whose own forward is replaced.
     ``around``: the modules whose forwards are not called, by their names in the encoder (``N``
@@ -142,8 +143,8 @@ class Family:
     ``linears``: the paths from a layer to its linears, by role. ``norms``: the paths to its norms,
     ``attention_norm`` and ``output_norm``. ``attention``: the path to the module that attends.
     ``couplings``: the linears that lose units together, by granularity.
-    ``embeddings``, ``pooler``, ``classifier``, ``heads``: names of modules outside the layers;
-    ``heads`` are those of every task, which always train.
+    ``embeddings``, ``pooler``, ``pooler_linear``, ``classifier``, ``heads``: names of modules
+    outside the layers; ``heads`` are those of every task, which always train.
     ``config_names``: its names of the sizes in a config, where they are not BERT's.
     ``packed`` and ``compact``: None if the family cannot run on packed tokens, or be compacted.
     """
@@ -160,6 +161,7 @@ class Family:
     below: tuple[str, ...] = ("embeddings",)
     embeddings: str = "embeddings"
     pooler: str = "pooler"
+    pooler_linear: str = "pooler.dense"
     classifier: str = "classifier"
     heads: tuple[str, ...] = ("classifier", "qa_outputs")
     config_names: Mapping[str, str] = field(default_factory=dict)

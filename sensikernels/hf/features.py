@@ -1,4 +1,4 @@
-"""The features of the fast step, by name: switched on together, taken back together."""
+"""The features of the fast step, switched on and off together by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from sensikernels._core.checks import require, require_one_of
 from sensikernels.hf.dropout import restore_dropout, use_counter_dropout
-from sensikernels.hf.packed import cache_frozen_prefix, restore_packed, use_packed
+from sensikernels.hf.packed.step import cache_frozen_prefix, restore_packed, use_packed
 
 STEP_FEATURES = {
     "dropout": "dropout masks from a counter instead of the serial generator; short attention by "

@@ -1,4 +1,4 @@
-"""FLOPs that a training step really runs, counted while it runs."""
+"""FLOPs of a training step, counted while it runs."""
 
 from __future__ import annotations
 
@@ -35,22 +35,12 @@ def _attention_backward(
     return 2 * _attention_forward(query, key, value)
 
 
-def _packed_backward(
-    grad_out: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    state: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_query: Tensor | None,
-    cu_seqlens: Tensor,
-    *_: Any,
-    **__: Any,
-) -> int:
+def _packed_backward(*arguments: Any, **_: Any) -> int:
+    """Of (out's gradient, out, logsumexp, state, query, key, value, boundaries of queries, …)."""
+    query, _key, value, cu_seqlens_query, cu_seqlens = arguments[4:9]
     queries = cu_seqlens if cu_seqlens_query is None else cu_seqlens_query
     pairs = int((queries.long().diff() * cu_seqlens.long().diff()).sum())
-    return 4 * pairs * query.shape[1] * (query.shape[2] + value.shape[2])
+    return 4 * pairs * int(query.shape[1]) * int(query.shape[2] + value.shape[2])
 
 
 _packed_backward._get_raw = True  # type: ignore[attr-defined]
@@ -95,7 +85,7 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """Measured over dense."""
+        """Measured FLOPs over dense FLOPs. Raises UsageError if there is no dense figure."""
         if not self.dense_flops_per_token:
             raise UsageError("plan: expected a dense FLOPs figure to compare with, got none")
         return self.flops_per_token / self.dense_flops_per_token

@@ -108,15 +108,16 @@ def _fits(family: Family, layer: nn.Module) -> bool:
 
 def _knowing(families: Sequence[Family], layers: nn.ModuleList) -> Family:
     """The first of ``families`` that knows the attention of every layer. Raises UsageError."""
-    unknown = ""
+    best, strange = -1, ""
     for family in families:
         kinds = [type(layer.get_submodule(family.attention)) for layer in layers]
-        strange = [kind for kind in kinds if not _computes_alike(family, kind)]
-        if not strange:
+        known = [_computes_alike(family, kind) for kind in kinds]
+        if all(known):
             return family
-        unknown = unknown or strange[0].__name__
+        if sum(known) > best:
+            best, strange = sum(known), kinds[known.index(False)].__name__
     names = dict.fromkeys(name for family in families for name in family.attentions)
-    raise expected("model", f"attention of {', '.join(names)}", unknown)
+    raise expected("model", f"attention of {', '.join(names)}", strange)
 
 
 def _computes_alike(family: Family, kind: type[nn.Module]) -> bool:
@@ -132,7 +133,9 @@ def _down(layer: Layer) -> Iterator[Any]:
 
 
 def _layouts() -> str:
-    ways = dict.fromkeys(
-        f"{family.title}'s (layer.N.{family.linears['query']}, …)" for family in FAMILIES
-    )
+    """One family for every layout; the last, as relatives come before it."""
+    titles: dict[str, str] = {}
+    for family in reversed(FAMILIES):
+        titles.setdefault(f"layer.N.{family.linears['query']}", family.title)
+    ways = (f"{title}'s ({path}, …)" for path, title in titles.items())
     return f"an encoder laid out like {' or '.join(ways)}"

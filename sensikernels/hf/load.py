@@ -53,7 +53,7 @@ def load_model(
 
 
 def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer.
+    """The tokenizer of a model: a hub name, or a folder with its vocabulary.
 
     Raises:
         DataError: it cannot be loaded, or the folder holds no vocabulary: an empty one is made up
@@ -88,7 +88,7 @@ def quiet() -> Iterator[None]:
 
 
 def _load(auto: Any, path: Path | str, **named: Any) -> Any:
-    """``auto.from_pretrained``: whatever it raises is about the files it was given."""
+    """``auto.from_pretrained``; any error it raises becomes a DataError about its files."""
     try:
         return auto.from_pretrained(str(path), **named)
     except Exception as error:
@@ -96,7 +96,7 @@ def _load(auto: Any, path: Path | str, **named: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what a library said; its kind too where that was no message to a user."""
+    """The first line of a library's error, with its class unless it is a message to users."""
     lines = str(error).strip().splitlines() or [""]
     plain = isinstance(error, (OSError, ValueError))
     return lines[0] if plain else f"{CONFIG} or weights: {type(error).__name__}: {lines[0]}"

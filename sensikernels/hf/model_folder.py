@@ -82,7 +82,7 @@ def write_digests(folder: Path) -> None:
 
 
 def check_loaded(path: Path | str, model: Any, found: Mapping[str, Any]) -> None:
-    """Check what ``from_pretrained`` says it did: no weight made up but a whole new head.
+    """Check that ``from_pretrained`` made up no weight, except those of a whole new head.
 
     A masked-language model has no pooler: with a new head it gets one, and that is logged.
 
@@ -169,7 +169,7 @@ def _check_sizes(path: Path, config: Mapping[str, Any], family: Family | None) -
 
 
 def _check_widths(path: Path, config: Mapping[str, Any], family: Family) -> None:
-    """Every layer of a compact model has widths, none larger than those of the model it was."""
+    """Check that every layer has widths, none larger than those of the model it was made of."""
     sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     needed = _named(family, sizes)
     for name in needed:
@@ -192,7 +192,7 @@ def _check_widths(path: Path, config: Mapping[str, Any], family: Family) -> None
 
 
 def _check_index(folder: Path) -> None:
-    """Shards lie in the folder itself."""
+    """Check that every shard lies in the folder itself."""
     for path in folder.glob("*.index.json"):
         named = _object(path).get("weight_map")
         _require(isinstance(named, dict), path, "weight_map", "an object", named)
@@ -206,7 +206,7 @@ def _check_index(folder: Path) -> None:
 def _check_amount(
     folder: Path, config: Mapping[str, Any], files: Iterable[Path], family: Family | None
 ) -> None:
-    """A config that asks for more weights than there are bytes must not make us allocate them."""
+    """Check that the config asks for no more weights than there are bytes, before any are made."""
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
     words, hidden, layers, neurons = (config.get(name, 0) for name in _named(family, names))
     trimmed = config.get("widths")

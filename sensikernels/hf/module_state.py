@@ -1,4 +1,4 @@
-"""What users leave on modules, and how it is kept where a module is replaced or changes class."""
+"""Users' hooks, modes and attributes, kept while a module is replaced or changes class."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 class Changed:
-    """Mixin of an instance whose class was changed in place; ``original`` is the class it had.
+    """A mixin for instances whose class was changed in place; ``original`` is the class before.
 
     It is still that class to ``isinstance``, by name, in copies and in pickles.
     """

@@ -1,9 +1,10 @@
-"""How tensors that belong to a parameter follow it when a layout cuts it, and back."""
+"""Functions that cut a parameter's gradient and moments as a layout cuts the parameter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,50 +39,38 @@ class Move:
 
 def cut_weight(name: str, old: nn.Parameter, new: nn.Parameter, layout: Layout) -> Move:
     """A dense weight becomes the kept entries of ``layout``."""
-    data = new.detach()
+    move = partial(Move, name=name, old=old, new=new, data=new.detach())
     if isinstance(layout, CompactLayout):
-        rows, columns = _taken(0, layout.rows), _taken(1, layout.columns)
-        return Move(
-            name=name,
-            old=old,
-            new=new,
-            data=data,
-            rows=rows,
-            columns=columns,
-            entries=lambda full: columns(rows(full)),
-        )
+        return _by_lines(move, _taken(0, layout.rows), _taken(1, layout.columns))
 
     def entries(full: Tensor) -> Tensor:
         return kept_values(full, to_device(layout, full.device))
 
-    return Move(name=name, old=old, new=new, data=data, entries=_of_any_type(entries))
+    return move(entries=_of_any_type(entries))
 
 
 def grow_weight(
     name: str, old: nn.Parameter, new: nn.Parameter, data: Tensor, layout: Layout
 ) -> Move:
     """The kept entries of ``layout`` become a dense weight again, zero elsewhere."""
+    move = partial(Move, name=name, old=old, new=new, data=data)
     if isinstance(layout, CompactLayout):
         height, width = layout.shape
         rows, columns = _spread(0, layout.rows, height), _spread(1, layout.columns, width)
-        return Move(
-            name=name,
-            old=old,
-            new=new,
-            data=data,
-            rows=rows,
-            columns=columns,
-            entries=lambda kept: columns(rows(kept)),
-        )
+        return _by_lines(move, rows, columns)
 
     def entries(kept: Tensor) -> Tensor:
         return full_weight(kept, to_device(layout, kept.device), compact=False)
 
-    return Move(name=name, old=old, new=new, data=data, entries=_of_any_type(entries))
+    return move(entries=_of_any_type(entries))
+
+
+def _by_lines(move: Callable[..., Move], rows: Entries, columns: Entries) -> Move:
+    return move(rows=rows, columns=columns, entries=lambda whole: columns(rows(whole)))
 
 
 def cut_bias(name: str, old: nn.Parameter, new: nn.Parameter, rows: Tensor | None) -> Move:
-    """A bias loses what is not in ``rows``."""
+    """A bias keeps its entries at ``rows``, all of them for None."""
     return Move(name=name, old=old, new=new, data=new.detach(), entries=_taken(0, rows))
 
 
@@ -112,7 +101,7 @@ def _spread(axis: int, index: Tensor | None, size: int) -> Entries:
 
 
 def _of_any_type(entries: Entries) -> Entries:
-    """Blocks at the edge are padded by arithmetic, which flags do not have."""
+    """``entries`` for tensors of any dtype: those that are not floating are cut as float32."""
 
     def apply(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():

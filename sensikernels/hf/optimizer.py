@@ -1,4 +1,4 @@
-"""Carry an optimizer along when parameters are replaced, frozen or given back."""
+"""Changes of an optimizer when parameters are replaced, frozen or given back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STALE = "_sensikernels_replaced"
 def staged(optimizer: Optimizer, moves: Sequence[Move]) -> dict[nn.Parameter, dict[str, Any]]:
     """The state of every parameter that moves and has one, by the parameter it moves to.
 
-    Changes nothing. Raises UsageError for state that nobody knows how to cut.
+    Changes nothing. Raises UsageError for state of a shape that cannot be cut.
     """
     inner = innermost(optimizer)
     made: dict[nn.Parameter, dict[str, Any]] = {}
@@ -45,7 +45,7 @@ def commit(
     frozen: Iterable[nn.Parameter] = (),
     thawed: Mapping[nn.Parameter, int] | None = None,
 ) -> Callable[[], None]:
-    """Put ``moves`` and their staged ``states`` in force; returns what takes that back.
+    """Put ``moves`` and their staged ``states`` in force; returns the function that undoes it.
 
     ``frozen`` parameters leave the optimizer with their state, ``thawed`` ones join the group given
     for each unless they are there.
@@ -85,7 +85,7 @@ def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> int | None:
 
 
 def home_of(optimizer: Optimizer, model: nn.Module, name: str) -> int:
-    """The group for a parameter that joins: where most of its kind are, by the end of its name."""
+    """The index of the group for a parameter that joins: the one that most of its kind are in."""
     groups = enumerate(innermost(optimizer).param_groups)
     index = {id(p): i for i, group in groups for p in group["params"]}
     kind = _kind(name)
@@ -156,7 +156,7 @@ def _moved(optimizer: Optimizer, move: Move, key: str, value: Any) -> Any:
 
 
 def _factor(move: Move, key: str, value: Tensor) -> Entries | None:
-    """How a factor of a matrix' second moments is cut; None if ``value`` is none."""
+    """The cut of a factor of a matrix' second moments; None if ``value`` is no such factor."""
     if len(move.shape) != 2 or move.rows is None or move.columns is None:
         return None
     height, width = move.shape

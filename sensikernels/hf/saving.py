@@ -1,4 +1,4 @@
-"""A word of warning where a trimmed model is saved as if it were a whole one."""
+"""A warning when a model with a plan applied is saved as if it were whole."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""How much the loss would rise if a unit went: one score per head, dimension or neuron."""
+"""Scores of units: estimates of how much the loss would rise if one were removed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sensikernels.hf.criteria import UnitTap, tap, unit_sums
 from sensikernels.hf.dropout import fast_attention
 from sensikernels.hf.layers import encoder_layers
 from sensikernels.hf.module_state import modes_kept
-from sensikernels.hf.packed import unpacked
+from sensikernels.hf.packed.step import unpacked
 from sensikernels.hf.packed.tokens import to_padded
 from sensikernels.hf.targets import structure_of
 from sensikernels.masks.scores import Scores
@@ -68,22 +69,22 @@ def sensitivity(
     meter = _Meter(batches, f"sensitivity ({criterion})", _device(model), compute_loss)
     with _left_as_it_was(model), unpacked(model), fast_attention(model):
         if criterion == "magnitude":
-            values = unit_sums(
-                structure.couplings, _weights(model, structure), None, "sum_abs_weight"
-            )
-            statistic, length = "sum_abs_weight", 128.0
-            return _scores(structure, values, criterion, statistic, 0, length)
-        if criterion == "mask-gradient":
+            statistic = "sum_abs_weight"
+            values = unit_sums(structure.couplings, _weights(model, structure), None, statistic)
+        elif criterion == "mask-gradient":
             values = _mask_gradients(model, structure, meter, statistic)
         elif criterion == "first-order":
             values, statistic = _first_order(model, structure, meter), "sum_abs_wg"
         else:
             values, statistic = _learned(model, structure, meter, learning_rate, l1), "abs_mask"
-    if _several():
+    if criterion != "magnitude" and _several():
         _sum_over_ranks(values)
         meter.sum_over_ranks()
+    scores = Scores(structure=structure, values=values, criterion=criterion, statistic=statistic)
+    if criterion == "magnitude":
+        return scores
     require(meter.rows > 0, "batches", "at least one batch", "none")
-    return _scores(structure, values, criterion, statistic, meter.rows, meter.length)
+    return replace(scores, rows=meter.rows, sequence_length=meter.length)
 
 
 class _Meter:
@@ -117,7 +118,7 @@ class _Meter:
             }
 
     def sum_over_ranks(self) -> None:
-        """The geometry of every process's batches."""
+        """Add up the counts of every process."""
         counts = {"": torch.tensor([self.rows, self.tokens, self.attended], dtype=torch.float64)}
         _sum_over_ranks(counts)
         self.rows, self.tokens, self.attended = (int(count) for count in counts[""])
@@ -280,24 +281,6 @@ def _sum_over_ranks(values: dict[str, Tensor]) -> None:
         on_device = values[name].to("cuda" if distributed.get_backend() == "nccl" else "cpu")
         distributed.all_reduce(on_device)
         values[name] = on_device.cpu()
-
-
-def _scores(
-    structure: Structure,
-    values: Mapping[str, Tensor],
-    criterion: str,
-    statistic: str,
-    rows: int,
-    length: float,
-) -> Scores:
-    return Scores(
-        structure=structure,
-        values=values,
-        criterion=criterion,
-        statistic=statistic,
-        rows=rows,
-        sequence_length=length,
-    )
 
 
 def describe(scores: Scores) -> list[dict[str, Any]]:

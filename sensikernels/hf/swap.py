@@ -1,4 +1,4 @@
-"""Put a plan's layers and the features of the step into a model, and take them out again."""
+"""``apply`` and ``restore``: a plan's layers and the features of the step, in and out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RECORD = "_sensikernels_swap"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Swap:
-    """What ``apply`` did to a model, by name; what a linear was is carried by its replacement."""
+    """The record of one ``apply``, by module names; replaced linears are kept by their layers."""
 
     plan: Plan
     form: str
@@ -37,6 +37,12 @@ class Swap:
     head_sizes: Mapping[str, tuple[type, Mapping[str, int]]] = field(default_factory=dict)
     groups: Mapping[str, int] = field(default_factory=dict)
     report: tuple[str, ...] = ()
+
+    def record(self, model: nn.Module) -> None:
+        """Have ``model`` carry this record, and warn where it is saved as if it were whole."""
+        object.__setattr__(model, _RECORD, self)
+        if self.plan.weight_masks:
+            warn_of_saving(model)
 
 
 def applied(model: nn.Module) -> Swap | None:
@@ -70,7 +76,7 @@ def apply(
         UsageError: a plan is already applied; a module is missing, not a plain ``nn.Linear`` or
             of another shape than planned; the plan is for another model; a coupling is left without
             a unit, or in a decoder; a feature is unknown, in use already, or not possible for this
-            model; the optimizer has state of a shape that nobody knows how to cut.
+            model; the optimizer has state of a shape that cannot be cut.
     """
     require_one_of(form, "form", FORMS)
     wanted = check_features(model, features)
@@ -90,9 +96,8 @@ def apply(
         report = use_features(model, wanted)  # after freezing: a prefix cache asks what is frozen
         if wanted:
             undo.callback(restore_features, model)
-        groups = {}
-        if optimizer is not None:
-            groups = _follow(model, optimizer, moves, states, required, {}, undo)
+        follow: Any = (moves, states, required, {}, undo)
+        groups = {} if optimizer is None else _follow(model, optimizer, *follow)
         undo.pop_all()
     following.mark_replaced(move.old for move in moves)
     swap = Swap(
@@ -104,9 +109,7 @@ def apply(
         groups=groups,
         report=(*report, *(f"{change.name}: {change.new}" for change in changes)),
     )
-    object.__setattr__(model, _RECORD, swap)
-    if plan.weight_masks:
-        warn_of_saving(model)
+    swap.record(model)
     return swap.report
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from sensikernels._core.checks import require, require_one_of
 from sensikernels.hf.family import SIX_LINEARS, Couples, Family
 from sensikernels.hf.layers import Layer, encoder_layers, family_of
-from sensikernels.hf.packed import packing_of
+from sensikernels.hf.packed.step import packing_of
 from sensikernels.masks.plans import Plan
 from sensikernels.masks.structure import Coupling, Member, Structure
 
@@ -74,7 +74,7 @@ def head_linears(model: nn.Module) -> tuple[str, ...]:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and (name.endswith(f"{family.pooler}.dense") or name.split(".")[0] == family.classifier)
+        and (name.endswith(family.pooler_linear) or name.split(".")[0] == family.classifier)
     )
 
 

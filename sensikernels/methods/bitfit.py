@@ -37,7 +37,7 @@ def select(names: Iterable[str], subsets: Sequence[str], family: Family) -> tupl
     paths = {**family.linears, **family.norms}
     patterns = [f"{paths[role]}.bias" for subset in subsets for role in SUBSETS[subset]]
     patterns += ["bias"] if "all" in subsets else []
-    patterns += [] if set(subsets) == {"frozen"} else [f"{family.pooler}.dense.bias"]
+    patterns += [] if set(subsets) == {"frozen"} else [f"{family.pooler_linear}.bias"]
     return tuple(n for n in names if any(p in n for p in patterns) or n.startswith(family.heads))
 
 

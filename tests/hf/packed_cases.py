@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -97,3 +98,20 @@ def same(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1
     assert set(got) == set(wanted)
     for name, value in wanted.items():
         assert float((got[name] - value).abs().max()) <= tolerance, name
+
+
+def same_on_average(
+    model: nn.Module, batch: dict[str, Tensor], change: Callable[[nn.Module], object]
+) -> None:
+    """Losses with dropout have one mean and spread before ``change(model)`` and after it."""
+
+    def losses() -> Tensor:
+        with torch.no_grad():
+            return torch.stack([model(**batch).loss for _ in range(150)])
+
+    theirs = losses()
+    change(model)
+    ours = losses()
+    error = float((theirs.var() + ours.var()).sqrt()) / 150**0.5
+    assert abs(float(theirs.mean() - ours.mean())) < 4 * error
+    assert float(ours.std()) == pytest.approx(float(theirs.std()), rel=0.4)

@@ -29,7 +29,7 @@ STEPS = {
     "set a layer": (swap, "_set_submodule"),
     "resize heads": (swap, "_set_head_sizes"),
     "freeze": (swap, "_freeze"),
-    "switch parts on": (swap, "use_features"),
+    "switch features on": (swap, "use_features"),
     "switch dropout on": (features, "use_counter_dropout"),
     "switch packing on": (features, "use_packed"),
     "commit to the optimizer": (following, "commit"),

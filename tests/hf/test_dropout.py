@@ -18,6 +18,7 @@ from sensikernels.hf import (
 from sensikernels.masks import Budget, plan
 from sensikernels.nn import CounterDropout
 from tests.hf.conftest import make_batch, make_model
+from tests.hf.packed_cases import same_on_average
 
 
 def test_without_dropout_nothing_changes(task: str) -> None:
@@ -42,17 +43,7 @@ def test_attention_masks_padding_when_training() -> None:
 
 def test_loss_is_the_same_on_average() -> None:
     model, batch = make_model(dropout=0.1).train(), make_batch(rows=16)
-
-    def losses() -> torch.Tensor:
-        with torch.no_grad():
-            return torch.stack([model(**batch).loss for _ in range(150)])
-
-    theirs = losses()
-    use_counter_dropout(model)
-    ours = losses()
-    error = float((theirs.var() + ours.var()).sqrt()) / 150**0.5
-    assert abs(float(theirs.mean() - ours.mean())) < 4 * error
-    assert float(ours.std()) == pytest.approx(float(theirs.std()), rel=0.4)
+    same_on_average(model, batch, use_counter_dropout)
 
 
 def test_works_with_a_plan_and_counts_the_same_flops() -> None:

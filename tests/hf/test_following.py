@@ -60,6 +60,15 @@ def trained(model: nn.Module) -> set[int]:
     return {id(p) for p in model.parameters() if p.requires_grad}
 
 
+def begun(optimizer_of: Callable[..., Any], kind: str) -> tuple[Any, Plan, Any]:
+    """A model, a plan of that kind for it, and its optimizer after one step."""
+    model = make_model()
+    made = plans(model)[kind]
+    optimizer = optimizer_of(model.parameters())
+    step(model, optimizer)
+    return model, made, optimizer
+
+
 def entries(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """State tensors as large as the parameter."""
     state = optimizer.state[parameter].items()
@@ -69,10 +78,7 @@ def entries(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", ["trim", "rows", "blocks", "elements"])
 @pytest.mark.parametrize("name", PER_ENTRY)
 def test_moments_go_with_their_entries_there_and_back(name: str, kind: str) -> None:
-    model = make_model()
-    made = plans(model)[kind]
-    optimizer = PER_ENTRY[name](model.parameters())
-    step(model, optimizer)
+    model, made, optimizer = begun(PER_ENTRY[name], kind)
     step(model, optimizer, 1)
     linear = model.get_submodule(FIRST)
     # A state made of the weight itself shows where each entry goes.
@@ -103,10 +109,7 @@ def test_moments_go_with_their_entries_there_and_back(name: str, kind: str) -> N
 @pytest.mark.parametrize("kind", ["trim", "rows"])
 @pytest.mark.parametrize("name", FACTORED)
 def test_factored_moments_are_cut_by_rows_and_columns(name: str, kind: str) -> None:
-    model = make_model()
-    made = plans(model)[kind]
-    optimizer = FACTORED[name](model.parameters())
-    step(model, optimizer)
+    model, made, optimizer = begun(FACTORED[name], kind)
     weight = model.get_parameter(f"{FIRST}.weight")
     mask = (made.update_masks if FIRST in made.update_masks else made.weight_masks)[FIRST].dense()
     names = ("row_var", "col_var") if name == "Adafactor" else ("exp_avg_sq_row", "exp_avg_sq_col")

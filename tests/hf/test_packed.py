@@ -7,7 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from sensikernels.hf import restore_packed, use_counter_dropout, use_packed
-from tests.hf.packed_cases import HEADS, LENGTHS, draw, grads, make, pack, run, same
+from tests.hf.packed_cases import (
+    HEADS,
+    LENGTHS,
+    draw,
+    grads,
+    make,
+    pack,
+    run,
+    same,
+    same_on_average,
+)
 
 
 def answering_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -154,14 +164,4 @@ def test_dropout_is_on_in_training_alone() -> None:
 
 def test_loss_with_dropout_is_the_same_on_average() -> None:
     model, batch = make(dropout=0.1).train(), draw("classification", LENGTHS["every length"])
-
-    def losses() -> Tensor:
-        with torch.no_grad():
-            return torch.stack([model(**batch).loss for _ in range(150)])
-
-    theirs = losses()
-    use_packed(model)
-    ours = losses()
-    error = float((theirs.var() + ours.var()).sqrt()) / 150**0.5
-    assert abs(float(theirs.mean() - ours.mean())) < 4 * error
-    assert float(ours.std()) == pytest.approx(float(theirs.std()), rel=0.4)
+    same_on_average(model, batch, use_packed)

@@ -1,4 +1,4 @@
-"""The families of encoders that are known. A new one is a module here and a row of ``FAMILIES``."""
+"""The known families of encoders. A new one is a module here and a row of ``FAMILIES``."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from sensikernels.hf.families.modeling_bert import (
 from sensikernels.hf.family import (
     SIX_LINEARS,
     Block,
+    Closing,
     Compact,
     Embedding,
     Family,
@@ -36,34 +37,21 @@ def _home(model_type: str) -> str:
 
 def _embedding(encoder: Any) -> Embedding:
     block = encoder.embeddings
-    return Embedding(
-        words=block.word_embeddings,
-        positions=block.position_embeddings,
-        types=block.token_type_embeddings,
-        norm=block.LayerNorm,
-        dropout=block.dropout,
-        project=None,
-        around=(block,),
-    )
+    tables = (block.word_embeddings, block.position_embeddings, block.token_type_embeddings)
+    return Embedding(tables, block.LayerNorm, block.dropout, around=(block,))
 
 
 def _block(layer: Any) -> Block:
     around, intermediate, output = layer.attention, layer.intermediate, layer.output
-    attention, attention_output = around.self, around.output
+    attention, attended = around.self, around.output
     return Block(
-        query=attention.query,
-        key=attention.key,
-        value=attention.value,
-        attention=attention,
-        attention_output=attention_output.dense,
-        attention_dropout=attention_output.dropout,
-        attention_norm=attention_output.LayerNorm,
+        attention,
+        projections=(attention.query, attention.key, attention.value),
+        attended=Closing(attended.dense, attended.dropout, attended.LayerNorm),
         intermediate=intermediate.dense,
         activation=intermediate.intermediate_act_fn,
-        output=output.dense,
-        output_dropout=output.dropout,
-        output_norm=output.LayerNorm,
-        around=(around, attention, attention_output, intermediate, output),
+        output=Closing(output.dense, output.dropout, output.LayerNorm),
+        around=(around, attention, attended, intermediate, output),
     )
 
 

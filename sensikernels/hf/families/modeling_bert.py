@@ -1,6 +1,6 @@
-"""BERT with per-layer widths: what ``compact`` saves and ``from_pretrained`` loads.
+"""BERT with per-layer widths: the classes that ``compact`` makes and ``from_pretrained`` loads.
 
-Self-contained on purpose: it travels with a checkpoint, so that
+This file is saved with every compact checkpoint and imports nothing of this package, so that
 ``from_pretrained(..., trust_remote_code=True)`` works where this package is not installed.
 """
 
@@ -148,28 +148,21 @@ class SkBertForPreTraining(_Resized, BertForPreTraining):
     """``BertForPreTraining`` with per-layer widths."""
 
 
-_CLASSES: tuple[tuple[Any, Any, type], ...] = (
-    (AutoModel, BertModel, SkBertModel),
-    (
-        AutoModelForSequenceClassification,
-        BertForSequenceClassification,
-        SkBertForSequenceClassification,
-    ),
-    (AutoModelForTokenClassification, BertForTokenClassification, SkBertForTokenClassification),
-    (AutoModelForQuestionAnswering, BertForQuestionAnswering, SkBertForQuestionAnswering),
-    (AutoModelForMultipleChoice, BertForMultipleChoice, SkBertForMultipleChoice),
-    (
-        AutoModelForNextSentencePrediction,
-        BertForNextSentencePrediction,
-        SkBertForNextSentencePrediction,
-    ),
-    (AutoModelForMaskedLM, BertForMaskedLM, SkBertForMaskedLM),
-    (AutoModelForPreTraining, BertForPreTraining, SkBertForPreTraining),
-)
-COMPACT_CLASSES: dict[type, type] = {stock: compact for _, stock, compact in _CLASSES}
+_CLASSES: dict[Any, type] = {
+    AutoModel: SkBertModel,
+    AutoModelForSequenceClassification: SkBertForSequenceClassification,
+    AutoModelForTokenClassification: SkBertForTokenClassification,
+    AutoModelForQuestionAnswering: SkBertForQuestionAnswering,
+    AutoModelForMultipleChoice: SkBertForMultipleChoice,
+    AutoModelForNextSentencePrediction: SkBertForNextSentencePrediction,
+    AutoModelForMaskedLM: SkBertForMaskedLM,
+    AutoModelForPreTraining: SkBertForPreTraining,
+}
+COMPACT_CLASSES: dict[type, type] = {kind.__bases__[1]: kind for kind in _CLASSES.values()}
+"""The class with per-layer widths of every class without."""
 
 AutoConfig.register("sk_bert", SkBertConfig, exist_ok=True)
 SkBertConfig.register_for_auto_class()
-for _auto, _, _compact in _CLASSES:
+for _auto, _compact in _CLASSES.items():
     _auto.register(SkBertConfig, _compact, exist_ok=True)
     _compact.register_for_auto_class(_auto.__name__)  # type: ignore[attr-defined]

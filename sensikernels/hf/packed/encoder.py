@@ -50,7 +50,7 @@ class Packing:
 
     @property
     def step(self) -> PackedStep:
-        """How the family runs on packed tokens."""
+        """The family's classes and functions for packed tokens."""
         step = self.family.packed
         assert step is not None
         return step
@@ -78,7 +78,7 @@ class PackedEncoder(Changed):
         max_length: int | None = None,
         **named: Any,
     ) -> Any:
-        """HuggingFace's padded inputs ``[rows, length]``, or packed ones.
+        """Run on HuggingFace's padded inputs ``[rows, length]``, or on packed ones.
 
         Packed: ``input_ids``, ``token_type_ids`` and ``position_ids`` are ``[1, tokens]``,
         ``cu_seqlens`` int32 ``[rows + 1]``, ``max_length`` a Python int at least as long as the

@@ -1,4 +1,4 @@
-"""Several linears of one input."""
+"""Query, key and value, or other linears of one input, as one product where that is faster."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plain(module: nn.Module) -> bool:
 
 
 def project(linears: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
-    """Every linear of ``x [tokens, in]``.
+    """The output ``[tokens, out]`` of every linear for one input ``x [tokens, in]``.
 
     Where that gains, plain ones are one product of weights put together anew in every call.
     Selective linears share the gradient of their kept entries where they can.

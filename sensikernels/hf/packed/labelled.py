@@ -1,41 +1,24 @@
-"""A masked-language model whose head runs on labelled tokens alone, as its loss reads no others."""
+"""A masked-language model whose head runs on labelled tokens alone: its loss reads no others."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 
-from sensikernels.hf.family import Family, LanguageHead
+from sensikernels.hf.family import Family
 from sensikernels.hf.module_state import Changed, change_back, change_class
 from sensikernels.ops.cross_entropy import cross_entropy
 
 IGNORED = -100  # HuggingFace's label of tokens that do not count
 
 
-@dataclass(frozen=True, kw_only=True)
-class Labelled:
-    """The family of a model with a labelled head; its labelled tokens are rounded up."""
-
-    family: Family
-    multiple: int
-
-    @property
-    def head(self) -> LanguageHead:
-        """The masked-language head of the family."""
-        assert self.family.packed is not None
-        head = self.family.packed.language
-        assert head is not None
-        return head
-
-
 class LabelledHead(Changed):
-    """A masked-language model as ``use_labelled`` changes it in place."""
+    """The mixin that ``use_labelled`` puts in front of a masked-language model's class."""
 
-    labelled_head: Labelled
+    labelled_head: tuple[Family, int]
 
     def forward(
         self: Any,
@@ -62,7 +45,7 @@ class LabelledHead(Changed):
         inputs = {name: value for name, value in given.items() if value is not None}
         if labels is None or not self.training:
             return self.original.forward(self, **inputs, labels=labels, **named)
-        family, multiple = self.labelled_head.family, self.labelled_head.multiple
+        family, multiple = self.labelled_head
         as_tuple = named.pop("return_dict", None) is False
         encoder = getattr(self, family.encoder)
         hidden = encoder(**inputs, return_dict=True, **named).last_hidden_state.flatten(0, 1)
@@ -72,7 +55,7 @@ class LabelledHead(Changed):
         # Shapes repeat: the rest are first tokens that do not count.
         extra = -count % multiple
         hidden = hidden.index_select(0, F.pad(places, (0, extra)))
-        logits = self.labelled_head.head.logits(self, hidden)
+        logits = family.packed.language.logits(self, hidden)
         loss = cross_entropy(logits, F.pad(labels[places], (0, extra), value=IGNORED))
         out = MaskedLMOutput(loss=loss, logits=logits[:count])
         return out.to_tuple() if as_tuple else out
@@ -81,7 +64,7 @@ class LabelledHead(Changed):
 def use_labelled(model: nn.Module, family: Family, multiple: int) -> None:
     """Train ``model``'s head on labelled tokens; their number is rounded up to ``multiple``."""
     change_class(model, LabelledHead)
-    object.__setattr__(model, "labelled_head", Labelled(family=family, multiple=multiple))
+    object.__setattr__(model, "labelled_head", (family, multiple))
 
 
 def restore_labelled(model: nn.Module) -> None:

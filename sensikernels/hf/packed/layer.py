@@ -12,7 +12,7 @@ from transformers.activations import GELUActivation
 
 from sensikernels._core.errors import UsageError
 from sensikernels._core.hooks import bare, hooked
-from sensikernels.hf.family import Block, Embedding
+from sensikernels.hf.family import Block, Closing, Embedding
 from sensikernels.hf.packed.joined import plain, project
 from sensikernels.hf.packed.tokens import Tokens
 from sensikernels.nn import CounterDropout
@@ -22,42 +22,44 @@ from sensikernels.ops.embed_norm import embed_norm
 from sensikernels.ops.varlen_attention import varlen_attention
 
 
-def embed(parts: Embedding, tokens: Tokens, *, fused: bool) -> Tensor:
+def embed(embedding: Embedding, tokens: Tokens, *, fused: bool) -> Tensor:
     """Hidden states ``[tokens, hidden]`` of the embedding block."""
-    for module in parts.around:
+    for module in embedding.around:
         uncalled(module)
-    hidden = _fused_sum(parts, tokens) if fused and _can_fuse(parts) else _sum(parts, tokens)
-    return hidden if parts.project is None else parts.project(hidden)
+    hidden = (
+        _fused_sum(embedding, tokens) if fused and _can_fuse(embedding) else _sum(embedding, tokens)
+    )
+    return hidden if embedding.project is None else embedding.project(hidden)
 
 
-def _can_fuse(parts: Embedding) -> bool:
-    tables = (parts.words, parts.positions, parts.types)
-    return _is_norm(parts.norm) and all(map(_is_table, tables)) and _is_dropout(parts.dropout)
+def _can_fuse(embedding: Embedding) -> bool:
+    return (
+        _is_norm(embedding.norm)
+        and all(map(_is_table, embedding.tables))
+        and _is_dropout(embedding.dropout)
+    )
 
 
-def _fused_sum(parts: Embedding, tokens: Tokens) -> Tensor:
-    tables = (parts.words, parts.positions, parts.types)
-    words, positions, types = (without_row(table.weight, table.padding_idx) for table in tables)
+def _fused_sum(embedding: Embedding, tokens: Tokens) -> Tensor:
+    words, positions, types = (without_row(t.weight, t.padding_idx) for t in embedding.tables)
+    norm = embedding.norm
     return embed_norm(
         tokens.input_ids,
         tokens.position_ids,
         tokens.token_type_ids,
-        words,
-        positions,
-        types,
-        parts.norm.weight,
-        parts.norm.bias,
-        dropout=_rate(parts.dropout),
-        eps=parts.norm.eps,
-        sparse=parts.words.sparse,
+        *(words, positions, types, norm.weight, norm.bias),
+        dropout=_rate(embedding.dropout),
+        eps=norm.eps,
+        sparse=embedding.tables[0].sparse,
     )
 
 
-def _sum(parts: Embedding, tokens: Tokens) -> Tensor:
-    total = parts.words(tokens.input_ids)
-    if parts.types is not None:
-        total = total + parts.types(tokens.token_type_ids)
-    hidden: Tensor = parts.dropout(parts.norm(total + parts.positions(tokens.position_ids)))
+def _sum(embedding: Embedding, tokens: Tokens) -> Tensor:
+    words, positions, types = embedding.tables
+    total = words(tokens.input_ids)
+    if types is not None:
+        total = total + types(tokens.token_type_ids)
+    hidden: Tensor = embedding.dropout(embedding.norm(total + positions(tokens.position_ids)))
     return hidden
 
 
@@ -70,7 +72,7 @@ def run_layer(
     fused: bool,
     first_only: bool = False,
 ) -> Tensor:
-    """``[tokens, hidden]`` to the same, or to ``[rows, hidden]`` with ``first_only``.
+    """One layer on ``[tokens, hidden]``: the same shape, or ``[rows, hidden]`` with ``first_only``.
 
     ``block_of``: the modules of ``layer``. ``first_only``: queries, output projection and FFN for
     each sequence's first token alone.
@@ -80,26 +82,18 @@ def run_layer(
         uncalled(module)
     residual = hidden.index_select(0, tokens.first) if first_only else hidden
     context = _attend(block, hidden, residual, tokens, fused=fused, first_only=first_only)
-    hidden = _close(
-        block.attention_output,
-        block.attention_dropout,
-        block.attention_norm,
-        context,
-        residual,
-        fused=fused,
-    )
+    hidden = _close(block.attended, context, residual, fused=fused)
     inner = _activate(block.intermediate, block.activation, hidden, fused=fused)
-    return _close(block.output, block.output_dropout, block.output_norm, inner, hidden, fused=fused)
+    return _close(block.output, inner, hidden, fused=fused)
 
 
 def _attend(
     block: Block, hidden: Tensor, asking: Tensor, tokens: Tokens, *, fused: bool, first_only: bool
 ) -> Tensor:
     """``[asking rows, heads · value size]``."""
-    attention = block.attention
-    linears = (block.query, block.key, block.value)
+    attention, linears = block.attention, block.projections
     if first_only:
-        query = block.query(asking)
+        query = linears[0](asking)
         key, value = project(linears[1:], hidden) if fused else [m(hidden) for m in linears[1:]]
     elif fused:
         query, key, value = project(linears, hidden)
@@ -131,10 +125,9 @@ def _activate(dense: Any, act: Any, x: Tensor, *, fused: bool) -> Tensor:
     return out
 
 
-def _close(
-    dense: Any, dropout: Any, norm: Any, x: Tensor, residual: Tensor, *, fused: bool
-) -> Tensor:
-    """LayerNorm(dropout(dense(x)) + residual); ``dropout`` may be None."""
+def _close(closing: Closing, x: Tensor, residual: Tensor, *, fused: bool) -> Tensor:
+    """LayerNorm(dropout(dense(x)) + residual)."""
+    dense, dropout, norm = closing
     x = dense(x)
     if fused and _is_norm(norm) and (dropout is None or _is_dropout(dropout)):
         # Under autocast the residual stays wide and the product is narrow: add as PyTorch would.
@@ -151,7 +144,7 @@ def _rate(dropout: nn.Dropout) -> float:
 
 
 def uncalled(module: Any) -> Any:
-    """``module``, of which only parts are called. Raises UsageError if hooks wait for a call."""
+    """``module``, whose own forward is not called. Raises UsageError if it has hooks."""
     if not torch.compiler.is_compiling() and hooked(module):
         raise UsageError(
             f"{type(module).__name__}: expected no hooks on a module that packed tokens do not "

@@ -18,7 +18,7 @@ MIB = 2**20
 
 
 class FrozenPrefixCache:
-    """What embeddings and the lowest ``depth`` layers make of each sentence, by its token ids.
+    """Outputs of the lowest ``depth`` layers for each sentence, by its token ids.
 
     Right only while nothing there trains and no dropout is active there: both are checked at
     every use. Kept states belong to the values of the frozen weights, however they were written,
@@ -39,7 +39,7 @@ class FrozenPrefixCache:
         return
 
     def __reduce__(self) -> Any:
-        """Pickled without what it keeps."""
+        """Pickle the cache empty."""
         return _empty, (self.depth, self._limit / MIB)
 
     @torch.no_grad()
@@ -103,8 +103,10 @@ def _state_of(prefix: Sequence[nn.Module]) -> bytes:
 
 
 def _projected(tensor: Tensor) -> Tensor:
-    """float64 ``[rows]``: products with one random vector. Any write shows that is not at right
-    angles to it in every row."""
+    """float64 ``[rows]``: products with one random vector.
+
+    A change of the tensor is missed only if it is orthogonal to that vector in every row.
+    """
     matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim else tensor.reshape(1, 1)
     wide = matrix if matrix.element_size() >= 4 else matrix.float()
     return torch.mv(wide, _direction(wide.shape[1], wide.dtype, wide.device)).double()
@@ -148,7 +150,7 @@ def _keys(tokens: Tokens) -> tuple[list[bytes], list[tuple[int, int]]]:
 def _chosen(
     tokens: Tokens, bounds: Sequence[tuple[int, int]]
 ) -> tuple[Tokens, list[tuple[int, int]]]:
-    """Those sequences alone, and where they lie then."""
+    """The tokens of the given sequences alone, and the bounds of each among them."""
     device = tokens.input_ids.device
     rows = torch.cat([torch.arange(a, b) for a, b in bounds]).to(device)
     ends = [0]

@@ -1,4 +1,4 @@
-"""Packed tokens switched on and off for a model, and questions about them."""
+"""Functions that switch packed tokens on and off, and that say how a model is packed."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def cache_frozen_prefix(model: nn.Module, *, limit_mib: float = 1024.0) -> Froze
 
 
 def packing_of(model: nn.Module) -> Packing | None:
-    """How ``model`` is packed, None if it is not."""
+    """The choices that ``model`` is packed with; None if it is not packed."""
     encoder = _packed_encoder(model)
     return None if encoder is None else encoder.packing
 
@@ -158,7 +158,7 @@ def _encoder_of(model: nn.Module) -> tuple[Family, PackedStep, Any]:
         encoder = getattr(model, family.encoder, model)
         if family.packed is not None and isinstance(encoder, family.packed.encoder):
             return family, family.packed, encoder
-    titles = " or ".join(family.title for family in FAMILIES if family.packed is not None)
+    titles = " or ".join(family.title for family in reversed(FAMILIES) if family.packed)
     raise expected("model", f"a {titles}", type(model).__name__)
 
 

@@ -20,10 +20,10 @@ PER_TOKEN = ("input_ids", "token_type_ids", "position_ids")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokens:
-    """Sequence ``i`` is rows ``cu_seqlens[i] .. cu_seqlens[i + 1]`` of every ``[tokens]`` tensor.
+    """A batch's tokens: sequence ``i`` is ``cu_seqlens[i] .. cu_seqlens[i + 1]`` of ``[tokens]``.
 
     Rows after the last sequence fill the count up to a multiple. They repeat the first token, so
-    no table gets a row that does not occur anyway, and nobody reads what becomes of them.
+    every row of a table that they use is used anyway; what becomes of them is not read.
     ``places``: where each row lies in the flattened ``[rows, length]`` batch of ``shape``; rows
     of no sequence one past its end.
     """
