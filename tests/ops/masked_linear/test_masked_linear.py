@@ -285,7 +285,7 @@ def test_refusals_name_argument_expected_and_got():
             {"backend": "triton"},
         ),
         (
-            "backend: expected auto or reference",
+            "backend: native cannot serve this call: single elements",
             (x[:, :4], torch.ones(4), elements),
             {"backend": "native"},
         ),

@@ -365,4 +365,4 @@ def test_other_bad_arguments() -> None:
     odd.param_groups[0]["params"][0].grad = torch.ones(4, dtype=torch.float64)
     with pytest.raises(UsageError, match="native cannot run this step: parameters of torch.float"):
         odd.step()
-    assert "reference" in SubsetAdamW(model.parameters(), backend="reference").explain()
+    assert SubsetAdamW(model.parameters(), backend="reference").explain().backend == "reference"
