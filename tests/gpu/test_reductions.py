@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,36 +13,13 @@ from sensikernels.ops.group_reduce import STATISTICS, GroupTable, group_reduce
 from sensikernels.ops.group_reduce import explain as explain_sums
 from sensikernels.ops.select_kept import select_elements, select_kept
 from sensikernels.ops.select_kept.elements import NEEDS_GRAD, SCORES, explain
-from tests.ops.group_reduce.cases import GROUPS, assert_sums, inputs
+from tests.gpu.captures import captured, no_waiting
+from tests.ops.group_reduce.cases import assert_sums, every_group
 from tests.ops.select_kept.cases import entries
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(768, 768), (768,), (3072, 768), (1,), (30, 1001), (200_003,)]
 UNITS = 24 * (16 + 4096)
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """A host synchronisation inside is an error."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A graph of ``run``, after one call beside it, and the tensors it writes."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    return graph, out
 
 
 def named(backend: str, explained: Callable[..., Any], *arguments: Any) -> None:
@@ -57,13 +33,8 @@ def named(backend: str, explained: Callable[..., Any], *arguments: Any) -> None:
 @pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize("kind", ["float32", "mixed", "sliced", "transposed", "special"])
 def test_every_group_against_float64(kind: str, backend: str):
-    weights, grads, groups = [], [], []
-    for group in GROUPS:
-        for shape in ((96, 640), (33, 70), (3, 20_000)):
-            w, g = inputs(shape, kind)
-            weights.append(w.cuda())
-            grads.append(g.cuda())
-            groups.append(group(shape))
+    weights, grads, groups = every_group(((96, 640), (33, 70), (3, 20_000)), kind)
+    weights, grads = ([t.cuda() for t in tensors] for tensors in (weights, grads))
     named(backend, explain_sums, weights, grads)
     got = group_reduce(weights, grads, STATISTICS, groups=groups, backend=backend)
     assert_sums(got.arena, weights, grads, groups)

@@ -12,7 +12,7 @@ from sensikernels._core.compile import constant_when_traced
 from sensikernels.layouts import Layout, to_device
 from sensikernels.ops.common.choice import Choice, choose
 from sensikernels.ops.common.columns import fused_activation
-from sensikernels.ops.common.dispatch import break_even, compare, remembered, traced_limit
+from sensikernels.ops.common.dispatch import TRACED, break_even, compare, remembered, traced_limit
 
 
 def choice(layout: Layout, x: Tensor, backend: str = "auto") -> Choice:
@@ -25,7 +25,7 @@ def choice(layout: Layout, x: Tensor, backend: str = "auto") -> Choice:
     if kind == "rows" and not (x.is_cuda and fused_activation(x)):
         kind = "compact"
     if torch.compiler.is_compiling():
-        return _TRACED[_traced(kind, layout, x, backend)]
+        return TRACED[_traced(kind, layout, x, backend)]
     tokens = x.numel() // (layout.in_width or 1)
     device = layout.device or x.device
     return _decide(
@@ -94,16 +94,6 @@ _FORMS = {
 _REASONS = {
     "direct": "nothing to gather or scatter",
     "elements": "single elements run dense on the full weight",
-}
-_TRACED = {
-    (form, backend): Choice(form=form, backend=backend, reason="")
-    for form, backend in (
-        ("dense", "torch"),
-        ("compact", "torch"),
-        ("compact", "triton"),
-        ("block-sparse", "native"),
-        ("block-sparse", "triton"),
-    )
 }
 
 

@@ -11,7 +11,7 @@ from sensikernels._core import environment
 from sensikernels._core.compile import constant_when_traced
 from sensikernels.layouts import BlockLayout, Layout
 from sensikernels.ops.common.choice import Choice, choose
-from sensikernels.ops.common.dispatch import break_even, compare, remembered, traced_limit
+from sensikernels.ops.common.dispatch import TRACED, break_even, compare, remembered, traced_limit
 
 
 def choice(layout: Layout, x: Tensor, backend: str = "auto") -> Choice:
@@ -26,7 +26,7 @@ def choice(layout: Layout, x: Tensor, backend: str = "auto") -> Choice:
         if blocks:
             limit = traced_limit(str(x.device), x.dtype, "selective", layout.block)
             faster = "dense" if _share(layout) > limit else faster
-        return _TRACED[_traced_choice(layout.kind, x.is_cuda, faster, backend)]
+        return TRACED[_traced_choice(layout.kind, x.is_cuda, faster, backend)]
     if not blocks:
         return _decide(layout.kind, x.is_cuda, backend)
     tokens_log2 = (x.numel() // (layout.shape[1] or 1) or 1).bit_length() - 1
@@ -86,16 +86,6 @@ def _chosen(kind: str, cuda: bool, faster: str, backend: str, reason: str) -> Ch
 
 
 _ELEMENTS = "single elements take a dense gradient, of which the kept entries stay"
-_TRACED = {
-    (form, backend): Choice(form=form, backend=backend, reason="")
-    for form, backend in (
-        ("dense", "reference"),
-        ("dense", "torch"),
-        ("compact", "torch"),
-        ("selective", "native"),
-        ("selective", "triton"),
-    )
-}
 
 
 def explain(
