@@ -64,12 +64,12 @@ class MaskedModule(nn.Module):
             self._place(device)
 
     def _layout_device(self) -> torch.device | None:
-        """Where the index tensors lie; None if the layout has none."""
+        """Device of the index tensors; None if the layout has none."""
         tensors = [v for v in vars(self.layout).values() if isinstance(v, Tensor)]
         return tensors[0].device if tensors else None
 
     def explain(self, tokens: int = 1024) -> Choice:
-        """What runs for ``tokens`` tokens, and why; of a trained part, what forms its gradient."""
+        """The choice for ``tokens`` tokens: of the layer, or of a trained part's gradient."""
         weight = self.weight
         return self._explained(
             self.layout,

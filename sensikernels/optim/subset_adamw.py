@@ -89,7 +89,7 @@ class SubsetAdamW(Optimizer):
         self.params_changed()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer``; checks the group's options."""
+        """Add a group as ``torch.optim.Optimizer`` does; checks its options."""
         check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         bad = next((p for p in param_group["params"] if not p.is_floating_point()), None)
@@ -249,8 +249,8 @@ class SubsetAdamW(Optimizer):
                     layout.live(own["master"]).copy_(layout.gather(weight))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer``, but every tensor keeps its dtype: float32 state of a
-        bfloat16 parameter comes back bit-equal.
+        """Load state as ``torch.optim.Optimizer`` does, but every tensor keeps its dtype: float32
+        state of a bfloat16 parameter comes back bit-equal.
 
         State of ``torch.optim.AdamW`` and ``Adam`` is taken over. Raises ``UsageError`` for that of
         another optimizer, before anything is changed.

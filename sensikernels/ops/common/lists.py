@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def native_refusal(kernel: str, device: str) -> str | None:
-    """Why the compiled extension cannot run ``kernel`` on ``device``; None if it can."""
+    """The reason for which the extension cannot run ``kernel`` on ``device``; None if it can."""
     if not extension.available():
         return extension.why_not()
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
@@ -29,14 +29,14 @@ def native_refusal(kernel: str, device: str) -> str | None:
 
 
 def triton_refusal(device: str) -> str | None:
-    """Why Triton kernels cannot run on ``device``; None if they can."""
+    """The reason for which Triton kernels cannot run on ``device``; None if they can."""
     if device == "cuda" or environment.interpreting():
         return None
     return f"Triton runs on CUDA tensors, not on {device}"
 
 
 def choice(kernel: str, tensors: Sequence[Tensor], backend: str) -> Choice:
-    """What runs ``kernel`` over ``tensors``, all on one device, and why.
+    """The backend that runs ``kernel`` over ``tensors``, all on one device, and why.
 
     Raises:
         UsageError: an unknown backend, or one named that cannot serve them.

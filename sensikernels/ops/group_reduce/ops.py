@@ -1,4 +1,4 @@
-"""The op ``sensikernels::group_reduce``: defined once, one implementation per backend."""
+"""The operator ``group_reduce``: defined once, one implementation per backend."""
 
 from __future__ import annotations
 

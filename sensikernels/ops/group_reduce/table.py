@@ -51,7 +51,7 @@ CHUNK_FIELDS: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Where one tensor's groups lie in a statistic's row of the arena."""
+    """The place of one tensor's groups in a statistic's row of the arena."""
 
     name: str
     offset: int

@@ -1,4 +1,4 @@
-"""Which form of a masked linear runs, and why."""
+"""Choice of the form in which a masked linear runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sensikernels.ops.common.dispatch import TRACED, break_even, compare, rememb
 
 
 def choice(layout: Layout, x: Tensor, backend: str = "auto") -> Choice:
-    """What serves ``x``, on the layout's device, and why; ``auto`` takes the fastest known form.
+    """The form that serves ``x``, on the layout's device, and why; ``auto`` takes the fastest.
 
     Raises:
         UsageError: a named backend cannot serve this layout or device.
@@ -105,6 +105,6 @@ def explain(
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> Choice:
-    """What ``masked_linear`` runs for ``tokens`` rows of ``dtype`` on ``device``, and why."""
+    """The form that ``masked_linear`` runs for ``tokens`` rows of ``dtype``, and why."""
     x = torch.empty(1, dtype=dtype, device=device).expand(tokens, layout.in_width)
     return choice(layout if layout.device == x.device else to_device(layout, device), x, backend)

@@ -145,7 +145,7 @@ def select_elements(
 
 
 def _pairs(tensors: Sequence[Tensor], grads: Sequence[Tensor] | None, score: str) -> list[Tensor]:
-    """What each tensor is scored with, checked: its gradient, or itself where none is needed."""
+    """Partners of the tensors in their scores, checked: gradients, or themselves without any."""
     if (score in NEEDS_GRAD) != (grads is not None):
         if grads is None:
             raise expected("grads", f"gradients, which {score} needs", "none")

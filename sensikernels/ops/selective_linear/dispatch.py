@@ -1,4 +1,4 @@
-"""What forms the gradient of the kept entries, and why."""
+"""Choice of the form in which the gradient of the kept entries is computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sensikernels.ops.common.dispatch import TRACED, break_even, compare, rememb
 
 
 def choice(layout: Layout, x: Tensor, backend: str = "auto") -> Choice:
-    """What serves ``x``, and why; ``auto`` takes the fastest known form.
+    """The form that serves ``x``, and why; ``auto`` takes the fastest known.
 
     Raises:
         UsageError: a named backend cannot serve this layout or device.
@@ -96,6 +96,6 @@ def explain(
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> Choice:
-    """What forms the gradient for ``tokens`` rows of ``dtype`` on ``device``, and why."""
+    """The form of the gradient for ``tokens`` rows of ``dtype`` on ``device``, and why."""
     x = torch.empty(1, dtype=dtype, device=device).expand(tokens, layout.shape[1])
     return choice(layout, x, backend)

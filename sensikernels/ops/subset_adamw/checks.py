@@ -25,7 +25,7 @@ def check_lists(params: Sequence[Tensor], lists: Mapping[str, Sequence[object]])
 
 
 class Lists(NamedTuple):
-    """What the operator takes in order: an entry per parameter (``blocks``: two), and the rates."""
+    """The operator's lists, an entry per parameter (``blocks``: two), and the rates."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -135,7 +135,7 @@ def _check_bits(param: Tensor, i: int, bits: Tensor) -> None:
 
 
 def check_counted(counts: Tensor, i: int, count: int) -> None:
-    """As many bits are set as a state has entries, if they can be counted."""
+    """Raise UsageError unless a state has an entry for each bit set, if they can be counted."""
     if readable(counts):
         kept = int(counts.sum())
         require(kept == count, f"exp_avgs[{i}]", f"{kept} entries, one for each bit", count)

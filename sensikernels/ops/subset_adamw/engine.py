@@ -16,7 +16,7 @@ BACKENDS = ("auto", "native", "reference")
 
 
 def choice(backend: str, device: torch.device, dtypes: set[torch.dtype]) -> Choice:
-    """What runs a step of parameters of ``dtypes`` on ``device``, and why.
+    """The backend that runs a step of parameters of ``dtypes`` on ``device``, and why.
 
     Raises ``UsageError`` if ``backend`` is unknown, or named and cannot serve them.
     """

@@ -11,7 +11,7 @@ from sensikernels.ops.subset_adamw.kept import KeptLayout
 
 
 class Scaling(NamedTuple):
-    """What all gradients of a step are scaled by, and whether it is left out.
+    """Factors of all gradients of a step, and whether the step is left out.
 
     Gradients are divided by ``grad_scale``, one floating number on their device, then scaled so
     that their joint norm is at most ``max_grad_norm``. With a nonzero ``found_inf`` nothing

@@ -49,7 +49,7 @@ CHUNK = {"cpu": 32768, "cuda": 4096}
 
 
 def why_not(device: torch.device, dtypes: set[torch.dtype]) -> str | None:
-    """Why the compiled kernels cannot run this step; None if they can."""
+    """The reason for which the compiled kernels cannot run a step; None if they can."""
     other = sorted(str(dtype) for dtype in dtypes - DTYPES.keys())
     if other:
         return f"parameters of {', '.join(other)}"
@@ -171,7 +171,7 @@ class StepTable:
         clock, cohort, starts = item.clock, item.cohort, item.cohort_start
         cohorts = 0
         if cohort is not None and starts is not None and cohort.numel():
-            # On a device all, as a later change of who joined when is in place.
+            # On a device all of them: a later change of when entries joined is written in place.
             cohorts = starts.numel() if not host else _in_use(starts)
         pointers = (
             item.param,
