@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import UsageError
 from sensikernels._core.progress import track
-from sensikernels.hf.criteria import UnitTap, tap, unit_sums
+from sensikernels.hf.criteria import UnitTap, tap, unit_sums, unit_table
 from sensikernels.hf.dropout import fast_attention
 from sensikernels.hf.layers import encoder_layers
 from sensikernels.hf.module_state import modes_kept
@@ -176,10 +176,11 @@ def _first_order(model: nn.Module, structure: Structure, meter: _Meter) -> dict[
     totals = {c.name: torch.zeros(c.units, dtype=torch.float64) for c in structure.couplings}
     for weight in weights.values():
         weight.requires_grad_(True)
+    couplings, table = structure.couplings, unit_table(structure.couplings, weights)
     for batch in meter:
         grads = torch.autograd.grad(meter.loss(model, batch), list(weights.values()))
         by_name = dict(zip(weights, grads, strict=True))
-        for name, sums in unit_sums(structure.couplings, weights, by_name, "sum_abs_wg").items():
+        for name, sums in unit_sums(couplings, weights, by_name, "sum_abs_wg", table).items():
             totals[name] += sums
     return totals
 

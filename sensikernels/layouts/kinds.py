@@ -15,7 +15,7 @@ from sensikernels.layouts.checks import BLOCK_TENSORS, Grid
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Checked:
-    """What every layout derives when it is made. Fields, not properties: each call reads them."""
+    """Fields that every layout derives when it is made; not properties, as each call reads them."""
 
     shape: tuple[int, int]
     """``(out_features, in_features)`` of the weight."""

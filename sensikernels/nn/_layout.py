@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sensikernels._core.checks import require
 from sensikernels.layouts import Layout, layout_of, to_device
 from sensikernels.masks.mask import Mask
+from sensikernels.ops.common.choice import Choice
 
 
 class MaskedModule(nn.Module):
@@ -18,6 +19,10 @@ class MaskedModule(nn.Module):
 
     mask: Mask
     layout: Layout
+    weight: Tensor
+    backend: str
+    _explained: ClassVar[Callable[..., Choice]]
+    """``explain`` of the operator that the layer runs."""
 
     def __init__(
         self, mask: Mask, device: torch.device, *, compact_input: bool, compact_output: bool
@@ -59,9 +64,20 @@ class MaskedModule(nn.Module):
             self._place(device)
 
     def _layout_device(self) -> torch.device | None:
-        """Where the index tensors lie; None if the layout has none."""
+        """Device of the index tensors; None if the layout has none."""
         tensors = [v for v in vars(self.layout).values() if isinstance(v, Tensor)]
         return tensors[0].device if tensors else None
+
+    def explain(self, tokens: int = 1024) -> Choice:
+        """The choice for ``tokens`` tokens: of the layer, or of a trained part's gradient."""
+        weight = self.weight
+        return self._explained(
+            self.layout,
+            tokens=tokens,
+            dtype=weight.dtype,
+            device=weight.device,
+            backend=self.backend,
+        )
 
     def _describe(self) -> str:
         mask = self.mask

@@ -33,7 +33,7 @@ def grouped_selective_linear(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Te
 
 
 def group_refusal(x: Tensor, layers: Sequence[nn.Module]) -> str | None:
-    """Why ``layers`` run alone on ``x``; None if they run as one."""
+    """The reason for which ``layers`` run alone on ``x``; None if they run as one."""
     selective = [layer for layer in layers if isinstance(layer, SelectiveLinear)]
     if len(selective) < 2 or len(selective) != len(layers):
         return "a group is two or three SelectiveLinear"

@@ -11,7 +11,6 @@ from sensikernels._core import environment
 from sensikernels.layouts import full_weight, kept_values
 from sensikernels.masks.mask import Mask
 from sensikernels.nn._layout import MaskedModule, check_mask
-from sensikernels.ops.common.choice import Choice
 from sensikernels.ops.masked_linear import explain, masked_linear, take_kept
 
 
@@ -31,6 +30,7 @@ class MaskedLinear(MaskedModule):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    _explained = staticmethod(explain)
 
     def __init__(
         self,
@@ -125,17 +125,6 @@ class MaskedLinear(MaskedModule):
             self.layout,
             self.bias,
             activation=self.activation,
-            backend=self.backend,
-        )
-
-    def explain(self, tokens: int = 1024) -> Choice:
-        """What runs for ``tokens`` tokens, and why."""
-        weight = self.weight
-        return explain(
-            self.layout,
-            tokens=tokens,
-            dtype=weight.dtype,
-            device=weight.device,
             backend=self.backend,
         )
 

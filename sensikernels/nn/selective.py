@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from sensikernels.layouts import assign_, kept_values, layout_of
 from sensikernels.masks.mask import Mask
 from sensikernels.nn._layout import MaskedModule, check_mask
-from sensikernels.ops.common.choice import Choice
 from sensikernels.ops.selective_linear import explain, selective_linear
 
 
@@ -31,6 +30,7 @@ class SelectiveLinear(MaskedModule):
     weight: Tensor
     values: nn.Parameter
     bias: nn.Parameter | None
+    _explained = staticmethod(explain)
 
     def __init__(
         self,
@@ -108,17 +108,6 @@ class SelectiveLinear(MaskedModule):
         version = (id(values), values._version)
         assign_(self.weight if version != self._seen else self.weight.data, values, self.layout)
         self._seen = version
-
-    def explain(self, tokens: int = 1024) -> Choice:
-        """What forms the gradient for ``tokens`` tokens, and why."""
-        weight = self.weight
-        return explain(
-            self.layout,
-            tokens=tokens,
-            dtype=weight.dtype,
-            device=weight.device,
-            backend=self.backend,
-        )
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -67,7 +67,7 @@ def tune(
 def _break_even(
     kind: str, block: int, dtype: torch.dtype, tokens: int, device: torch.device
 ) -> float:
-    """Where the line through the measured gains crosses ``GAIN``, from the top: 0 to 1."""
+    """The density at which the measured gains cross ``GAIN``, from the top: 0 to 1."""
     above = (1.0, 0.0)
     for density in DENSITIES:
         point = (kind, block, dtype, tokens, density, device)

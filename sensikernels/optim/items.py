@@ -1,4 +1,4 @@
-"""What one parameter brings to a step, made of its state and its gradient."""
+"""Items of a step, each made of a parameter's state and gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Sums = tuple[Tensor | None, Tensor | None]
 
 
 class Ready:
-    """What a parameter brought to the last step, and whether it may bring the same again."""
+    """A parameter's item of the last step, and whether it may serve again."""
 
     __slots__ = ("_held", "_own", "item", "param")
 

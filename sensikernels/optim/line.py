@@ -1,4 +1,4 @@
-"""What a waiting row of a table assumes of the steps that it misses."""
+"""The course of the rates that a waiting row of a table assumes of the steps it misses."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Line:
         return cls(rate=rate, slope=slope, steps=int(steps), **dict(zip(names, rest, strict=True)))
 
     def to_list(self) -> list[float]:
-        """What ``of`` reads back."""
+        """The line as numbers that ``of`` reads back."""
         return list(astuple(self))
 
     def goes_on(self, group: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What the options of a parameter group may be."""
+"""Checks of a parameter group's options."""
 
 from __future__ import annotations
 

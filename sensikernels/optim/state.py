@@ -60,8 +60,8 @@ def start(
 
 
 def _start_cohorts(state: dict[str, Any]) -> None:
-    """Who joined when: all at the first step, so far. Here before it is needed, so that a captured
-    step reads it from the beginning."""
+    """Note when each entry joined: all at the first step, so far. It is there before it is needed,
+    so that a captured step reads it from the beginning."""
     state["cohort"] = torch.zeros_like(state["exp_avg"], dtype=torch.uint8)
     state["cohort_start"] = state["step"].new_zeros(_COHORTS)
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sensikernels._core.checks import require
-from sensikernels.ops.subset_adamw.engine import Engine, choose
-from sensikernels.ops.subset_adamw.item import Item
+from sensikernels._core.checks import expected, require
+from sensikernels.ops.common.choice import Choice
+from sensikernels.ops.subset_adamw.engine import Engine, choice
+from sensikernels.ops.subset_adamw.item import Item, Scaling
 from sensikernels.ops.subset_adamw.kept import KeptLayout, make_layout
 from sensikernels.optim import state, waiting
 from sensikernels.optim.items import Ready, Sums, is_sparse, item_of
@@ -88,7 +89,7 @@ class SubsetAdamW(Optimizer):
         self.params_changed()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer``; checks the group's options."""
+        """Add a group as ``torch.optim.Optimizer`` does; checks its options."""
         check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         bad = next((p for p in param_group["params"] if not p.is_floating_point()), None)
@@ -96,7 +97,7 @@ class SubsetAdamW(Optimizer):
         if bad is not None or len(devices) > 1:
             self.param_groups.pop()
             require(bad is None, "params", "floating point", None if bad is None else bad.dtype)
-            require(False, "params", "one device", sorted(map(str, devices)))
+            raise expected("params", "one device", sorted(map(str, devices)))
         self.params_changed()
 
     def set_kept(
@@ -211,13 +212,9 @@ class SubsetAdamW(Optimizer):
         self._straighten()
         items = self._items(fused_statistics or {})
         if items:
-            norm = self._engine.update(
-                items,
-                self._fill_hyper(items[0].param.device),
-                max_grad_norm=self.max_grad_norm,
-                grad_scale=getattr(self, "grad_scale", None),
-                found_inf=getattr(self, "found_inf", None),
-            )
+            loss_scale = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+            scaling = Scaling(self.max_grad_norm, *loss_scale)
+            norm = self._engine.update(items, self._fill_hyper(items[0].param.device), scaling)
             self.grad_norm = None if self.max_grad_norm is None else norm
             for item in items:  # keep no gradient alive
                 item.grad = _NOTHING[item.grad.dtype]
@@ -252,8 +249,8 @@ class SubsetAdamW(Optimizer):
                     layout.live(own["master"]).copy_(layout.gather(weight))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer``, but every tensor keeps its dtype: float32 state of a
-        bfloat16 parameter comes back bit-equal.
+        """Load state as ``torch.optim.Optimizer`` does, but every tensor keeps its dtype: float32
+        state of a bfloat16 parameter comes back bit-equal.
 
         State of ``torch.optim.AdamW`` and ``Adam`` is taken over. Raises ``UsageError`` for that of
         another optimizer, before anything is changed.
@@ -278,18 +275,16 @@ class SubsetAdamW(Optimizer):
         self.state.update(made)
         self.params_changed()
 
-    def explain(self) -> str:
+    def explain(self) -> Choice:
         """Which implementation a step runs, and why."""
         params = [p for group in self.param_groups for p in group["params"]]
-        name, why = choose(self.backend, params[0].device, {p.dtype for p in params})
-        return f"subset_adamw: {name} ({why})"
+        return choice(self.backend, params[0].device, {p.dtype for p in params})
 
     def _group(self, param: Tensor) -> dict[str, Any]:
         for group in self.param_groups:
             if any(p is param for p in group["params"]):
                 return group
-        require(False, "param", "a parameter of this optimizer", list(param.shape))
-        raise AssertionError
+        raise expected("param", "a parameter of this optimizer", list(param.shape))
 
     def _layout(self, param: Tensor) -> KeptLayout:
         if param not in self._layouts:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import fields
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from sensikernels.layouts import BlockLayout, kept_values
 from tests import kernel_checks as checks
+from tests.gpu.captures import captured, rewrite
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -148,18 +148,6 @@ def test_repack_in_one_launch():
             assert torch.equal(got, kept_values(source, layout))
 
 
-def _capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    return graph, out
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_captured_step_follows_a_change_of_mask(dtype: torch.dtype):
     """Same count of blocks, other blocks: indices and values are rewritten, the graph stays."""
@@ -185,13 +173,10 @@ def test_a_captured_step_follows_a_change_of_mask(dtype: torch.dtype):
         dx = kernels.masked_linear_grad_input(dpre, kept, one)
         return [y, dx, kernels.masked_linear_grad_values(dpre, x, one), dbias]
 
-    graph, out = _capture(lambda: step(layout, values))
+    graph, out = captured(lambda: step(layout, values))
     for change in (False, True):
         if change:
-            for field in fields(layout):
-                old = getattr(layout, field.name)
-                if isinstance(old, Tensor):
-                    old.copy_(getattr(other, field.name))
+            rewrite(layout, other)
             take_kept([weight], layout, [values])
         for tensor in out:
             tensor.fill_(float("nan"))

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from sensikernels.masks.mask import Mask
 from sensikernels.nn import MaskedLinear, SelectiveLinear, grouped_selective_linear
 from sensikernels.ops.masked_linear import explain, masked_linear, take_kept
 from sensikernels.ops.selective_linear import selective_linear
+from tests.gpu.captures import captured, rewrite
 from tests.ops.linear_cases import GRIDS, make_layout
 from tests.tolerance import assert_close_to_reference
 
@@ -181,19 +181,6 @@ def test_the_same_bits_every_time(kind: str, module: str):
             assert torch.equal(a, b)
 
 
-def capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    return graph, out
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["rows", "columns", "heads", "blocks"])
 def test_a_captured_layer_follows_a_change_of_mask(kind: str, dtype: torch.dtype):
@@ -215,13 +202,10 @@ def test_a_captured_layer_follows_a_change_of_mask(kind: str, dtype: torch.dtype
         y = masked_linear(x, values, layout, bias, activation="gelu")
         return [y, *torch.autograd.grad(y, leaves, dy)]
 
-    graph, out = capture(run)
+    graph, out = captured(run, before=3)
     for change in (False, True):
         if change:
-            for field in fields(layout):
-                old = getattr(layout, field.name)
-                if isinstance(old, Tensor):
-                    old.copy_(getattr(other, field.name))
+            rewrite(layout, other)
             take_kept([weight], layout, [values.detach()])
         for tensor in out:
             tensor.detach().fill_(torch.nan)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sensikernels.ops.subset_adamw import native
 from sensikernels.optim import SubsetAdamW
-from tests.gpu.test_reductions import captured, no_waiting
+from tests.gpu.captures import captured, no_waiting
 from tests.ops.subset_adamw.cases import KINDS, kept_of, same_bits
 from tests.tolerance import assert_close_to_reference
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor
 
 from sensikernels.ops.group_reduce import STATISTICS, GroupTable, group_reduce
-from sensikernels.ops.group_reduce.api import choose_backend as reduction_backend
+from sensikernels.ops.group_reduce import explain as explain_sums
 from sensikernels.ops.select_kept import select_elements, select_kept
-from sensikernels.ops.select_kept.elements import NEEDS_GRAD, SCORES, choose_backend
-from tests.ops.group_reduce.cases import GROUPS, assert_sums, inputs
+from sensikernels.ops.select_kept.elements import NEEDS_GRAD, SCORES, explain
+from tests.gpu.captures import captured, no_waiting
+from tests.ops.group_reduce.cases import assert_sums, every_group
 from tests.ops.select_kept.cases import entries
 
 pytestmark = pytest.mark.gpu
@@ -22,34 +22,10 @@ SHAPES = [(768, 768), (768,), (3072, 768), (1,), (30, 1001), (200_003,)]
 UNITS = 24 * (16 + 4096)
 
 
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """A host synchronisation inside is an error."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A graph of ``run``, after one call beside it, and the tensors it writes."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    return graph, out
-
-
-def named(backend: str, choose: Callable[..., Any], *arguments: Any) -> None:
+def named(backend: str, explained: Callable[..., Any], *arguments: Any) -> None:
     """Skip where a backend cannot serve on this machine, with its own reason."""
     try:
-        choose(*arguments, backend)
+        explained(*arguments, backend)
     except ValueError as refusal:
         pytest.skip(str(refusal))
 
@@ -57,14 +33,9 @@ def named(backend: str, choose: Callable[..., Any], *arguments: Any) -> None:
 @pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize("kind", ["float32", "mixed", "sliced", "transposed", "special"])
 def test_every_group_against_float64(kind: str, backend: str):
-    weights, grads, groups = [], [], []
-    for group in GROUPS:
-        for shape in ((96, 640), (33, 70), (3, 20_000)):
-            w, g = inputs(shape, kind)
-            weights.append(w.cuda())
-            grads.append(g.cuda())
-            groups.append(group(shape))
-    named(backend, reduction_backend, weights, grads)
+    weights, grads, groups = every_group(((96, 640), (33, 70), (3, 20_000)), kind)
+    weights, grads = ([t.cuda() for t in tensors] for tensors in (weights, grads))
+    named(backend, explain_sums, weights, grads)
     got = group_reduce(weights, grads, STATISTICS, groups=groups, backend=backend)
     assert_sums(got.arena, weights, grads, groups)
 
@@ -72,7 +43,7 @@ def test_every_group_against_float64(kind: str, backend: str):
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_reductions_repeat_replay_and_do_not_wait(backend: str):
     weights, grads = ([torch.randn(s, device="cuda") for s in SHAPES] for _ in range(2))
-    named(backend, reduction_backend, weights, grads)
+    named(backend, explain_sums, weights, grads)
     table = GroupTable(weights, grads, groups="row")
 
     def run() -> list[Tensor]:
@@ -96,7 +67,7 @@ def test_reductions_repeat_replay_and_do_not_wait(backend: str):
 def test_elements_equal_the_sort(score: str, dtype: torch.dtype, backend: str):
     tensors = [t.cuda() for t in entries(SHAPES, dtype)]
     grads = [t.cuda() for t in entries(SHAPES, torch.float32)] if score in NEEDS_GRAD else None
-    named(backend, choose_backend, tensors)
+    named(backend, explain, tensors)
     total = sum(t.numel() for t in tensors)
     each = [t.numel() // 10 for t in tensors]
     for k in (0, 1, total // 10, total - 1, total, each):
@@ -111,7 +82,7 @@ def test_elements_equal_the_sort(score: str, dtype: torch.dtype, backend: str):
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_elements_replay_with_another_mask_and_do_not_wait(backend: str):
     tensors = [torch.randn(s, device="cuda") for s in SHAPES]
-    named(backend, choose_backend, tensors)
+    named(backend, explain, tensors)
     total = sum(t.numel() for t in tensors)
 
     def run() -> list[Tensor]:

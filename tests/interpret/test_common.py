@@ -127,16 +127,17 @@ def test_every_shipped_configuration_is_chosen_by_some_shape():
 
 def test_a_device_with_little_shared_memory_gets_fewer_stages(monkeypatch: pytest.MonkeyPatch):
     from sensikernels.ops.common import triton_launch
-    from sensikernels.ops.masked_linear.triton_blocks import CONFIGS, _stage_bytes
+    from sensikernels.ops.common.triton_configs import stage_bytes
+    from sensikernels.ops.masked_linear.triton_blocks import CONFIGS
 
     x = torch.empty(1, dtype=torch.bfloat16)
     for kilobytes, hopper in ((99, False), (163, False), (227, True)):
         own = triton_launch.Device(processors=46, shared=kilobytes << 10, descriptors=hopper)
         monkeypatch.setattr(triton_launch, "INTERPRETED", own)
         for config in CONFIGS:
-            fitted = triton_launch.fit(config, _stage_bytes, x)
+            fitted = triton_launch.fit(config, stage_bytes, x)
             buffers = fitted.stages if hopper else fitted.stages - 1
-            assert buffers * _stage_bytes(fitted.tile, 2) <= own.shared
+            assert buffers * stage_bytes(fitted.tile, 2) <= own.shared
             assert fitted.stages == config.stages or kilobytes == 99
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,37 +83,24 @@ def test_the_best_units_are_kept() -> None:
             assert values[kept].min() >= values[~kept].max()
 
 
+def table_of(points: dict[str, dict[int, float]], **facts: Any) -> StepCosts:
+    """Costs of two layers of ``HEADS`` heads and ``NEURONS`` neurons that save the same."""
+    same = {"dtype": "float32", "tokens": 1, "layers": 2}
+    units, saved = {"heads": HEADS, "neurons": NEURONS}, {"inner": points, "last": points}
+    return StepCosts(**same, units=units, saved=saved, **facts)
+
+
 def test_a_staircase_takes_the_widest_of_equal_cost() -> None:
     coupling = make_structure(heads=HEADS, neurons=NEURONS).couplings[1]
     points = {"heads": {3: 0.0}, "neurons": {8: 0.0, 4: 10.0}}
-    saved = {"inner": points, "last": points}
-    steps = StepCosts(
-        device="cuda",
-        dtype="bfloat16",
-        threads=0,
-        tokens=1,
-        layers=2,
-        dense_ms=100.0,
-        units={"heads": 3, "neurons": 8},
-        saved=saved,
-        staircase=True,
-    )
+    steps = table_of(points, device="cuda", threads=0, dense_ms=100.0, staircase=True)
     assert steps.share_saved(coupling, np.arange(1, 9)).tolist() == [0.1] * 4 + [0.0] * 4
 
 
 def test_noise_leaves_costs_falling() -> None:
     coupling = make_structure(heads=HEADS, neurons=NEURONS).couplings[1]
     points = {"heads": {3: 0.0}, "neurons": {8: 0.0, 6: -3.0, 4: 9.0, 2: 4.0}}
-    table = StepCosts(
-        device="cpu",
-        dtype="float32",
-        threads=1,
-        tokens=1,
-        layers=2,
-        dense_ms=10.0,
-        units={"heads": 3, "neurons": 8},
-        saved={"inner": points, "last": points},
-    )
+    table = table_of(points, device="cpu", threads=1, dense_ms=10.0)
     saved = table.share_saved(coupling, np.arange(1, 9))
     assert (np.diff(saved) <= 0).all()
     assert saved[-1] == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sensikernels._core import extension
 from sensikernels.layouts import CompactLayout, Layout, layout_of
+from tests.tolerance import assert_close_to_reference
 
 # name: block shape, weight shape; 0 stands for the whole side
 GRIDS = {
@@ -60,3 +61,14 @@ def make_layout(name: str, keep: str = "some", *, compact: str = "") -> Layout:
 def served(layout: Layout) -> tuple[str, ...]:
     """Backends that must agree on the CPU."""
     return ("auto", "native") if not isinstance(layout, CompactLayout) else ("native",)
+
+
+def check_against_definition(
+    run: Callable[..., list[Tensor]], layout: Layout, given: list[Tensor], backend: str, gelu: str
+) -> None:
+    """``run(layout, given, backend, activation)`` is as near the exact values as the definition."""
+    got, same = (run(layout, given, name, gelu) for name in (backend, "reference"))
+    double = [t.detach().double().requires_grad_(t.requires_grad) for t in given]
+    exact = run(layout, double, "reference", gelu)
+    for mine, torchs, truth in zip(got, same, exact, strict=True):
+        assert_close_to_reference(mine, torchs, truth)

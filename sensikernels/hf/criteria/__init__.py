@@ -1,6 +1,6 @@
 """Statistics that rank units: taps on activations, sums over weights and gradients."""
 
 from sensikernels.hf.criteria.taps import STATISTICS, UnitTap, tap
-from sensikernels.hf.criteria.weights import unit_sums
+from sensikernels.hf.criteria.weights import unit_sums, unit_table
 
-__all__ = ["STATISTICS", "UnitTap", "tap", "unit_sums"]
+__all__ = ["STATISTICS", "UnitTap", "tap", "unit_sums", "unit_table"]

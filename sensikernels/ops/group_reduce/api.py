@@ -1,4 +1,4 @@
-"""``group_reduce``: the public function, its result, and the choice of a backend."""
+"""The public function ``group_reduce``, its result, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from sensikernels._core import environment
-from sensikernels._core.checks import require, require_one_of
-from sensikernels._core.errors import UsageError
+from sensikernels._core.checks import expected, require, require_one_of
 from sensikernels.ops.common.checks import described
+from sensikernels.ops.common.choice import Choice
+from sensikernels.ops.common.lists import choice
 from sensikernels.ops.group_reduce import ops, reference, repeat
 from sensikernels.ops.group_reduce.table import (
-    DTYPE_CODE,
     NEEDS_GRAD,
     STATISTICS,
     Group,
@@ -66,42 +66,11 @@ def ordered_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in STATISTICS if name in statistics)
 
 
-def choose_backend(
-    weights: Sequence[Tensor], grads: Sequence[Tensor] | None, backend: str
-) -> tuple[str, str]:
-    """The backend that serves this call, and why."""
-    require_one_of(backend, "backend", environment.BACKENDS)
-    asked = environment.backend() if backend == "auto" else backend
-    if asked == "reference":
-        return asked, "asked for by name"
-    device = weights[0].device.type if weights else "cpu"
-    other = list({t.dtype for t in (*weights, *(grads or ()))} - DTYPE_CODE.keys())
-    refusals = {
-        "native": f"{other[0]} is served by the reference only"
-        if other
-        else ops.native_refusal(device),
-        "triton": f"{other[0]} is served by the reference only"
-        if other
-        else ops.triton_refusal(device),
-    }
-    if asked != "auto":
-        if refusals[asked]:
-            raise UsageError(f"backend: {asked} cannot serve this call: {refusals[asked]}")
-        return asked, "asked for by name"
-    for name in ("native", "triton"):
-        if name == "triton" and device == "cpu":
-            continue
-        if refusals[name] is None:
-            return name, f"the fastest that serves {device} tensors"
-    return "reference", "; ".join(f"{k}: {v}" for k, v in refusals.items())
-
-
 def explain(
     weights: Sequence[Tensor], grads: Sequence[Tensor] | None = None, backend: str = "auto"
-) -> str:
-    """One line: which backend ``group_reduce`` takes for these tensors, and why."""
-    name, why = choose_backend(weights, grads, backend)
-    return f"group_reduce: {name} ({why})"
+) -> Choice:
+    """Which backend ``group_reduce`` takes for these tensors, and why."""
+    return choice("group_reduce", [*weights, *(grads or ())], backend)
 
 
 def check_tensors(
@@ -130,19 +99,28 @@ def check_tensors(
         require(dtype.is_floating_point, "weights", "floating dtypes", dtype)
 
 
-def check_state(
-    name: str, state: GroupSums | None, table: GroupTable, statistics: tuple[str, ...]
-) -> Tensor | None:
-    """The arena of ``running`` or ``ema``, which must hold these statistics of these groups."""
-    if state is None:
-        return None
+def check_states(
+    running: GroupSums | None,
+    ema: tuple[GroupSums, float] | None,
+    table: GroupTable,
+    statistics: tuple[str, ...],
+) -> ops.States:
+    """The arenas of ``running`` and ``ema``, which must hold these statistics of these groups."""
+    average, decay = (None, 0.0) if ema is None else (ema[0], float(ema[1]))
+    require(0.0 <= decay <= 1.0, "ema", "a decay in [0, 1]", decay)
+    sums = None if running is None else _arena("running", running, table, statistics)
+    means = None if average is None else _arena("ema", average, table, statistics)
+    return ops.States(sums, means, decay)
+
+
+def _arena(name: str, state: GroupSums, table: GroupTable, statistics: tuple[str, ...]) -> Tensor:
     require(isinstance(state, GroupSums), name, "GroupSums", type(state).__name__)
     require(state.statistics == statistics, name, f"statistics {statistics}", state.statistics)
     require(state.spans == table.layout.spans, name, "the groups of this call", "other groups")
     require(state.arena.is_contiguous(), name, "a contiguous arena", state.arena.stride())
     arena, shape = state.arena, (len(statistics), table.layout.groups)
     if arena.shape != shape or arena.device != table.device or not arena.is_floating_point():
-        require(False, name, f"floating {list(shape)} on {table.device}", described(arena))
+        raise expected(name, f"floating {list(shape)} on {table.device}", described(arena))
     return arena
 
 
@@ -161,15 +139,17 @@ def group_reduce(
 ) -> GroupSums:
     """Sum statistics of ``(weight, gradient)`` over groups of entries, for all tensors at once.
 
+    Hold a ``table`` where the same tensors are summed again: making one takes longer than a sum.
+
     Args:
         weights: tensors of any shape, float32, bfloat16 or float16 mixed (float64: reference).
             A tensor is viewed as ``[shape[0], rest]``; a bias as ``[n, 1]``.
         grads: one per weight, same shape, of any of these types; ``None`` if no statistic asks.
         statistics: any of ``STATISTICS``. With ``w``, ``g`` the entries of a group:
             ``sum_abs_wg`` Σ|w·g|, ``sum_wg`` Σ w·g, ``sum_wg_squared`` Σ (w·g)²,
-            ``sum_batch_grad_squared`` Σ g² (of this batch's gradient; for per-sample gradients
-            see :func:`per_sample_grad_squared`), ``sum_abs_grad`` Σ|g|,
-            ``sum_weight_squared`` Σ w², ``sum_abs_weight`` Σ|w|, ``max_abs_grad`` max|g|.
+            ``sum_batch_grad_squared`` Σ g² (of this batch; per sample:
+            :func:`per_sample_grad_squared`), ``sum_abs_grad`` Σ|g|, ``sum_weight_squared`` Σ w²,
+            ``sum_abs_weight`` Σ|w|, ``max_abs_grad`` max|g|.
         groups: one for all tensors, or a list with one per tensor. ``"tensor"``, ``"row"``,
             ``"column"``, ``("head", head_dim[, axis])``, ``("block", bm, bn)`` (partial blocks at
             the edges), or ``("ids", ids, count)`` with int32 ids per row or per entry; an entry
@@ -189,35 +169,50 @@ def group_reduce(
             named backend that cannot serve the call.
     """
     statistics = ordered_statistics(statistics)
-    asked, brought = (backend, environment.backend()), table is not None
-    pairs = weights if grads is None and NEEDS_GRAD.isdisjoint(statistics) else grads
-    if table is None:
-        table = repeat.known_table(weights, groups, names)
-    bound = None
-    if table is not None and pairs is not None:
-        bound = repeat.again(table, weights, pairs, asked)
+    held, asked = table is not None, (backend, environment.backend())
+    bound = None if table is None else _bound(table, weights, grads, statistics, asked)
     if bound is None:
         check_tensors(weights, grads, statistics)
-        chosen, _ = choose_backend(weights, grads, backend)
-        if not brought or table is None:
-            table = GroupTable(weights, grads, groups=groups, names=names)
-        fits = [w.shape for w in weights] == table.shapes
-        require(fits, "table", "a table of these tensors", "other shapes")
-    assert table is not None
-    decay = 0.0 if ema is None else float(ema[1])
-    require(0.0 <= decay <= 1.0, "ema", "a decay in [0, 1]", decay)
-    running_arena = check_state("running", running, table, statistics)
-    ema_arena = check_state("ema", ema[0] if ema else None, table, statistics)
-    states = (running_arena, ema_arena, decay)
-    if bound is not None:
-        arena = ops.launch_bound(bound, table, statistics, *states)
-    elif chosen == "reference":
+    if table is None:
+        table = GroupTable(weights, grads, groups=groups, names=names)
+    states = check_states(running, ema, table, statistics)
+    if bound is None:
+        arena = _first(table, weights, grads, statistics, states, asked, held)
+    else:
+        arena = ops.launch_bound(bound, table, statistics, states)
+    return GroupSums(arena=arena, statistics=statistics, spans=table.layout.spans)
+
+
+def _bound(
+    table: GroupTable,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+    statistics: tuple[str, ...],
+    asked: tuple[str, str],
+) -> Tensor | None:
+    """Descriptors of these tensors, if ``table`` has just served them."""
+    pairs = weights if grads is None and NEEDS_GRAD.isdisjoint(statistics) else grads
+    return None if pairs is None else repeat.again(table, weights, pairs, asked)
+
+
+def _first(
+    table: GroupTable,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+    statistics: tuple[str, ...],
+    states: ops.States,
+    asked: tuple[str, str],
+    held: bool,
+) -> Tensor:
+    """The sums of tensors that ``table`` has not just served; noted if the caller holds it."""
+    same = [w.shape for w in weights] == table.shapes
+    require(same, "table", "a table of these tensors", "other shapes")
+    backend = explain(weights, grads, asked[0]).backend
+    if backend == "reference":
         arena = reference.group_reduce(weights, grads, statistics, table.groups)
         reference.update_states(arena, statistics, *states)
-    else:
-        arena = ops.launch(chosen, table, weights, grads, statistics, *states)
-        if chosen == "native":
-            repeat.remember(table, weights, weights if grads is None else grads, asked)
-            if not brought:
-                repeat.keep_table(table, weights, groups, names)
-    return GroupSums(arena=arena, statistics=statistics, spans=table.layout.spans)
+        return arena
+    arena = ops.launch(backend, table, weights, grads, statistics, states)
+    if held and backend == "native":
+        repeat.remember(table, weights, weights if grads is None else grads, asked)
+    return arena

@@ -1,14 +1,15 @@
-"""What the operator ``group_reduce`` demands of its tables; ``GroupTable`` makes sound ones."""
+"""Checks of the operator ``group_reduce``'s tables; those of a ``GroupTable`` are sound."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.checks import expected, require, require_one_of
 from sensikernels._core.values import readable, require_within
 from sensikernels.ops.common.checks import KERNELS, check_count, check_tensor
 from sensikernels.ops.group_reduce.table import (
@@ -33,17 +34,24 @@ def check_tensors(weights: Sequence[Tensor], grads: Sequence[Tensor], device: to
             require(known, f"{name}[{i}]", "float32, bfloat16 or float16", t.dtype)
 
 
+class Tables(NamedTuple):
+    """The operator's tables, as in ``table.Grouping``."""
+
+    chunks: Tensor
+    starts: Tensor
+    order: Tensor
+    members: Tensor
+
+
 def check_tables(
     weights: Sequence[Tensor],
     flat: Sequence[bool],
-    chunks: Tensor,
-    starts: Tensor,
-    order: Tensor,
-    members: Tensor,
+    tables: Tables,
     host: Tensor,
     descriptors: Tensor | None,
 ) -> None:
     """Dtypes, sizes and devices of the tables."""
+    chunks, starts, order, members = tables
     n, device = len(weights), chunks.device
     check_count(flat, "flat", n)
     require(chunks.dim() == 2, "chunks", f"[chunks, {len(CHUNK_FIELDS)}]", list(chunks.shape))
@@ -61,14 +69,12 @@ def check_tables(
         check_tensor(descriptors, "descriptors", (n, 6), torch.int64, device)
     needed = device.type == "cuda"
     require(not needed or descriptors is not None, "descriptors", f"one on {device}", None)
-    tables = {"chunks": chunks, "starts": starts, "order": order, "members": members}
-    for name, t in tables.items():
+    for name, t in tables._asdict().items():
         require(t.is_contiguous(), name, "a contiguous table", "a strided one")
 
 
 def check_sums(
-    chunks: Tensor,
-    starts: Tensor,
+    tables: Tables,
     partials: Tensor,
     statistics: int,
     states: Sequence[Tensor | None],
@@ -77,13 +83,13 @@ def check_sums(
 ) -> None:
     """Scratch and states of as many rows as there are statistics."""
     if not 0 < statistics < 1 << len(STATISTICS):
-        require(False, "statistics", f"bits of {len(STATISTICS)} statistics", statistics)
-    rows, device = bin(statistics).count("1"), chunks.device
+        raise expected("statistics", f"bits of {len(STATISTICS)} statistics", statistics)
+    rows, device = bin(statistics).count("1"), tables.chunks.device
     require(partials.dim() == 2, "partials", f"[{rows}, partials]", list(partials.shape))
     buffers = {"partials": (partials, partials.shape[1])}
     for name, state in zip(("running", "ema"), states, strict=True):
         if state is not None:
-            buffers[name] = state, starts.numel() - 1
+            buffers[name] = state, tables.starts.numel() - 1
     for name, (t, width) in buffers.items():
         check_tensor(t, name, (rows, width), torch.float32, device)
         require(t.is_contiguous(), name, "a contiguous arena", "a strided one")
@@ -92,15 +98,10 @@ def check_sums(
 
 
 def check_values(
-    weights: Sequence[Tensor],
-    flat: Sequence[bool],
-    chunks: Tensor,
-    starts: Tensor,
-    order: Tensor,
-    members: Tensor,
-    partials: int,
+    weights: Sequence[Tensor], flat: Sequence[bool], tables: Tables, partials: int
 ) -> None:
-    """That no chunk reads beyond its tensor or writes beyond the partials, if readable."""
+    """No chunk reads beyond its tensor or writes beyond the partials, if that can be read."""
+    chunks, starts, order, members = tables
     if not readable(chunks):
         return
     at = starts.cpu().numpy()
@@ -133,8 +134,8 @@ def check_values(
         require(ok, "members", f"entries in [0, {entries})", mine[:8])
 
 
-def _require(ok: np.ndarray, expected: str, table: np.ndarray) -> None:
+def _require(ok: np.ndarray, wanted: str, table: np.ndarray) -> None:
     if not ok.all():
         at = int(ok.argmin())
         named = dict(zip(CHUNK_FIELDS, map(int, table[at]), strict=True))
-        require(False, "chunks", expected, f"{named} at {at}")
+        raise expected("chunks", wanted, f"{named} at {at}")

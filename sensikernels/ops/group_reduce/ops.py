@@ -1,17 +1,17 @@
-"""The op ``sensikernels::group_reduce``: defined once, one implementation per backend."""
+"""The operator ``group_reduce``: defined once, one implementation per backend."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sensikernels._core import environment
 from sensikernels._core.checks import require
 from sensikernels.ops.common.columns import unwatched
+from sensikernels.ops.common.lists import native_refusal, triton_refusal
 from sensikernels.ops.group_reduce import checks, native
 from sensikernels.ops.group_reduce.table import DTYPE_CODE, STATISTICS, GroupTable
 
@@ -24,32 +24,40 @@ _library.define(
 )
 
 
-def native_refusal(device: str) -> str | None:
-    """Why the compiled kernels cannot serve ``device``; None if they can."""
-    return native.refusal(device)
+class Arguments(NamedTuple):
+    """The operator's arguments, in the order of its schema."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    flat: list[bool]
+    chunks: Tensor
+    starts: Tensor
+    order: Tensor
+    members: Tensor
+    host_descriptors: Tensor
+    descriptors: Tensor | None
+    partials: Tensor
+    statistics: int
+    running: Tensor | None
+    ema: Tensor | None
+    decay: float
+    backend: str
+
+    def sums(self) -> Tensor:
+        """A new ``[statistics, groups]`` float32."""
+        shape = self.partials.size(0), self.starts.numel() - 1
+        return self.chunks.new_empty(shape, dtype=torch.float32)
 
 
-def triton_refusal(device: str) -> str | None:
-    """Why the Triton kernels cannot serve ``device``; None if they can."""
-    if device != "cuda" and not environment.interpreting():
-        return f"Triton runs on CUDA tensors, not on {device}"
-    return None
-
-
-def bind(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    flat: Sequence[bool],
-    host: Tensor,
-    device: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
+def bind(call: Arguments) -> tuple[Tensor, list[Tensor]]:
     """Descriptors of the tensors, uploaded only if one changed, and the copies they point into.
 
     A descriptor: weight and gradient address, their row strides, their ``DTYPE_CODE``.
     """
+    flat, device = call.flat, call.descriptors
     columns = []
     copies: list[Tensor] = []
-    for tensors in (weights, grads or weights):
+    for tensors in (call.weights, call.grads or call.weights):
         plain = [t.is_contiguous() for t in tensors]
         if not all(plain):
             tensors = list(tensors)
@@ -69,86 +77,59 @@ def bind(
     fresh = torch.from_numpy(np.ascontiguousarray(rows.T))
     if device is None:
         return fresh, copies
-    if not torch.equal(fresh, host):
-        host.copy_(fresh)
-        device.copy_(host, non_blocking=True)
+    if not torch.equal(fresh, call.host_descriptors):
+        call.host_descriptors.copy_(fresh)
+        device.copy_(call.host_descriptors, non_blocking=True)
     return device, copies
 
 
-def _check(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    flat: list[bool],
-    chunks: Tensor,
-    starts: Tensor,
-    order: Tensor,
-    members: Tensor,
-    host_descriptors: Tensor,
-    descriptors: Tensor | None,
-    partials: Tensor,
-    statistics: int,
-    running: Tensor | None,
-    ema: Tensor | None,
-    decay: float,
-    backend: str,
-) -> None:
-    checks.check_tensors(weights, grads, chunks.device)
-    tables = (chunks, starts, order, members)
-    checks.check_tables(weights, flat, *tables, host_descriptors, descriptors)
-    states = (running, ema)
-    checks.check_sums(chunks, starts, partials, statistics, states, decay, backend)
-    checks.check_values(weights, flat, *tables, partials.shape[1])
+def _checked(*arguments: Any) -> Arguments:
+    call = Arguments(*arguments)
+    checks.check_tensors(call.weights, call.grads, call.chunks.device)
+    tables = checks.Tables(call.chunks, call.starts, call.order, call.members)
+    flat, states = call.flat, (call.running, call.ema)
+    checks.check_tables(call.weights, flat, tables, call.host_descriptors, call.descriptors)
+    checks.check_sums(tables, call.partials, call.statistics, states, call.decay, call.backend)
+    checks.check_values(call.weights, flat, tables, call.partials.shape[1])
+    return call
 
 
-def _checked(*arguments: Any) -> Tensor:
-    _check(*arguments)
-    refusals = {"native": native_refusal, "triton": triton_refusal}
-    chunks, backend = arguments[3], arguments[-1]
-    refused = refusals[backend](chunks.device.type)
+def _group_reduce(*arguments: Any) -> Tensor:
+    call = _checked(*arguments)
+    device = call.chunks.device.type
+    compiled = call.backend == "native"
+    refused = native_refusal("group_reduce", device) if compiled else triton_refusal(device)
     require(refused is None, "backend", "one that serves these tensors", refused)
-    return _group_reduce(*arguments)
+    return _run(call)
 
 
-def _group_reduce(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    flat: list[bool],
-    chunks: Tensor,
-    starts: Tensor,
-    order: Tensor,
-    members: Tensor,
-    host_descriptors: Tensor,
-    descriptors: Tensor | None,
-    partials: Tensor,
-    statistics: int,
-    running: Tensor | None,
-    ema: Tensor | None,
-    decay: float,
-    backend: str,
-) -> Tensor:
-    bound, copies = bind(weights, grads, flat, host_descriptors, descriptors)
-    out = chunks.new_empty(partials.size(0), starts.numel() - 1, dtype=torch.float32)
-    kernels: Any
-    if backend == "triton":
+def _run(call: Arguments) -> Tensor:
+    bound, copies = bind(call)
+    out = call.sums()
+    kernels: Any = native
+    if call.backend == "triton":
         from sensikernels.ops.group_reduce import triton as kernels
-    else:
-        kernels = native
-    kernels.group_reduce(
-        bound, chunks, starts, order, members, statistics, partials, out, running, ema, decay
-    )
+    tables, states = call[3:7], call[11:14]
+    kernels.group_reduce(bound, *tables, call.statistics, call.partials, out, *states)
     del copies
     return out
 
 
 def _fake(*arguments: Any) -> Tensor:
-    _check(*arguments)
-    chunks, starts, partials = arguments[3], arguments[4], arguments[9]
-    return chunks.new_empty(partials.size(0), starts.numel() - 1, dtype=torch.float32)
+    return _checked(*arguments).sums()
 
 
-_library.impl("group_reduce", _checked, "CPU")
-_library.impl("group_reduce", _checked, "CUDA")
+_library.impl("group_reduce", _group_reduce, "CPU")
+_library.impl("group_reduce", _group_reduce, "CUDA")
 torch.library.register_fake("sensikernels::group_reduce", _fake, lib=_library)
+
+
+class States(NamedTuple):
+    """The arenas that a call updates, ``[statistics, groups]``, and how fast ``ema`` forgets."""
+
+    running: Tensor | None
+    ema: Tensor | None
+    decay: float
 
 
 def launch(
@@ -157,18 +138,14 @@ def launch(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor] | None,
     statistics: Sequence[str],
-    running: Tensor | None,
-    ema: Tensor | None,
-    decay: float,
+    states: States,
 ) -> Tensor:
     """Call the op with the table's buffers; ``[statistics, groups]`` float32.
 
-    Past its checks where nothing watches operators: a ``GroupTable`` is right by construction.
+    Its checks are passed over where nothing watches operators: a ``GroupTable`` is right by
+    construction.
     """
-    bits = sum(1 << STATISTICS.index(name) for name in statistics)
-    plain = unwatched(weights[0] if weights else table.chunks)
-    run = _group_reduce if plain else torch.ops.sensikernels.group_reduce
-    out: Tensor = run(
+    call = Arguments(
         list(weights),
         list(grads or ()),
         list(table.layout.flat),
@@ -179,37 +156,26 @@ def launch(
         table.host_descriptors,
         table.descriptors,
         table.partials(len(statistics)),
-        bits,
-        running,
-        ema,
-        decay,
+        _bits(statistics),
+        *states,
         backend,
     )
+    if unwatched(weights[0] if weights else table.chunks):
+        return _run(call)
+    out: Tensor = torch.ops.sensikernels.group_reduce(*call)
     return out
 
 
 def launch_bound(
-    descriptors: Tensor,
-    table: GroupTable,
-    statistics: Sequence[str],
-    running: Tensor | None,
-    ema: Tensor | None,
-    decay: float,
+    descriptors: Tensor, table: GroupTable, statistics: Sequence[str], states: States
 ) -> Tensor:
     """The compiled kernels on descriptors ready-made; see ``launch``."""
-    bits = sum(1 << STATISTICS.index(name) for name in statistics)
     out = torch.empty(len(statistics), table.layout.groups, device=table.device)
-    native.group_reduce(
-        descriptors,
-        table.chunks,
-        table.starts,
-        table.order,
-        table.members,
-        bits,
-        table.partials(len(statistics)),
-        out,
-        running,
-        ema,
-        decay,
-    )
+    tables = table.chunks, table.starts, table.order, table.members
+    partials = table.partials(len(statistics))
+    native.group_reduce(descriptors, *tables, _bits(statistics), partials, out, *states)
     return out
+
+
+def _bits(statistics: Sequence[str]) -> int:
+    return sum(1 << STATISTICS.index(name) for name in statistics)

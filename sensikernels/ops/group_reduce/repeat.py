@@ -1,10 +1,8 @@
-"""The second call on the same tensors: what the first one checked is compared, not made again."""
+"""Repeated calls with one table and its tensors: what the first checked is only compared."""
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import is_
@@ -14,12 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from sensikernels.ops.group_reduce.table import DTYPE_CODE, Group, GroupTable
-
-TABLES = 4
-"""Tables remembered for calls that bring none, per thread."""
-
-_mine = threading.local()
+from sensikernels.ops.group_reduce.table import DTYPE_CODE, GroupTable
 
 
 def _kinds(tensors: Sequence[Tensor]) -> list[object]:
@@ -91,44 +84,3 @@ def again(
 def same_tensors(held: Sequence[weakref.ref[Tensor]], tensors: Sequence[Tensor]) -> bool:
     """Whether these are the very objects."""
     return len(held) == len(tensors) and all(map(is_, [ref() for ref in held], tensors))
-
-
-def known_table(
-    weights: Sequence[Tensor], groups: Group | list[Group], names: Sequence[str] | None
-) -> GroupTable | None:
-    """This thread's table of these very tensors on the CPU, whose groups and names are these."""
-    tables: OrderedDict[object, GroupTable] = _mine.__dict__.setdefault("tables", OrderedDict())
-    key = _key(weights, groups, names)
-    table = None if key is None else tables.get(key)
-    bound = None if table is None else table.binding
-    if bound is None or not same_tensors(bound.weights, weights):
-        return None
-    tables.move_to_end(key)
-    return table
-
-
-def keep_table(
-    table: GroupTable,
-    weights: Sequence[Tensor],
-    groups: Group | list[Group],
-    names: Sequence[str] | None,
-) -> None:
-    """Remember ``table`` for ``known_table`` if its call can be repeated."""
-    key = _key(weights, groups, names)
-    if key is None or table.binding is None:
-        return
-    tables: OrderedDict[object, GroupTable] = _mine.__dict__.setdefault("tables", OrderedDict())
-    tables[key] = table
-    while len(tables) > TABLES:
-        tables.popitem(last=False)
-
-
-def _key(
-    weights: Sequence[Tensor], groups: Group | list[Group], names: Sequence[str] | None
-) -> object:
-    """None where ids are tensors, whose values may change."""
-    listed = tuple(groups) if isinstance(groups, list) else (groups,)
-    if any(isinstance(group, tuple) and group[:1] == ("ids",) for group in listed):
-        return None
-    of_list, named = isinstance(groups, list), None if names is None else tuple(names)
-    return (*map(id, weights),), of_list, listed, named

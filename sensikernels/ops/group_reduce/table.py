@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensikernels._core.checks import require
+from sensikernels._core.checks import expected, require
 
 STATISTICS: Final = (
     "sum_abs_wg",
@@ -51,7 +51,7 @@ CHUNK_FIELDS: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Where one tensor's groups lie in a statistic's row of the arena."""
+    """The place of one tensor's groups in a statistic's row of the arena."""
 
     name: str
     offset: int
@@ -113,14 +113,8 @@ def block_of(group: Group, shape: Sequence[int], where: str) -> tuple[int, int, 
         bm, bn = sizes
         require(bm > 0 and bn > 0, where, "positive block sizes", (bm, bn))
         return bm, bn, (-(-rows // bm), -(-cols // bn))
-    require(
-        False,
-        where,
-        "'tensor', 'row', 'column', ('head', dim[, axis]), ('block', bm, bn) or "
-        "('ids', ids, count)",
-        repr(group),
-    )
-    raise AssertionError
+    forms = "'tensor', 'row', 'column', ('head', dim[, axis]), ('block', bm, bn) or "
+    raise expected(where, forms + "('ids', ids, count)", repr(group))
 
 
 class _Work:

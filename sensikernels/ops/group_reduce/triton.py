@@ -6,25 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sensikernels.ops.common.triton_load import load_float
 from sensikernels.ops.group_reduce.table import CHUNK_FIELDS, STATISTICS
 
 BLOCK = 1024
 GROUPS = 128
 _FIELDS = tl.constexpr(len(CHUNK_FIELDS))
-
-
-@triton.jit
-def _load(base, kind, at, inside):
-    # bfloat16 is widened by hand: the interpreter has no arithmetic for it.
-    if kind == 0:
-        x = tl.load(base.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
-    elif kind == 1:
-        bits = tl.load(base.to(tl.pointer_type(tl.uint16)) + at, mask=inside, other=0)
-        x = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        x = tl.load(base.to(tl.pointer_type(tl.float16)) + at, mask=inside, other=0.0)
-        x = x.to(tl.float32)
-    return x
 
 
 @triton.jit
@@ -51,30 +38,23 @@ def _add(MASK: tl.constexpr, w, g, a0, a1, a2, a3, a4, a5, a6, a7):
 
 
 @triton.jit
+def _put(MASK: tl.constexpr, BIT: tl.constexpr, out, stride, inside, value):
+    if MASK & BIT:
+        tl.store(out, value, mask=inside)
+        out += stride
+    return out
+
+
+@triton.jit
 def _store(MASK: tl.constexpr, out, stride, inside, a0, a1, a2, a3, a4, a5, a6, a7):
-    if MASK & 1:
-        tl.store(out, a0, mask=inside)
-        out += stride
-    if MASK & 2:
-        tl.store(out, a1, mask=inside)
-        out += stride
-    if MASK & 4:
-        tl.store(out, a2, mask=inside)
-        out += stride
-    if MASK & 8:
-        tl.store(out, a3, mask=inside)
-        out += stride
-    if MASK & 16:
-        tl.store(out, a4, mask=inside)
-        out += stride
-    if MASK & 32:
-        tl.store(out, a5, mask=inside)
-        out += stride
-    if MASK & 64:
-        tl.store(out, a6, mask=inside)
-        out += stride
-    if MASK & 128:
-        tl.store(out, a7.to(tl.float32, bitcast=True), mask=inside)
+    out = _put(MASK, 1, out, stride, inside, a0)
+    out = _put(MASK, 2, out, stride, inside, a1)
+    out = _put(MASK, 4, out, stride, inside, a2)
+    out = _put(MASK, 8, out, stride, inside, a3)
+    out = _put(MASK, 16, out, stride, inside, a4)
+    out = _put(MASK, 32, out, stride, inside, a5)
+    out = _put(MASK, 64, out, stride, inside, a6)
+    _put(MASK, 128, out, stride, inside, a7.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -122,8 +102,8 @@ def reduce_chunks(
             a0, a1, a2, a3, a4, a5, a6, a7 = zero, zero, zero, zero, zero, zero, zero, none
             for i in range(0, cols, BLOCK):
                 inside = i + lane < cols
-                w = _load(weight, w_type, w0 + i + lane, inside)
-                g = _load(grad, g_type, g0 + i + lane, inside)
+                w = load_float(weight, w_type, w0 + i + lane, inside)
+                g = load_float(grad, g_type, g0 + i + lane, inside)
                 a0, a1, a2, a3, a4, a5, a6, a7 = _add(MASK, w, g, a0, a1, a2, a3, a4, a5, a6, a7)
             _store_sum(MASK, out + r, stride, a0, a1, a2, a3, a4, a5, a6, a7)
     elif kind == 2:
@@ -131,8 +111,8 @@ def reduce_chunks(
         for i in range(0, rows, BLOCK):
             inside = i + lane < rows
             at = tl.load(members + row0 + i + lane, mask=inside, other=0)
-            w = _load(weight, w_type, at, inside)
-            g = _load(grad, g_type, at, inside)
+            w = load_float(weight, w_type, at, inside)
+            g = load_float(grad, g_type, at, inside)
             a0, a1, a2, a3, a4, a5, a6, a7 = _add(MASK, w, g, a0, a1, a2, a3, a4, a5, a6, a7)
         _store_sum(MASK, out, stride, a0, a1, a2, a3, a4, a5, a6, a7)
     elif block == 1:
@@ -140,8 +120,8 @@ def reduce_chunks(
             inside = i + lane < cols
             a0, a1, a2, a3, a4, a5, a6, a7 = zero, zero, zero, zero, zero, zero, zero, none
             for r in range(rows):
-                w = _load(weight, w_type, (row0 + r) * w_pitch + col0 + i + lane, inside)
-                g = _load(grad, g_type, (row0 + r) * g_pitch + col0 + i + lane, inside)
+                w = load_float(weight, w_type, (row0 + r) * w_pitch + col0 + i + lane, inside)
+                g = load_float(grad, g_type, (row0 + r) * g_pitch + col0 + i + lane, inside)
                 a0, a1, a2, a3, a4, a5, a6, a7 = _add(MASK, w, g, a0, a1, a2, a3, a4, a5, a6, a7)
             _store(MASK, out + i + lane, stride, inside, a0, a1, a2, a3, a4, a5, a6, a7)
     else:
@@ -153,8 +133,8 @@ def reduce_chunks(
                 inside = i + lane < rows * wide
                 r = row0 + (i + lane) // wide
                 c = col0 + first + (i + lane) % wide
-                w = _load(weight, w_type, r * w_pitch + c, inside)
-                g = _load(grad, g_type, r * g_pitch + c, inside)
+                w = load_float(weight, w_type, r * w_pitch + c, inside)
+                g = load_float(grad, g_type, r * g_pitch + c, inside)
                 a0, a1, a2, a3, a4, a5, a6, a7 = _add(MASK, w, g, a0, a1, a2, a3, a4, a5, a6, a7)
             _store_sum(MASK, out + b, stride, a0, a1, a2, a3, a4, a5, a6, a7)
 

@@ -1,4 +1,4 @@
-"""Which form of a masked linear runs, and why."""
+"""Choice of the form in which a masked linear runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sensikernels._core.compile import constant_when_traced
 from sensikernels.layouts import Layout, to_device
 from sensikernels.ops.common.choice import Choice, choose
 from sensikernels.ops.common.columns import fused_activation
-from sensikernels.ops.common.dispatch import break_even, compare, remembered, traced_limit
+from sensikernels.ops.common.dispatch import TRACED, break_even, compare, remembered, traced_limit
 
 
 def choice(layout: Layout, x: Tensor, backend: str = "auto") -> Choice:
-    """What serves ``x``, on the layout's device, and why; ``auto`` takes the fastest known form.
+    """The form that serves ``x``, on the layout's device, and why; ``auto`` takes the fastest.
 
     Raises:
         UsageError: a named backend cannot serve this layout or device.
@@ -25,7 +25,7 @@ def choice(layout: Layout, x: Tensor, backend: str = "auto") -> Choice:
     if kind == "rows" and not (x.is_cuda and fused_activation(x)):
         kind = "compact"
     if torch.compiler.is_compiling():
-        return _TRACED[_traced(kind, layout, x, backend)]
+        return TRACED[_traced(kind, layout, x, backend)]
     tokens = x.numel() // (layout.in_width or 1)
     device = layout.device or x.device
     return _decide(
@@ -95,16 +95,6 @@ _REASONS = {
     "direct": "nothing to gather or scatter",
     "elements": "single elements run dense on the full weight",
 }
-_TRACED = {
-    (form, backend): Choice(form=form, backend=backend, reason="")
-    for form, backend in (
-        ("dense", "torch"),
-        ("compact", "torch"),
-        ("compact", "triton"),
-        ("block-sparse", "native"),
-        ("block-sparse", "triton"),
-    )
-}
 
 
 def explain(
@@ -115,6 +105,6 @@ def explain(
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> Choice:
-    """What ``masked_linear`` runs for ``tokens`` rows of ``dtype`` on ``device``, and why."""
+    """The form that ``masked_linear`` runs for ``tokens`` rows of ``dtype``, and why."""
     x = torch.empty(1, dtype=dtype, device=device).expand(tokens, layout.in_width)
     return choice(layout if layout.device == x.device else to_device(layout, device), x, backend)

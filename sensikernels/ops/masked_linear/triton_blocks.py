@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sensikernels.layouts import BlockLayout
 from sensikernels.ops.common import triton_launch as launch
+from sensikernels.ops.common.triton_configs import configs, stage_bytes
 from sensikernels.ops.common.triton_gelu import gelu
 from sensikernels.ops.common.triton_launch import Config
 
@@ -117,26 +118,14 @@ def block_linear_kernel(
         tl.store(y + base + at, acc.to(y.dtype.element_ty), mask=mask)
 
 
-def _config(t: int, o: int, k: int, warps: int, stages: int) -> Config:
-    return Config(tile={"BLOCK_T": t, "BLOCK_O": o, "BLOCK_K": k}, warps=warps, stages=stages)
-
-
-CONFIGS = (
-    _config(128, 128, 64, 8, 4),
-    _config(64, 128, 64, 4, 4),
-    _config(256, 64, 64, 8, 4),
-    _config(128, 64, 64, 4, 4),
-    _config(64, 64, 64, 4, 4),
-    _config(256, 32, 64, 8, 4),
-    _config(128, 32, 64, 4, 4),
-    _config(128, 128, 32, 8, 4),
-    _config(64, 128, 32, 8, 4),
-    _config(256, 64, 32, 8, 4),
-    _config(128, 64, 32, 4, 4),
-    _config(64, 64, 32, 4, 4),
-    _config(256, 32, 32, 8, 4),
-    _config(128, 32, 32, 4, 4),
-    _config(64, 32, 32, 4, 4),
+CONFIGS = configs(
+    "T O K",
+    """
+    128x128x64-w8-s4 64x128x64-w4-s4 256x64x64-w8-s4 128x64x64-w4-s4
+    64x64x64-w4-s4 256x32x64-w8-s4 128x32x64-w4-s4 128x128x32-w8-s4
+    64x128x32-w8-s4 256x64x32-w8-s4 128x64x32-w4-s4 64x64x32-w4-s4
+    256x32x32-w8-s4 128x32x32-w4-s4 64x32x32-w4-s4
+    """,
 )
 
 
@@ -181,7 +170,7 @@ def block_linear(
     out_size, inner_size = (width, height) if transposed else (height, width)
     lines = layout.grid_shape[1 if transposed else 0]
     config = launch.fit(
-        select(out_size, inner_size, tokens, lines, x.dtype, launch.processors(x)), _stage_bytes, x
+        select(out_size, inner_size, tokens, lines, x.dtype, launch.processors(x)), stage_bytes, x
     )
     t, o, k = config.tile.values()
     whole = out_size % o == 0 and inner_size % k == 0
@@ -217,7 +206,3 @@ def block_linear(
         **config.options,
     )
     return y, pre
-
-
-def _stage_bytes(tile: dict[str, int], size: int) -> int:
-    return (tile["BLOCK_T"] + tile["BLOCK_O"]) * tile["BLOCK_K"] * size

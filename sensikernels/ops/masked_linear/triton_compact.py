@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sensikernels.ops.common import triton_launch as launch
+from sensikernels.ops.common.triton_configs import configs, stage_bytes
 from sensikernels.ops.common.triton_gelu import gelu
 from sensikernels.ops.common.triton_launch import Config
 
@@ -126,16 +127,7 @@ def compact_linear_kernel(
             tl.store(y + base + at, value.to(y.dtype.element_ty)[None, :], mask=mask)
 
 
-def _config(t: int, o: int, k: int, warps: int, stages: int) -> Config:
-    return Config(tile={"BLOCK_T": t, "BLOCK_O": o, "BLOCK_K": k}, warps=warps, stages=stages)
-
-
-CONFIGS = (
-    _config(128, 128, 64, 8, 4),
-    _config(128, 64, 64, 8, 4),
-    _config(64, 64, 64, 8, 4),
-    _config(64, 64, 32, 8, 4),
-)
+CONFIGS = configs("T O K", "128x128x64-w8-s4 128x64x64-w8-s4 64x64x64-w8-s4 64x64x32-w8-s4")
 
 
 def select(
@@ -179,7 +171,7 @@ def compact_linear(
     if not y.numel():
         return y, pre
     config = select(tokens, kept, x.dtype, launch.processors(x), scattered=scatter is not None)
-    config = launch.fit(config, _stage_bytes, x)
+    config = launch.fit(config, stage_bytes, x)
     t, o, k = config.tile.values()
     descriptors = launch.can_describe(x, w)
     tiles = triton.cdiv(tokens, t) * triton.cdiv(out_width if scatter is not None else kept, o)
@@ -210,7 +202,3 @@ def compact_linear(
         **config.options,
     )
     return y, pre
-
-
-def _stage_bytes(tile: dict[str, int], size: int) -> int:
-    return (tile["BLOCK_T"] + tile["BLOCK_O"]) * tile["BLOCK_K"] * size

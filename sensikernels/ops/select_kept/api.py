@@ -1,24 +1,30 @@
-"""``select_kept``: scores, unit costs and a budget to the kept units."""
+"""The public function ``select_kept``: scores, unit costs and a budget to the kept units.
+
+A segment keeps a prefix of its ranking, and its count is a multiple unless all of it is kept.
+With ``k`` the selection is as if every cost were 1. With two kinds whose chunks have one cost each
+a budget is filled exactly (Kwon et al., arXiv 2204.09656, ``search_mac``): for every number of
+kind-0 chunks the rest is filled with the best kind-1 chunks, and the highest sum wins; with no
+negative score that is the maximum. On a device both fills are made and one is taken there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sensikernels._core import environment
 from sensikernels._core.checks import require, require_one_of
-from sensikernels._core.errors import UsageError
+from sensikernels.ops.common.choice import Choice, choose
 from sensikernels.ops.common.columns import unwatched
-from sensikernels.ops.select_kept import native, ops, reference
-from sensikernels.ops.select_kept.checks import BUDGET, EQUAL, PER_SEGMENT
+from sensikernels.ops.common.lists import native_refusal
+from sensikernels.ops.select_kept import ops, reference
+from sensikernels.ops.select_kept.checks import BUDGET, EQUAL, PER_SEGMENT, Units
 from sensikernels.ops.select_kept.reference import reads_host
 from sensikernels.types import Kept
 
 Amount = int | Mapping[int, int]
-UNIT_BACKENDS = ("auto", "native", "reference")
 
 
 def per_unit(value: Amount, name: str, kinds: Tensor | None, lowest: int) -> tuple[int, int]:
@@ -96,31 +102,22 @@ def select_kept(
     """Keep the best units under a count ``k`` or under ``Σ costs <= budget``.
 
     Higher scores are better, ties go to the lowest index, NaN ranks below -inf. Inside each
-    segment the units are ranked and cut into chunks of ``multiple``; the last chunk may be
-    partial. Chunks are what is selected, so a segment keeps a prefix of its ranking and its count
-    is a multiple unless all of it is kept. The first ``minimum`` units of every segment are always
-    kept.
-
-    - ``k``: exactly ``k`` units with ``multiple=1``; else at most ``k``, as if every cost were 1.
-    - ``budget``: the budget is filled, best score per cost first; a chunk that does not fit is
-      skipped (and ends its segment if ``multiple > 1``). With two ``kinds`` whose chunks have
-      one cost each the selection is exact instead (Kwon et al., arXiv 2204.09656, ``search_mac``):
-      for every number of kind-0 chunks the rest is filled with the best kind-1 chunks, and the
-      highest sum wins. With no negative score that is the maximum.
-
-    Nothing is read back from a device. There, values are not checked: an infeasible budget keeps
-    the minimum. Which of the two fills a budget gets is then decided on the device.
+    segment the units are ranked and cut into chunks of ``multiple``, the last one partial. Chunks
+    are what is selected, best score per cost first; one that does not fit is skipped, and ends
+    its segment if ``multiple > 1``. The module's text says when the selection is the maximum.
+    Nothing is read back from a device; values are not checked there, and an infeasible budget
+    keeps the minimum.
 
     Args:
         scores: ``[n]``, any floating type; sums are float64.
-        k: units to keep; for ``scope="per_segment"`` an int for each or integers ``[segments]``.
+        k: units to keep: exactly so many with ``multiple=1``, else at most. For
+            ``scope="per_segment"`` an int for each or integers ``[segments]``.
         costs: ``[n]``, finite, >= 0.
-        budget: the highest sum of costs; for ``scope="per_segment"`` one for each or
-            ``[segments]``.
+        budget: the highest sum of costs; per segment one for each or ``[segments]``.
         segments: non-decreasing segment ids ``[n]``, one segment if absent.
         n_segments: number of segments, needed for segments on a device.
         kinds: 0 or 1 ``[n]``, one kind per segment.
-        minimum: units of every segment that stay, or ``{kind: units}``.
+        minimum: best units of every segment that stay, or ``{kind: units}``.
         multiple: units per chunk, or ``{kind: units}``.
         scope: one budget for all units, or one for every segment.
         backend: ``"auto"``, ``"native"`` (CPU) or ``"reference"``.
@@ -133,75 +130,93 @@ def select_kept(
             message names the smallest feasible budget.
     """
     require_one_of(scope, "scope", ("global", "per_segment"))
-    check_units(scores, costs, segments, kinds)
-    require((k is None) != (budget is None), "k", "either k or budget", "both or neither")
-    require(budget is None or costs is not None, "costs", "a tensor, as budget is given", None)
-    n, device = scores.numel(), scores.device
-    count = count_segments(segments, n_segments, k)
-    minimums = per_unit(minimum, "minimum", kinds, 0)
-    multiples = per_unit(multiple, "multiple", kinds, 1)
+    columns = Columns(scores, costs, segments, kinds)
+    wanted = Wanted(k, budget, scope == "per_segment")
+    return _select(columns, wanted, n_segments, (minimum, multiple), backend)
+
+
+class Columns(NamedTuple):
+    """A value per unit, or none."""
+
+    scores: Tensor
+    costs: Tensor | None
+    segments: Tensor | None
+    kinds: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """A count or a budget, and whether each segment has one of its own."""
+
+    k: int | Tensor | None
+    budget: float | Tensor | None
+    per_segment: bool
+
+
+def _select(
+    columns: Columns,
+    wanted: Wanted,
+    n_segments: int | None,
+    amounts: tuple[Amount, Amount],
+    backend: str,
+) -> Kept:
+    """``select_kept``; ``amounts``: minimum and multiple."""
+    scores, costs, segments, kinds = columns
+    check_units(*columns)
+    counted = wanted.budget is None
+    require((wanted.k is None) != counted, "k", "either k or budget", "both or neither")
+    require(counted or costs is not None, "costs", "a tensor, as budget is given", None)
+    n, count = scores.numel(), count_segments(segments, n_segments, wanted.k)
     # Chunks and minimums of more units than there are come to the same.
-    minimums = min(minimums[0], n), min(minimums[1], n)
-    multiples = min(multiples[0], max(n, 1)), min(multiples[1], max(n, 1))
-    chosen, _ = choose_units_backend(scores, segments, kinds, backend)
+    minimum = [min(size, n) for size in per_unit(amounts[0], "minimum", kinds, 0)]
+    multiple = [min(size, max(n, 1)) for size in per_unit(amounts[1], "multiple", kinds, 1)]
+    served = explain_units(scores, segments=segments, kinds=kinds, backend=backend).backend
     if n == 0:
         return reference.to_kept(scores.new_zeros(0, dtype=torch.bool), segments, count)
-    if scope == "per_segment" and budget is not None and reads_host(scores):
-        return _per_segment_budget(
-            scores, budget, costs, segments, count, kinds, minimum, multiple, backend
-        )
-    wanted = k if budget is None else budget
-    limits = _limits(wanted, count if scope == "per_segment" else 1, device)
-    if reads_host(limits):
-        require(not limits.isnan().any(), "budget" if k is None else "k", "a number", "NaN")
-    if budget is None:
-        # Counts: as if every cost were 1.
-        costs = None
-        kinds = kinds if isinstance(multiple, Mapping) or isinstance(minimum, Mapping) else None
-    if scope == "per_segment":
-        _check_counts(scores, limits, segments, count, k)
-    elif budget is None and reads_host(limits):
-        require(0 <= int(limits) <= n, "k", f"0 <= k <= {n}", k)
-    prefix = multiples != (1, 1)
-    equal = budget is None and not prefix
-    if chosen == "native":
-        mode = PER_SEGMENT if scope == "per_segment" else EQUAL if equal else BUDGET
-        run = ops.launch_units if unwatched(scores) else torch.ops.sensikernels.select_units
-        bits, indices, counts, least = run(
-            scores,
-            costs,
-            segments,
-            kinds,
-            limits,
-            mode,
-            list(minimums),
-            list(multiples),
-            prefix,
-            count,
-        )
-        if mode != PER_SEGMENT and float(least) > float(limits):
-            raise reference.infeasible(float(least), float(limits))
-        return Kept(bits=bits, indices=indices, counts=counts)
+    if wanted.budget is not None and wanted.per_segment and reads_host(scores):
+        return _per_segment_budget(columns, wanted.budget, count, amounts, backend)
+    limits = _checked_limits(columns, wanted, count)
+    if counted:  # as if every cost were 1
+        by_kind = any(isinstance(amount, Mapping) for amount in amounts)
+        columns = Columns(scores, None, segments, kinds if by_kind else None)
+    prefix = multiple != [1, 1]
+    mode = PER_SEGMENT if wanted.per_segment else EQUAL if counted and not prefix else BUDGET
+    call = Units(*columns, limits, mode, minimum, multiple, prefix, count)
+    return _native(call) if served == "native" else _reference(call, counted)
+
+
+def _native(call: Units) -> Kept:
+    if unwatched(call.scores):
+        bits, indices, counts, least = ops.launch_units(call)
+    else:
+        bits, indices, counts, least = torch.ops.sensikernels.select_units(*call)
+    if call.mode != PER_SEGMENT and float(least) > float(call.limits):
+        raise reference.infeasible(float(least), float(call.limits))
+    return Kept(bits=bits, indices=indices, counts=counts)
+
+
+def _reference(call: Units, counted: bool) -> Kept:
+    scores, costs, segments, kinds, limits, mode, *_ = call
+    count, prefix = call.n_segments, call.prefix
     ranking = reference.rank_units(reference.sort_keys(scores), segments, count)
-    lows, steps = (_listed(two, kinds, ranking) for two in (minimums, multiples))
-    best = equal and segments is None and minimums == (0, 0)
-    if best or (scope == "per_segment" and budget is None):
+    lows, steps = (_listed(two, kinds, ranking) for two in (call.minimum, call.multiple))
+    best = mode == EQUAL and segments is None and not any(call.minimum)
+    if best or (mode == PER_SEGMENT and counted):
         bits = reference.keep_per_segment(ranking, limits.long(), lows, steps)
         return reference.to_kept(bits, segments, count)
     ones = torch.ones_like(scores, dtype=torch.float64) if costs is None else costs
     chunks = reference.bundle(ranking, scores, ones, kinds, lows, steps, single=not prefix)
-    if scope == "per_segment":
+    if mode == PER_SEGMENT:
         bits = reference.keep_within_budgets(chunks, ranking, limits, prefix=prefix)
-        return reference.to_kept(bits, segments, count)
-    bits = reference.keep_within_budget(
-        chunks,
-        ranking,
-        limits[0],
-        prefix=prefix,
-        equal=equal,
-        segments=count,
-        two_kinds=kinds is not None,
-    )
+    else:
+        bits = reference.keep_within_budget(
+            chunks,
+            ranking,
+            limits[0],
+            prefix=prefix,
+            equal=mode == EQUAL,
+            segments=count,
+            two_kinds=kinds is not None,
+        )
     return reference.to_kept(bits, segments, count)
 
 
@@ -211,29 +226,16 @@ def explain_units(
     segments: Tensor | None = None,
     kinds: Tensor | None = None,
     backend: str = "auto",
-) -> str:
-    """One line: which backend :func:`select_kept` takes, and why."""
-    name, why = choose_units_backend(scores, segments, kinds, backend)
-    return f"select_kept: {name} ({why})"
-
-
-def choose_units_backend(
-    scores: Tensor, segments: Tensor | None, kinds: Tensor | None, backend: str
-) -> tuple[str, str]:
-    """The backend that selects these units, and why."""
-    require_one_of(backend, "backend", UNIT_BACKENDS)
-    asked = environment.backend() if backend == "auto" else backend
-    if asked == "reference":
-        return asked, "asked for by name"
+) -> Choice:
+    """Which backend :func:`select_kept` takes, and why."""
     if not reads_host(scores):
         refusal: str | None = "on a device it sorts with torch and fills with one kernel"
     elif kinds is not None and segments is None:
         refusal = "kinds without segments"
     else:
-        refusal = native.refusal("cpu", "select_units")
-    if backend == "native" and refusal:
-        raise UsageError(f"backend: native cannot serve this call: {refusal}")
-    return ("reference", refusal) if refusal else ("native", "it serves cpu tensors")
+        refusal = native_refusal("select_units", "cpu")
+    refusals = {"native": refusal, "reference": None}
+    return choose(refusals, backend, reason="the fastest that serves cpu tensors")
 
 
 def _limits(values: float | Tensor | None, count: int, device: torch.device) -> Tensor:
@@ -242,6 +244,21 @@ def _limits(values: float | Tensor | None, count: int, device: torch.device) -> 
         return values.to(device, torch.float64).reshape(-1).expand(count).contiguous()
     assert values is not None
     return torch.full((count,), float(values), dtype=torch.float64, device=device)
+
+
+def _checked_limits(columns: Columns, wanted: Wanted, count: int) -> Tensor:
+    k, budget, per_segment = wanted
+    scores = columns.scores
+    values = k if budget is None else budget
+    limits = _limits(values, count if per_segment else 1, scores.device)
+    if reads_host(limits):
+        require(not limits.isnan().any(), "k" if budget is None else "budget", "a number", "NaN")
+    if per_segment:
+        _check_counts(scores, limits, columns.segments, count, k)
+    elif budget is None and reads_host(limits):
+        n = scores.numel()
+        require(0 <= int(limits) <= n, "k", f"0 <= k <= {n}", k)
+    return limits
 
 
 def _check_counts(
@@ -255,7 +272,7 @@ def _check_counts(
     require(ok, "k", f"0 <= k <= units per segment {sizes.tolist()[:8]}", k)
 
 
-def _listed(two: tuple[int, int], kinds: Tensor | None, ranking: reference.Ranking) -> Tensor:
+def _listed(two: Sequence[int], kinds: Tensor | None, ranking: reference.Ranking) -> Tensor:
     """int64, an amount per kind for every listed unit, or ``[1]``."""
     device = ranking.units.device
     first = torch.full((1,), two[0], dtype=torch.int64, device=device)
@@ -265,34 +282,22 @@ def _listed(two: tuple[int, int], kinds: Tensor | None, ranking: reference.Ranki
 
 
 def _per_segment_budget(
-    scores: Tensor,
+    columns: Columns,
     budget: float | Tensor,
-    costs: Tensor | None,
-    segments: Tensor | None,
     count: int,
-    kinds: Tensor | None,
-    minimum: Amount,
-    multiple: Amount,
+    amounts: tuple[Amount, Amount],
     backend: str,
 ) -> Kept:
     """One budget per segment on the CPU: each segment is a selection of its own."""
+    scores, costs, segments, kinds = columns
     assert costs is not None
     owner = torch.zeros(scores.numel(), dtype=torch.int64) if segments is None else segments.long()
     sizes = torch.bincount(owner, minlength=count).tolist()
     limits = torch.as_tensor(budget, dtype=torch.float64).expand(count).tolist()
-    parts = [t.split(sizes) for t in (scores, costs, owner)]
+    parts = [t.split(sizes) for t in (scores, costs, owner * 0)]
     kind_parts = [None] * len(sizes) if kinds is None else kinds.split(sizes)
     bits = [
-        select_kept(
-            s,
-            costs=c,
-            budget=b,
-            segments=o * 0,
-            kinds=t,
-            minimum=minimum,
-            multiple=multiple,
-            backend=backend,
-        ).bits
-        for s, c, o, t, b in zip(*parts, kind_parts, limits, strict=True)
+        _select(Columns(s, c, o, kind), Wanted(None, limit, False), None, amounts, backend).bits
+        for s, c, o, kind, limit in zip(*parts, kind_parts, limits, strict=True)
     ]
     return reference.to_kept(torch.cat(bits), segments, count)

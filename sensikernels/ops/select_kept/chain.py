@@ -1,4 +1,4 @@
-"""``select_chain``: which layers of a chain to train when back-propagation must reach them."""
+"""The public function ``select_chain``: the layers to train that back-propagation must reach."""
 
 from __future__ import annotations
 
@@ -6,26 +6,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensikernels._core import environment
-from sensikernels._core.checks import require, require_one_of
-from sensikernels._core.errors import UsageError
+from sensikernels._core.checks import require
 from sensikernels.ops.common.checks import described
+from sensikernels.ops.common.choice import Choice, choose
+from sensikernels.ops.common.lists import native_refusal
 from sensikernels.ops.select_kept import native
 
 _NEAR = 1e-9  # of a bucket: a cost so close to a whole number of buckets is that number
-_BACKENDS = ("auto", "native", "reference")
 
 
-def choose_chain_backend(backend: str) -> tuple[str, str]:
-    """The backend that selects a chain, and why."""
-    require_one_of(backend, "backend", _BACKENDS)
-    asked = environment.backend() if backend == "auto" else backend
-    if asked == "reference":
-        return asked, "asked for by name"
-    refusal = native.refusal("cpu", "select_chain")
-    if backend == "native" and refusal:
-        raise UsageError(f"backend: native cannot serve this call: {refusal}")
-    return ("reference", refusal) if refusal else ("native", "it serves chains")
+def explain_chain(backend: str = "auto") -> Choice:
+    """Which backend ``select_chain`` takes, and why."""
+    refusals = {"native": native_refusal("select_chain", "cpu"), "reference": None}
+    return choose(refusals, backend, reason="the fastest that serves chains")
 
 
 @torch.no_grad()
@@ -77,7 +70,7 @@ def select_chain(
         columns.append(values)
     require(0 <= budget < float("inf"), "budget", "a finite number >= 0", budget)
     require(bins >= 1, "bins", "a number >= 1", bins)
-    chosen, _ = choose_chain_backend(backend)
+    chosen = explain_chain(backend).backend
     value, own, down = columns
     passed = down.flip(0).cumsum(0).flip(0)
     run = native.select_chain if chosen == "native" else chain_reference

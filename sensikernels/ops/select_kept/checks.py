@@ -1,17 +1,18 @@
-"""What the selecting operators demand of their arguments."""
+"""Checks of the selecting operators' arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sensikernels._core.checks import require
+from sensikernels._core.checks import expected, require
 from sensikernels._core.values import readable, require_within
 from sensikernels.ops.common.checks import check_count, check_kernels, check_tensor, described
+from sensikernels.ops.common.lists import DTYPES
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGN = 64
 """Every tensor's bits start at a multiple of so many bytes."""
 SCORES = 4
@@ -38,7 +39,7 @@ def check_elements(
         for name, one in (("tensors", t), ("grads", g)):
             if one.dtype not in DTYPES or one.shape != t.shape or one.device != first.device:
                 want = f"one of {DTYPES} {list(t.shape)} on {first.device}"
-                require(False, f"{name}[{i}]", want, described(one))
+                raise expected(f"{name}[{i}]", want, described(one))
         require(
             at >= end and at % ALIGN == 0, f"offsets[{i}]", f"a multiple of {ALIGN} >= {end}", at
         )
@@ -54,49 +55,50 @@ def check_elements(
     require(0 <= score < SCORES, "score", f"a code below {SCORES}", score)
 
 
-def check_units(
-    scores: Tensor,
-    costs: Tensor | None,
-    segments: Tensor | None,
-    kinds: Tensor | None,
-    limits: Tensor,
-    mode: int,
-    minimum: Sequence[int],
-    multiple: Sequence[int],
-    n_segments: int,
-) -> None:
+class Units(NamedTuple):
+    """Arguments of ``select_units``, in the order of its schema."""
+
+    scores: Tensor
+    costs: Tensor | None
+    segments: Tensor | None
+    kinds: Tensor | None
+    limits: Tensor
+    mode: int
+    minimum: Sequence[int]
+    multiple: Sequence[int]
+    prefix: bool
+    n_segments: int
+
+
+def check_units(call: Units) -> None:
     """Columns of one length and, where they can be read, ids that rise and kinds of 0 and 1."""
+    scores, n_segments = call.scores, call.n_segments
     if scores.dim() != 1 or not scores.is_floating_point():
-        require(False, "scores", "floating [n]", described(scores))
+        raise expected("scores", "floating [n]", described(scores))
     shape, device = scores.shape, scores.device
-    if costs is not None:
-        check_tensor(costs, "costs", shape, None, device)
-    for name, ids in (("segments", segments), ("kinds", kinds)):
+    if call.costs is not None:
+        check_tensor(call.costs, "costs", shape, None, device)
+    for name, ids in (("segments", call.segments), ("kinds", call.kinds)):
         if ids is not None:
             integer = not ids.is_floating_point() and not ids.is_complex()
             require(integer, name, "an integer dtype", ids.dtype)
             check_tensor(ids, name, shape, ids.dtype, device)
-    require(mode in (PER_SEGMENT, EQUAL, BUDGET), "mode", "0, 1 or 2", mode)
-    for name, pair, least in (("minimum", minimum, 0), ("multiple", multiple, 1)):
+    require(call.mode in (PER_SEGMENT, EQUAL, BUDGET), "mode", "0, 1 or 2", call.mode)
+    for name, pair, least in (("minimum", call.minimum, 0), ("multiple", call.multiple, 1)):
         ok = len(pair) == 2 and all(least <= n < 1 << 31 for n in pair)
         require(ok, name, f"two integers from {least} on", list(pair))
-    alone = 1 if segments is None and shape[0] else 0
+    alone = 1 if call.segments is None and shape[0] else 0
     ok = alone <= n_segments < 1 << 31
     require(ok, "n_segments", f"a number of segments from {alone} on", n_segments)
-    wanted = n_segments if mode == PER_SEGMENT else 1
-    check_tensor(limits, "limits", (wanted,), torch.float64, device)
-    _check_unit_values(costs, segments, kinds, limits, n_segments)
+    wanted = n_segments if call.mode == PER_SEGMENT else 1
+    check_tensor(call.limits, "limits", (wanted,), torch.float64, device)
+    _check_unit_values(call)
 
 
-def _check_unit_values(
-    costs: Tensor | None,
-    segments: Tensor | None,
-    kinds: Tensor | None,
-    limits: Tensor,
-    n_segments: int,
-) -> None:
+def _check_unit_values(call: Units) -> None:
+    _, costs, segments, kinds, limits, *_ = call
     if segments is not None:
-        require_within(segments, "segments", n_segments)
+        require_within(segments, "segments", call.n_segments)
         rises = not readable(segments) or bool((segments[1:] >= segments[:-1]).all())
         require(rises, "segments", "ids that never fall", "others")
     if kinds is not None:

@@ -1,4 +1,4 @@
-"""``select_elements``: exactly k of up to billions of entries, as packed bits."""
+"""The public function ``select_elements``: exactly k of up to billions of entries, as bits."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from sensikernels._core import environment
 from sensikernels._core.bits import pack_bits, unpack_bits
-from sensikernels._core.checks import require, require_one_of
-from sensikernels._core.errors import UsageError
-from sensikernels.ops.select_kept import ops
+from sensikernels._core.checks import expected, require, require_one_of
+from sensikernels.ops.common.choice import Choice
+from sensikernels.ops.common.lists import choice
+from sensikernels.ops.select_kept import ops as _registered  # noqa: F401
 from sensikernels.ops.select_kept.checks import ALIGN
 from sensikernels.ops.select_kept.reference import descending, sort_keys
 
@@ -70,32 +70,9 @@ def keep_reference(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return bits, lowest
 
 
-def choose_backend(tensors: Sequence[Tensor], backend: str) -> tuple[str, str]:
-    """The backend that serves this call, and why."""
-    require_one_of(backend, "backend", environment.BACKENDS)
-    asked = environment.backend() if backend == "auto" else backend
-    if asked == "reference":
-        return asked, "asked for by name"
-    device = tensors[0].device.type if tensors else "cpu"
-    dtypes = {t.dtype for t in tensors}
-    refusals = {
-        "native": ops.native_refusal(device, dtypes),
-        "triton": ops.triton_refusal(device, dtypes),
-    }
-    if asked != "auto":
-        if refusals[asked]:
-            raise UsageError(f"backend: {asked} cannot serve this call: {refusals[asked]}")
-        return asked, "asked for by name"
-    for name in ("native", "triton"):
-        if refusals[name] is None and (name == "native" or device == "cuda"):
-            return name, f"it serves {device} tensors"
-    return "reference", "; ".join(f"{k}: {v}" for k, v in refusals.items())
-
-
-def explain(tensors: Sequence[Tensor], backend: str = "auto") -> str:
-    """One line: which backend ``select_elements`` takes for these tensors, and why."""
-    name, why = choose_backend(tensors, backend)
-    return f"select_elements: {name} ({why})"
+def explain(tensors: Sequence[Tensor], backend: str = "auto") -> Choice:
+    """Which backend ``select_elements`` takes for these tensors, and why."""
+    return choice("select_elements", tensors, backend)
 
 
 def counts_wanted(k: int | Sequence[int], sizes: Sequence[int], scope: str) -> list[int]:
@@ -144,43 +121,45 @@ def select_elements(
     """
     require_one_of(score, "score", SCORES)
     require_one_of(scope, "scope", ("global", "per_tensor"))
-    needs = score in NEEDS_GRAD
-    require(
-        needs == (grads is not None),
-        "grads",
-        f"gradients, which {score} needs" if needs else f"none, as {score} needs none",
-        "none" if grads is None else "gradients",
+    pairs = _pairs(tensors, grads, score)
+    sizes = [t.numel() for t in tensors]
+    wanted = counts_wanted(k, sizes, scope)
+    served = explain([*tensors, *(grads or ())], backend).backend
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end)
+        end += -(-size // (8 * ALIGN)) * ALIGN
+    if served != "reference" and tensors:
+        code = list(SCORES).index(score)
+        arena, threshold, counts = torch.ops.sensikernels.select_elements(
+            list(tensors), pairs, offsets, end, wanted, code, served
+        )
+    else:
+        arena, threshold, counts = _reference(
+            tensors, pairs, offsets, end, wanted, SCORES[score], scope == "per_tensor"
+        )
+    shapes = tuple(tuple(t.shape) for t in tensors)
+    return KeptElements(
+        arena=arena, offsets=tuple(offsets), shapes=shapes, threshold=threshold, counts=counts
     )
+
+
+def _pairs(tensors: Sequence[Tensor], grads: Sequence[Tensor] | None, score: str) -> list[Tensor]:
+    """Partners of the tensors in their scores, checked: gradients, or themselves without any."""
+    if (score in NEEDS_GRAD) != (grads is not None):
+        if grads is None:
+            raise expected("grads", f"gradients, which {score} needs", "none")
+        raise expected("grads", f"none, as {score} needs none", "gradients")
     pairs = list(grads) if grads is not None else list(tensors)
     require(len(pairs) == len(tensors), "grads", f"{len(tensors)} tensors", len(pairs))
     for i, (t, g) in enumerate(zip(tensors, pairs, strict=True)):
         require(t.is_floating_point(), f"tensors[{i}]", "a floating dtype", t.dtype)
         require(g.is_floating_point(), f"grads[{i}]", "a floating dtype", g.dtype)
         require(t.shape == g.shape, f"grads[{i}]", f"shape {tuple(t.shape)}", tuple(g.shape))
-        require(
-            t.device == g.device == tensors[0].device,
-            f"tensors[{i}]",
-            f"device {tensors[0].device}",
-            f"{t.device}, {g.device}",
-        )
-    shapes = tuple(tuple(t.shape) for t in tensors)
-    sizes = [t.numel() for t in tensors]
-    wanted = counts_wanted(k, sizes, scope)
-    name, _ = choose_backend([*tensors, *(grads or ())], backend)
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end)
-        end += -(-size // (8 * ALIGN)) * ALIGN
-    code = list(SCORES).index(score)
-    if name != "reference" and tensors:
-        arena, threshold, counts = ops.launch(tensors, pairs, offsets, end, wanted, code, name)
-    else:
-        arena, threshold, counts = _reference(
-            tensors, pairs, offsets, end, wanted, SCORES[score], scope == "per_tensor"
-        )
-    return KeptElements(
-        arena=arena, offsets=tuple(offsets), shapes=shapes, threshold=threshold, counts=counts
-    )
+        device = tensors[0].device
+        same = t.device == g.device == device
+        require(same, f"tensors[{i}]", f"device {device}", f"{t.device}, {g.device}")
+    return pairs
 
 
 def _reference(

@@ -1,17 +1,16 @@
-"""The ops behind ``select_elements`` and ``select_kept``."""
+"""The operators behind ``select_elements`` and ``select_kept``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sensikernels._core import environment
 from sensikernels._core.checks import require
+from sensikernels.ops.common.lists import native_refusal, triton_refusal
 from sensikernels.ops.select_kept import native, reference
-from sensikernels.ops.select_kept.checks import DTYPES, check_elements, check_order, check_units
+from sensikernels.ops.select_kept.checks import Units, check_elements, check_order, check_units
 
 _library = torch.library.Library("sensikernels", "FRAGMENT")
 _library.define(
@@ -29,180 +28,117 @@ _library.define(
 )
 
 
-def _select_elements(
-    tensors: list[Tensor],
-    grads: list[Tensor],
-    offsets: list[int],
-    size: int,
-    k: list[int],
-    score: int,
-    backend: str = "native",
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_elements(tensors, grads, offsets, size, k, score, backend)
-    dtypes = {t.dtype for t in (*tensors, *grads)}
-    refusal = native_refusal if backend == "native" else triton_refusal
-    refused = refusal(tensors[0].device.type, dtypes)
+class Elements(NamedTuple):
+    """Arguments of ``select_elements``, in the order of its schema."""
+
+    tensors: list[Tensor]
+    grads: list[Tensor]
+    offsets: list[int]
+    bytes: int
+    k: list[int]
+    score: int
+    backend: str = "native"
+
+    def arena(self) -> tuple[Tensor, Tensor, Tensor]:
+        """New results: bits, threshold and counts."""
+        device = self.tensors[0].device
+        return (
+            torch.empty(self.bytes, dtype=torch.uint8, device=device),
+            torch.empty(len(self.k), dtype=torch.float32, device=device),
+            torch.empty(len(self.tensors), dtype=torch.int64, device=device),
+        )
+
+
+def _checked(*arguments: Any) -> Elements:
+    call = Elements(*arguments)
+    check_elements(*call)
+    return call
+
+
+def _select_elements(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = _checked(*arguments)
+    tensors, grads = call.tensors, call.grads
+    device, compiled = tensors[0].device.type, call.backend == "native"
+    refused = native_refusal("select_elements", device) if compiled else triton_refusal(device)
     require(refused is None, "backend", "one that serves these tensors", refused)
     values = [t.contiguous() for t in tensors]
     # Without gradients the list repeats the tensors, and so do their copies.
     triples = zip(tensors, values, grads, strict=True)
     pairs = [v if g is t else g.contiguous() for t, v, g in triples]
-    arena, threshold, counts = _arena(tensors, size, k)
+    results = call.arena()
     kernels: Any = native
-    if backend == "triton":
+    if call.backend == "triton":
         from sensikernels.ops.select_kept import triton as kernels
-    kernels.select_elements(values, pairs, offsets, k, score, arena, threshold, counts)
-    return arena, threshold, counts
+    kernels.select_elements(values, pairs, call.offsets, call.k, call.score, *results)
+    return results
 
 
-def _arena(tensors: list[Tensor], size: int, k: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    device = tensors[0].device
-    return (
-        torch.empty(size, dtype=torch.uint8, device=device),
-        torch.empty(len(k), dtype=torch.float32, device=device),
-        torch.empty(len(tensors), dtype=torch.int64, device=device),
-    )
-
-
-def _fake(
-    tensors: list[Tensor],
-    grads: list[Tensor],
-    offsets: list[int],
-    size: int,
-    k: list[int],
-    score: int,
-    backend: str = "native",
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_elements(tensors, grads, offsets, size, k, score, backend)
-    return _arena(tensors, size, k)
-
-
-_library.impl("select_elements", _select_elements, "CPU")
-_library.impl("select_elements", _select_elements, "CUDA")
-torch.library.register_fake("sensikernels::select_elements", _fake, lib=_library)
-
-
-def launch_units(
-    scores: Tensor,
-    costs: Tensor | None,
-    segments: Tensor | None,
-    kinds: Tensor | None,
-    limits: Tensor,
-    mode: int,
-    minimum: list[int],
-    multiple: list[int],
-    prefix: bool,
-    n_segments: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def launch_units(call: Units) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Checked arguments to the compiled kernel: bits, indices, counts, cost of the minimum."""
-    bits, indices, counts, least = _unit_buffers(scores, n_segments)
-    wide = [None if t is None else t.long().contiguous() for t in (segments, kinds)]
-    least[0] = native.select_units(
-        scores.double().contiguous(),
-        None if costs is None else costs.double().contiguous(),
-        *wide,
-        limits.contiguous(),
-        mode,
-        minimum,
-        multiple,
-        prefix,
-        bits,
-        indices,
-        counts,
-    )
-    return bits, indices, counts, least
+    buffers = _unit_buffers(call)
+    columns = [
+        None if t is None else t.to(dtype).contiguous()
+        for t, dtype in zip(call[:4], _WIDE, strict=True)
+    ]
+    rest = call.mode, call.minimum, call.multiple, call.prefix
+    *results, least = buffers
+    least[0] = native.select_units(*columns, call.limits.contiguous(), *rest, *results)
+    return buffers
 
 
-def _unit_buffers(scores: Tensor, n_segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+_WIDE = (torch.float64, torch.float64, torch.int64, torch.int64)
+
+
+def _unit_buffers(call: Units) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scores = call.scores
     return (
         scores.new_empty(scores.shape, dtype=torch.bool),
         scores.new_empty(scores.shape, dtype=torch.int32),
-        scores.new_empty(n_segments, dtype=torch.int32),
+        scores.new_empty(call.n_segments, dtype=torch.int32),
         scores.new_empty(1, dtype=torch.float64),
     )
 
 
-def _check_units(scores: Tensor, *rest: Any) -> None:
-    *call, _prefix, n_segments = rest
-    call.append(n_segments)
-    check_units(scores, *call)
+def _checked_units(*arguments: Any) -> Units:
+    call = Units(*arguments)
+    check_units(call)
+    return call
 
 
-def _select_units(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_units(scores, *rest)
-    return launch_units(scores, *rest)
+def _fill(*call: Any) -> Tensor:
+    _check_order(*call)
+    return reference.fill_in_order(*call)
 
 
-_library.impl("select_units", _select_units, "CPU")
-
-
-def _fake_units(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_units(scores, *rest)
-    return _unit_buffers(scores, rest[-1])
-
-
-torch.library.register_fake("sensikernels::select_units", _fake_units, lib=_library)
-
-
-def _fill(
-    cost: Tensor, segment: Tensor, free: Tensor, left: Tensor, prefix: bool, segments: int
-) -> Tensor:
-    check_order(cost, segment, free, left, segments)
-    return reference.fill_in_order(cost, segment, free, left, prefix, segments)
-
-
-def _fill_on_device(
-    cost: Tensor, segment: Tensor, free: Tensor, left: Tensor, prefix: bool, segments: int
-) -> Tensor:
-    check_order(cost, segment, free, left, segments)
-    if native.refusal("cuda", "fill_in_order") is None:
-        return native.fill_in_order(cost, segment, free, left, prefix, segments)
+def _fill_on_device(*call: Any) -> Tensor:
+    _check_order(*call)
+    if native_refusal("fill_in_order", "cuda") is None:
+        return native.fill_in_order(*call)
     from sensikernels.ops.select_kept import triton
 
-    return triton.fill_in_order(cost, segment, free, left, prefix, segments)
+    return triton.fill_in_order(*call)
 
 
-_library.impl("fill_in_order", _fill, "CPU")
-_library.impl("fill_in_order", _fill_on_device, "CUDA")
-
-
-def _fake_fill(
-    cost: Tensor, segment: Tensor, free: Tensor, left: Tensor, prefix: bool, segments: int
-) -> Tensor:
-    check_order(cost, segment, free, left, segments)
+def _fake_fill(*call: Any) -> Tensor:
+    _check_order(*call)
+    cost: Tensor = call[0]
     return cost.new_empty(cost.shape, dtype=torch.bool)
 
 
-torch.library.register_fake("sensikernels::fill_in_order", _fake_fill, lib=_library)
+def _check_order(
+    cost: Tensor, segment: Tensor, free: Tensor, left: Tensor, prefix: bool, segments: int
+) -> None:
+    check_order(cost, segment, free, left, segments)
 
 
-def native_refusal(device: str, dtypes: set[torch.dtype]) -> str | None:
-    """Why the compiled kernels cannot select elements of these tensors; None if they can."""
-    other = [d for d in dtypes if d not in DTYPES]
-    return f"{other[0]} is served by the reference only" if other else native.refusal(device)
-
-
-def triton_refusal(device: str, dtypes: set[torch.dtype]) -> str | None:
-    """Why Triton cannot select elements of these tensors; None if it can."""
-    other = [d for d in dtypes if d not in DTYPES]
-    if other:
-        return f"{other[0]} is served by the reference only"
-    if device != "cuda" and not environment.interpreting():
-        return f"Triton runs on CUDA tensors, not on {device}"
-    return None
-
-
-def launch(
-    tensors: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    offsets: Sequence[int],
-    size: int,
-    wanted: Sequence[int],
-    score: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Arena, threshold and counts."""
-    arena, threshold, counts = torch.ops.sensikernels.select_elements(
-        list(tensors), list(grads), list(offsets), size, list(wanted), score, backend
-    )
-    return arena, threshold, counts
+_library.impl("select_elements", _select_elements, "CPU")
+_library.impl("select_elements", _select_elements, "CUDA")
+_library.impl("select_units", lambda *call: launch_units(_checked_units(*call)), "CPU")
+_library.impl("fill_in_order", _fill, "CPU")
+_library.impl("fill_in_order", _fill_on_device, "CUDA")
+for _name, _fake in {
+    "select_elements": lambda *call: _checked(*call).arena(),
+    "select_units": lambda *call: _unit_buffers(_checked_units(*call)),
+    "fill_in_order": _fake_fill,
+}.items():
+    torch.library.register_fake(f"sensikernels::{_name}", _fake, lib=_library)

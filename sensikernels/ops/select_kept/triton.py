@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sensikernels.ops.common.triton_load import load_float
+
 TILE = 4096
 BINS = 2048
 FILL = 1024
@@ -20,20 +22,6 @@ WARPS = 8
 DIGITS = ((21, 11), (10, 11), (0, 10))
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FIELDS = tl.constexpr(7)
-
-
-@triton.jit
-def _load(base, kind, at, inside):
-    # bfloat16 is widened by hand: the interpreter has no arithmetic for it.
-    if kind == 0:
-        x = tl.load(base.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
-    elif kind == 1:
-        bits = tl.load(base.to(tl.pointer_type(tl.uint16)) + at, mask=inside, other=0)
-        x = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        x = tl.load(base.to(tl.pointer_type(tl.float16)) + at, mask=inside, other=0.0)
-        x = x.to(tl.float32)
-    return x
 
 
 @triton.jit
@@ -45,9 +33,9 @@ def _tile(table, tiles, SCORE: tl.constexpr, TILE: tl.constexpr):
     inside = at < tl.load(row + 4)
     x = tl.zeros([TILE], tl.float32)
     if SCORE != 3:
-        x = _load(tl.load(row), tl.load(row + 2), at, inside)
+        x = load_float(tl.load(row), tl.load(row + 2), at, inside)
     if SCORE >= 2:
-        g = _load(tl.load(row + 1), tl.load(row + 3), at, inside)
+        g = load_float(tl.load(row + 1), tl.load(row + 3), at, inside)
         x = x * g if SCORE == 2 else g * g
     if SCORE == 1 or SCORE == 2:
         x = tl.abs(x)

@@ -1,4 +1,4 @@
-"""What forms the gradient of the kept entries, and why."""
+"""Choice of the form in which the gradient of the kept entries is computed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sensikernels._core import environment
 from sensikernels._core.compile import constant_when_traced
 from sensikernels.layouts import BlockLayout, Layout
 from sensikernels.ops.common.choice import Choice, choose
-from sensikernels.ops.common.dispatch import break_even, compare, remembered, traced_limit
+from sensikernels.ops.common.dispatch import TRACED, break_even, compare, remembered, traced_limit
 
 
 def choice(layout: Layout, x: Tensor, backend: str = "auto") -> Choice:
-    """What serves ``x``, and why; ``auto`` takes the fastest known form.
+    """The form that serves ``x``, and why; ``auto`` takes the fastest known.
 
     Raises:
         UsageError: a named backend cannot serve this layout or device.
@@ -26,7 +26,7 @@ def choice(layout: Layout, x: Tensor, backend: str = "auto") -> Choice:
         if blocks:
             limit = traced_limit(str(x.device), x.dtype, "selective", layout.block)
             faster = "dense" if _share(layout) > limit else faster
-        return _TRACED[_traced_choice(layout.kind, x.is_cuda, faster, backend)]
+        return TRACED[_traced_choice(layout.kind, x.is_cuda, faster, backend)]
     if not blocks:
         return _decide(layout.kind, x.is_cuda, backend)
     tokens_log2 = (x.numel() // (layout.shape[1] or 1) or 1).bit_length() - 1
@@ -86,16 +86,6 @@ def _chosen(kind: str, cuda: bool, faster: str, backend: str, reason: str) -> Ch
 
 
 _ELEMENTS = "single elements take a dense gradient, of which the kept entries stay"
-_TRACED = {
-    (form, backend): Choice(form=form, backend=backend, reason="")
-    for form, backend in (
-        ("dense", "reference"),
-        ("dense", "torch"),
-        ("compact", "torch"),
-        ("selective", "native"),
-        ("selective", "triton"),
-    )
-}
 
 
 def explain(
@@ -106,6 +96,6 @@ def explain(
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> Choice:
-    """What forms the gradient for ``tokens`` rows of ``dtype`` on ``device``, and why."""
+    """The form of the gradient for ``tokens`` rows of ``dtype`` on ``device``, and why."""
     x = torch.empty(1, dtype=dtype, device=device).expand(tokens, layout.shape[1])
     return choice(layout, x, backend)

@@ -61,7 +61,7 @@ def _met(layouts: Sequence[Layout]) -> _Met:
 
 
 def why_apart(layouts: Sequence[Layout], dtype: torch.dtype) -> str | None:
-    """Why linears with these layouts cannot share a product; None if they can."""
+    """The reason for which linears of these layouts cannot share a product; None if they can."""
     reason = _apart(layouts) if torch.compiler.is_compiling() else _met(layouts).reason
     if reason is None and dtype == torch.float64 and isinstance(layouts[0], BlockLayout):
         return "blocks of float64 run alone"

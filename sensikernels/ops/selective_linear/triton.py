@@ -23,7 +23,7 @@ __all__ = [
 
 
 def selective_save(x: Tensor, layout: CompactLayout | BlockLayout) -> Tensor | None:
-    """What the backward needs of ``x [T, in]``: its kept columns; None where no entry is kept."""
+    """The part of ``x [T, in]`` that the backward needs: kept columns; None if no entry is kept."""
     if layout.kept_entries == 0:
         return None
     columns = layout.columns

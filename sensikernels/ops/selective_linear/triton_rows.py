@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sensikernels.ops.common import triton_launch as launch
+from sensikernels.ops.common.triton_configs import configs, stage_bytes
 from sensikernels.ops.common.triton_gelu import sum_partials
 from sensikernels.ops.common.triton_launch import Config
 
@@ -75,16 +76,12 @@ def row_gradient_kernel(
         tl.store(to + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
-def _config(m: int, n: int, t: int, warps: int, stages: int) -> Config:
-    return Config(tile={"BLOCK_M": m, "BLOCK_N": n, "BLOCK_T": t}, warps=warps, stages=stages)
-
-
-CONFIGS = (
-    _config(128, 128, 64, 8, 4),
-    _config(64, 128, 64, 4, 4),
-    _config(64, 64, 64, 4, 4),
-    _config(128, 64, 32, 8, 4),
-    _config(64, 64, 32, 4, 4),
+CONFIGS = configs(
+    "M N T",
+    """
+    128x128x64-w8-s4 64x128x64-w4-s4 64x64x64-w4-s4 128x64x32-w8-s4
+    64x64x32-w4-s4
+    """,
 )
 
 
@@ -106,7 +103,7 @@ def row_gradient(dy: Tensor, x: Tensor) -> Tensor:
     grad = x.new_empty((rows, width))
     if not grad.numel() or not tokens:
         return grad.zero_()
-    config = launch.fit(select(rows, width, x.dtype), _stage_bytes, x)
+    config = launch.fit(select(rows, width, x.dtype), stage_bytes, x)
     m, n, t = config.tile.values()
     items = triton.cdiv(rows, m) * triton.cdiv(width, n)
     splits, each = launch.split_tokens(items, tokens, t, x)
@@ -131,7 +128,3 @@ def row_gradient(dy: Tensor, x: Tensor) -> Tensor:
         **config.options,
     )
     return grad if splits == 1 else sum_partials(out, grad)
-
-
-def _stage_bytes(tile: dict[str, int], size: int) -> int:
-    return (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_T"] * size

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.checks import expected, require, require_one_of
+from sensikernels.ops.common.choice import Choice
 from sensikernels.ops.subset_adamw import ops as _registered  # noqa: F401
 from sensikernels.ops.subset_adamw.checks import check_lists
-from sensikernels.ops.subset_adamw.engine import choose
+from sensikernels.ops.subset_adamw.engine import choice
 from sensikernels.ops.subset_adamw.kept import KINDS, make_layout
 
 MODES = ("as_published", "hard_freeze")
@@ -57,12 +58,6 @@ def subset_adamw(
     device = params[0].device
     # The operator checks the rest, whoever calls it.
     layouts = [make_layout(p.shape, how, p) for p, how in zip(params, kept, strict=True)]
-    numbers = [0.0 if isinstance(lr, Tensor) else lr, *betas, eps, weight_decay]
-    _check_rates(numbers)
-    hyper = torch.tensor([numbers], dtype=torch.float64, device=device)
-    if isinstance(lr, Tensor):
-        require(lr.numel() == 1, "lr", "one number", list(lr.shape))
-        hyper[0, 0] = lr.squeeze()
     empty = torch.empty(0, dtype=torch.int32, device=device)
     norm: Tensor = torch.ops.sensikernels.subset_adamw(
         list(params),
@@ -74,7 +69,7 @@ def subset_adamw(
         [empty if layout.index is None else layout.index for layout in layouts],
         [KINDS.index(layout.kind) for layout in layouts],
         [size for layout in layouts for size in layout.block_shape],
-        hyper,
+        _hyper(lr, [*betas, eps, weight_decay], device),
         max_grad_norm=max_grad_norm,
         grad_scale=grad_scale,
         found_inf=found_inf,
@@ -84,15 +79,21 @@ def subset_adamw(
     return norm
 
 
-def _check_rates(numbers: Sequence[float]) -> None:
+def _hyper(lr: float | Tensor, rates: Sequence[float], device: torch.device) -> Tensor:
+    """float64 [1, 5], checked."""
+    numbers = [0.0 if isinstance(lr, Tensor) else lr, *rates]
     names = ("lr", "betas[0]", "betas[1]", "eps", "weight_decay")
     for name, value in zip(names, numbers, strict=True):
         below = 1.0 if name[0] == "b" else math.inf
         if not 0.0 <= value < below:
-            require(False, name, f"a number in [0, {below})", value)
+            raise expected(name, f"a number in [0, {below})", value)
+    hyper = torch.tensor([numbers], dtype=torch.float64, device=device)
+    if isinstance(lr, Tensor):
+        require(lr.numel() == 1, "lr", "one number", list(lr.shape))
+        hyper[0, 0] = lr.squeeze()
+    return hyper
 
 
-def explain(params: Sequence[Tensor], *, backend: str = "auto") -> str:
+def explain(params: Sequence[Tensor], *, backend: str = "auto") -> Choice:
     """Which implementation :func:`subset_adamw` runs for ``params``, and why."""
-    name, why = choose(backend, params[0].device, {param.dtype for param in params})
-    return f"subset_adamw: {name} ({why})"
+    return choice(backend, params[0].device, {param.dtype for param in params})

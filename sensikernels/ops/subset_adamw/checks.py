@@ -1,17 +1,19 @@
-"""What one step demands of its tensors, by hand or through ``subset_adamw``."""
+"""Checks of one step's tensors, by hand or through ``subset_adamw``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sensikernels._core.checks import require
+from sensikernels._core.checks import expected, require
 from sensikernels._core.values import readable, require_within
 from sensikernels.ops.common.checks import check_count, check_tensor, described
-from sensikernels.ops.subset_adamw.engine import choose
+from sensikernels.ops.subset_adamw.engine import choice
+from sensikernels.ops.subset_adamw.item import Scaling
 from sensikernels.ops.subset_adamw.kept import KINDS, matrix_shape, unit_count
 
 
@@ -22,20 +24,25 @@ def check_lists(params: Sequence[Tensor], lists: Mapping[str, Sequence[object]])
         check_count(values, name, len(params))
 
 
-def check_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Mapping[str, Sequence[Tensor]],
-    steps: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    kinds: Sequence[int],
-    blocks: Sequence[int],
-    *,
-    masked: bool,
-    backend: str,
-) -> None:
+class Lists(NamedTuple):
+    """The operator's lists, an entry per parameter (``blocks``: two), and the rates."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    masters: list[Tensor]
+    steps: list[Tensor]
+    kept: list[Tensor]
+    kinds: list[int]
+    blocks: list[int]
+    hyper: Tensor
+
+
+def check_step(call: Lists, *, masked: bool, backend: str) -> None:
     """Each parameter beside its gradient, state, step and kept units."""
-    masters = states["masters"]
+    params, grads, _, _, masters, steps, kept, kinds, blocks, _ = call
+    states = {"exp_avgs": call.exp_avgs, "exp_avg_sqs": call.exp_avg_sqs, "masters": masters}
     lists = {"grads": grads, "steps": steps, "kept": kept, **states, "masters": masters or params}
     check_lists(params, {**lists, "kinds": kinds})
     check_count(blocks, "blocks", 2 * len(params))
@@ -43,10 +50,10 @@ def check_step(
     for i, param in enumerate(params):
         check_tensor(param, f"params[{i}]", param.shape, None, device)
         if not param.is_contiguous() and _overlaps(param):
-            require(False, f"params[{i}]", "entries with memory of their own", "an expanded one")
+            raise expected(f"params[{i}]", "entries with memory of their own", "an expanded one")
         if grads[i].shape != param.shape or grads[i].layout != torch.strided:
             got = list(grads[i].shape) if grads[i].layout == torch.strided else grads[i].layout
-            require(False, f"grads[{i}]", f"dense {list(param.shape)}", got)
+            raise expected(f"grads[{i}]", f"dense {list(param.shape)}", got)
         check_tensor(grads[i], f"grads[{i}]", param.shape, None, device)
         own = {name: tensors[i] for name, tensors in states.items() if tensors}
         count = own["exp_avgs"].numel()
@@ -55,29 +62,24 @@ def check_step(
         _check_state(param, i, tuple(param.shape) if masked else shape, own)
         step = steps[i]
         if step.dtype != torch.float32 or step.numel() != 1 or step.device != device:
-            require(False, f"steps[{i}]", f"a float32 scalar on {device}", described(step))
+            raise expected(f"steps[{i}]", f"a float32 scalar on {device}", described(step))
     if device.type != "meta":
-        choose(backend, device, {param.dtype for param in params})
+        choice(backend, device, {param.dtype for param in params})
 
 
-def check_numbers(
-    hyper: Tensor,
-    max_grad_norm: float | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    device: torch.device,
-) -> None:
+def check_numbers(hyper: Tensor, scaling: Scaling, device: torch.device) -> None:
     """The step's rates and its optional numbers, one each, where the parameters are."""
     if hyper.dim() != 2 or len(hyper) == 0:
-        require(False, "hyper", "[groups, 5]", list(hyper.shape))
+        raise expected("hyper", "[groups, 5]", list(hyper.shape))
     check_tensor(hyper, "hyper", (hyper.shape[0], 5), torch.float64, device)
+    max_grad_norm, grad_scale, found_inf = scaling
     ok = max_grad_norm is None or max_grad_norm > 0
     require(ok, "max_grad_norm", "None or a number above 0", max_grad_norm)
     for name, number in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         if number is not None:
             fits = number.is_floating_point() and number.numel() == 1
             if not fits or number.device != device:
-                require(False, name, f"one floating number on {device}", described(number))
+                raise expected(name, f"one floating number on {device}", described(number))
 
 
 def _overlaps(t: Tensor) -> bool:
@@ -94,7 +96,7 @@ def _check_state(
         fits = value.shape == shape and value.dtype == wide and value.is_contiguous()
         if not fits or value.device != param.device:
             want = f"contiguous {wide} {list(shape)} on {param.device}"
-            require(False, f"{name}[{i}]", want, described(value))
+            raise expected(f"{name}[{i}]", want, described(value))
 
 
 def _kept_shape(
@@ -102,7 +104,7 @@ def _kept_shape(
 ) -> tuple[int, ...]:
     """Shape of the state of what ``index`` names; ``count``: entries the state has."""
     if not 0 <= kind < len(KINDS):
-        require(False, f"kinds[{i}]", f"a number below {len(KINDS)}", kind)
+        raise expected(f"kinds[{i}]", f"a number below {len(KINDS)}", kind)
     name, (rows, columns) = KINDS[kind], matrix_shape(param.shape)
     if name == "all":
         return tuple(param.shape)
@@ -114,7 +116,7 @@ def _kept_shape(
     if name == "blocks":
         high, wide = block
         if min(block) <= 0 or rows % high or columns % wide:
-            require(False, f"blocks[{i}]", f"a block that divides {rows} x {columns}", block)
+            raise expected(f"blocks[{i}]", f"a block that divides {rows} x {columns}", block)
     check_tensor(index, f"kept[{i}]", (index.numel(),), torch.int32, param.device)
     units = unit_count(param.shape, name, block)
     require_within(index, f"kept[{i}]", units, ascending=True)
@@ -133,7 +135,7 @@ def _check_bits(param: Tensor, i: int, bits: Tensor) -> None:
 
 
 def check_counted(counts: Tensor, i: int, count: int) -> None:
-    """As many bits are set as a state has entries, if they can be counted."""
+    """Raise UsageError unless a state has an entry for each bit set, if they can be counted."""
     if readable(counts):
         kept = int(counts.sum())
         require(kept == count, f"exp_avgs[{i}]", f"{kept} entries, one for each bit", count)

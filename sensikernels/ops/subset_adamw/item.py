@@ -1,12 +1,26 @@
-"""What one parameter brings to one step; every implementation reads a list of these."""
+"""The input of one step, which every implementation reads: an item per parameter, and scaling."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from sensikernels.ops.subset_adamw.kept import KeptLayout
+
+
+class Scaling(NamedTuple):
+    """Factors of all gradients of a step, and whether the step is left out.
+
+    Gradients are divided by ``grad_scale``, one floating number on their device, then scaled so
+    that their joint norm is at most ``max_grad_norm``. With a nonzero ``found_inf`` nothing
+    changes.
+    """
+
+    max_grad_norm: float | None = None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
 
 @dataclass(kw_only=True, eq=False)

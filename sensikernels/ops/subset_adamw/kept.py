@@ -1,4 +1,4 @@
-"""Which entries of a parameter are kept, and where each sits in compact state."""
+"""Kept entries of a parameter, and the place of each in compact state."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sensikernels._core import extension
 from sensikernels._core.bits import pack_bits
-from sensikernels.ops.subset_adamw.item import Item
+from sensikernels.ops.common.lists import native_refusal
+from sensikernels.ops.subset_adamw.item import Item, Scaling
 from sensikernels.ops.subset_adamw.kept import SPAN, matrix_shape
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -48,19 +49,11 @@ CHUNK = {"cpu": 32768, "cuda": 4096}
 
 
 def why_not(device: torch.device, dtypes: set[torch.dtype]) -> str | None:
-    """Why the compiled kernels cannot run this step; None if they can."""
+    """The reason for which the compiled kernels cannot run a step; None if they can."""
     other = sorted(str(dtype) for dtype in dtypes - DTYPES.keys())
     if other:
         return f"parameters of {', '.join(other)}"
-    reason = extension.why_not()
-    if reason is not None:
-        return reason
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type, "")
-    known = hasattr(extension.ops(), "subset_adamw_step")
-    name = "sensikernels_native::subset_adamw_step"
-    if not (key and known and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)):
-        return f"the extension has no {device.type} kernel for it"
-    return None
+    return native_refusal("subset_adamw_step", device.type)
 
 
 def reads_host(device: torch.device) -> bool:
@@ -88,15 +81,7 @@ class StepTable:
         self._partials = torch.zeros(0, dtype=torch.float64)
         self._on_device: tuple[Tensor, Tensor] | None = None
 
-    def update(
-        self,
-        items: Sequence[Item],
-        hyper: Tensor,
-        *,
-        max_grad_norm: float | None = None,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> Tensor:
+    def update(self, items: Sequence[Item], hyper: Tensor, scaling: Scaling) -> Tensor:
         """See ``reference.update``."""
         norm = torch.empty((), dtype=torch.float32, device=hyper.device)
         grads = [_served(item) for item in items]
@@ -121,9 +106,8 @@ class StepTable:
             self._partials,
             norm,
             self._dtypes,
-            0.0 if max_grad_norm is None else max_grad_norm,
-            None if grad_scale is None else grad_scale.float(),
-            None if found_inf is None else found_inf.float(),
+            scaling.max_grad_norm or 0.0,
+            *(None if number is None else number.float() for number in scaling[1:]),
         )
         return norm
 
@@ -187,7 +171,7 @@ class StepTable:
         clock, cohort, starts = item.clock, item.cohort, item.cohort_start
         cohorts = 0
         if cohort is not None and starts is not None and cohort.numel():
-            # On a device all, as a later change of who joined when is in place.
+            # On a device all of them: a later change of when entries joined is written in place.
             cohorts = starts.numel() if not host else _in_use(starts)
         pointers = (
             item.param,

@@ -1,15 +1,16 @@
-"""``torch.ops.sensikernels.subset_adamw``: one in-place step over lists of tensors."""
+"""The operator ``subset_adamw``: one in-place step over lists of tensors."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sensikernels.ops.subset_adamw.checks import check_counted, check_numbers, check_step
+from sensikernels.ops.subset_adamw.checks import Lists, check_counted, check_numbers, check_step
 from sensikernels.ops.subset_adamw.engine import Engine
-from sensikernels.ops.subset_adamw.item import Item
+from sensikernels.ops.subset_adamw.item import Item, Scaling
 from sensikernels.ops.subset_adamw.kept import KINDS, KeptLayout, popcounts
 
 _LIBRARY: Any = torch.library.Library("sensikernels", "FRAGMENT")
@@ -45,83 +46,51 @@ def _layout(
     )
 
 
-def _step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    steps: list[Tensor],
-    kept: list[Tensor],
-    kinds: list[int],
-    blocks: list[int],
-    hyper: Tensor,
-    *,
-    max_grad_norm: float | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    masked: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "masters": masters}
-    choices = (steps, kept, kinds, blocks)
-    check_step(params, grads, states, *choices, masked=masked, backend=backend)
-    check_numbers(hyper, max_grad_norm, grad_scale, found_inf, params[0].device)
+class _Options(NamedTuple):
+    """The operator's keyword arguments."""
+
+    max_grad_norm: float | None = None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    masked: bool = False
+    backend: str = "auto"
+
+
+def _checked(*lists: Any, **options: Any) -> tuple[Lists, Scaling, _Options]:
+    call, given = Lists(*lists), _Options(**options)
+    scaling = Scaling(*given[:3])
+    check_step(call, masked=given.masked, backend=given.backend)
+    check_numbers(call.hyper, scaling, call.params[0].device)
+    return call, scaling, given
+
+
+def _step(*lists: Any, **options: Any) -> Tensor:
+    call, scaling, given = _checked(*lists, **options)
+    masters: Sequence[Tensor | None] = call.masters or [None] * len(call.params)
     items = []
-    for i, param in enumerate(params):
+    for i, (param, master) in enumerate(zip(call.params, masters, strict=True)):
         dense = param if param.is_contiguous() else param.contiguous()
+        kind, block, count = call.kinds[i], call.blocks[2 * i : 2 * i + 2], call.exp_avgs[i].numel()
+        place = None if given.masked else i
         items.append(
             Item(
                 param=dense,
                 home=None if dense is param else param,
-                grad=grads[i],
-                exp_avg=exp_avgs[i],
-                exp_avg_sq=exp_avg_sqs[i],
-                master=masters[i] if masters and masters[i].numel() else None,
-                step=steps[i],
-                layout=_layout(
-                    param.shape,
-                    kinds[i],
-                    kept[i],
-                    blocks[2 * i : 2 * i + 2],
-                    exp_avgs[i].numel(),
-                    None if masked else i,
-                ),
-                masked=masked and kinds[i] != 0,
+                grad=call.grads[i],
+                exp_avg=call.exp_avgs[i],
+                exp_avg_sq=call.exp_avg_sqs[i],
+                master=None if master is None or not master.numel() else master,
+                step=call.steps[i],
+                layout=_layout(param.shape, kind, call.kept[i], block, count, place),
+                masked=given.masked and kind != 0,
             )
         )
-    return Engine(backend).update(
-        items,
-        hyper.contiguous(),
-        max_grad_norm=max_grad_norm,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-    )
+    return Engine(given.backend).update(items, call.hyper.contiguous(), scaling)
 
 
-def _fake(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    steps: list[Tensor],
-    kept: list[Tensor],
-    kinds: list[int],
-    blocks: list[int],
-    hyper: Tensor,
-    *,
-    max_grad_norm: float | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    masked: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "masters": masters}
-    choices = (steps, kept, kinds, blocks)
-    check_step(params, grads, states, *choices, masked=masked, backend=backend)
-    check_numbers(hyper, max_grad_norm, grad_scale, found_inf, params[0].device)
-    return hyper.new_empty((), dtype=torch.float32)
+def _fake(*lists: Any, **options: Any) -> Tensor:
+    call, _, _ = _checked(*lists, **options)
+    return call.hyper.new_empty((), dtype=torch.float32)
 
 
 _LIBRARY.impl("subset_adamw", _step, "CPU")

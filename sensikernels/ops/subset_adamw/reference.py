@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sensikernels.ops.subset_adamw.item import Clock, Item
+from sensikernels.ops.subset_adamw.item import Clock, Item, Scaling
 from sensikernels.ops.subset_adamw.kept import matrix_shape
 
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY = range(5)
@@ -19,20 +19,14 @@ _ROWS = 2048
 _TERMS, _LEAST = 256, 1e-6  # missed moves: no more, no less of the first is added
 
 
-def update(
-    items: Sequence[Item],
-    hyper: Tensor,
-    *,
-    max_grad_norm: float | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> Tensor:
+def update(items: Sequence[Item], hyper: Tensor, scaling: Scaling) -> Tensor:
     """One step over ``items``, in place; returns the gradient's norm, float32 [].
 
-    ``hyper``: float64 [groups, 5] = lr, beta1, beta2, eps, weight_decay. Gradients are divided by
-    ``grad_scale``; the norm is taken over kept entries after that. With a nonzero ``found_inf``
-    nothing changes. ``max_grad_norm`` scales as ``torch.nn.utils.clip_grad_norm_`` does.
+    ``hyper``: float64 [groups, 5] = lr, beta1, beta2, eps, weight_decay. The norm is taken over
+    kept entries after the division by ``grad_scale``; ``max_grad_norm`` scales as
+    ``torch.nn.utils.clip_grad_norm_`` does.
     """
+    max_grad_norm, grad_scale, found_inf = scaling
     unscale = None if grad_scale is None else 1 / grad_scale.double()
     parts = [_kept_gradient(item, unscale) for item in items]
     norm = torch.zeros((), device=hyper.device)

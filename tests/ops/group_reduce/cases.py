@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -72,3 +74,17 @@ def assert_sums(got: Tensor, weights: list[Tensor], grads: list[Tensor], groups:
         if finite.any():
             largest = (scale + exact[s].abs())[finite].max()
             assert error.max() <= 2 * other.max() + 4 * eps * largest
+
+
+def every_group(
+    shapes: tuple[tuple[int, int], ...], kind: str
+) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+    """Weights, gradients and groups: each of ``GROUPS`` over each shape."""
+    weights, grads, groups = [], [], []
+    for group in GROUPS:
+        for shape in shapes:
+            w, g = inputs(shape, kind)
+            weights.append(w)
+            grads.append(g)
+            groups.append(group(shape))
+    return weights, grads, groups

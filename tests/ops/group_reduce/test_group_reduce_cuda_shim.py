@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sensikernels.ops.group_reduce import STATISTICS, GroupTable, reference
 from sensikernels.ops.group_reduce.table import DTYPE_CODE
-from tests.ops.group_reduce.cases import GROUPS, assert_sums, inputs
+from tests.ops.group_reduce.cases import assert_sums, every_group
 from tests.shim import compile_shim, run_shim
 
 HERE = Path(__file__).parent
@@ -71,13 +71,7 @@ def run(program: Path, weights: list[Tensor], grads: list[Tensor], groups: list,
 @pytest.mark.parametrize("resident", [1, 3])
 @pytest.mark.parametrize("kind", ["float32", "mixed", "sliced", "special"])
 def test_kernels_equal_the_reference(program: Path, kind: str, resident: int):
-    groups, weights, grads = [], [], []
-    for group in GROUPS:
-        for shape in ((6, 150), (40, 24)):
-            w, g = inputs(shape, kind)
-            weights.append(w)
-            grads.append(g)
-            groups.append(group(shape))
+    weights, grads, groups = every_group(((6, 150), (40, 24)), kind)
     (got, running, ema), start = run(program, weights, grads, groups, resident)
     assert_sums(got, weights, grads, groups)
     total, mean = start.clone(), start.clone()

@@ -7,20 +7,14 @@ import torch
 
 from sensikernels.ops.group_reduce import STATISTICS, GroupTable, group_reduce, reference
 from sensikernels.ops.group_reduce.api import zeros
-from tests.ops.group_reduce.cases import GROUPS, assert_sums, inputs
+from tests.ops.group_reduce.cases import assert_sums, every_group
 
 pytestmark = pytest.mark.interpret
 
 
 @pytest.mark.parametrize("kind", ["float32", "mixed", "sliced", "special"])
 def test_kernels_equal_the_reference(kind: str):
-    weights, grads, groups = [], [], []
-    for group in GROUPS:
-        for shape in ((6, 150), (12, 24)):
-            w, g = inputs(shape, kind)
-            weights.append(w)
-            grads.append(g)
-            groups.append(group(shape))
+    weights, grads, groups = every_group(((6, 150), (12, 24)), kind)
     got = group_reduce(weights, grads, STATISTICS, groups=groups, backend="triton")
     assert_sums(got.arena, weights, grads, groups)
 

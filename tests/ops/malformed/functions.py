@@ -20,8 +20,8 @@ from sensikernels.ops.select_kept import select_chain, select_elements, select_k
 from sensikernels.ops.selective_linear import selective_linear
 from sensikernels.ops.subset_adamw import subset_adamw
 from sensikernels.ops.varlen_attention import varlen_attention
+from tests.ops.malformed.calls import floats, ints, seed
 from tests.ops.malformed.damage import Base
-from tests.ops.malformed.operators import floats, ints, seed
 
 BACKENDS = ("native", "reference")
 
@@ -88,6 +88,12 @@ def linears() -> Iterator[Base]:
         )
 
 
+def affine() -> dict[str, Any]:
+    """What normalizations with dropout take in common."""
+    norm = {"weight": floats(8), "bias": floats(8)}
+    return {**norm, "dropout": 0.3, "eps": 1e-12, "seed": seed()}
+
+
 def elementwise() -> Iterator[Base]:
     for backend in BACKENDS:
         run = {"backend": backend}
@@ -119,14 +125,15 @@ def elementwise() -> Iterator[Base]:
             ["weight:wider", "bias:wider"],
             x=floats(3, 8),
             residual=floats(3, 8),
-            weight=floats(8),
-            bias=floats(8),
-            dropout=0.3,
-            eps=1e-12,
-            seed=seed(),
+            **affine(),
             recover="auto",
             **run,
         )
+
+
+def embeddings() -> Iterator[Base]:
+    for backend in BACKENDS:
+        run = {"backend": backend}
         yield function(
             f"embed_norm/{backend}",
             embed_norm,
@@ -138,17 +145,13 @@ def elementwise() -> Iterator[Base]:
             word=floats(5, 8),
             position=floats(3, 8),
             token_type=floats(2, 8),
-            weight=floats(8),
-            bias=floats(8),
-            dropout=0.3,
-            eps=1e-12,
-            seed=seed(),
+            **affine(),
             **run,
         )
         yield function(
             f"cross_entropy/{backend}",
             cross_entropy,
-            ["ignore_index", "logits:wide", *(["logits:wider"] if wide else [])],
+            ["ignore_index", "logits:wide", *(["logits:wider"] if backend == "reference" else [])],
             indices=["labels"],
             logits=floats(3, 5),
             labels=ints(0, -100, 4),

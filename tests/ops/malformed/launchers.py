@@ -13,8 +13,8 @@ import torch
 
 from sensikernels._core import extension
 from sensikernels.layouts import BlockLayout, layout_of
+from tests.ops.malformed.calls import floats, ints, seed
 from tests.ops.malformed.damage import Base
-from tests.ops.malformed.operators import floats, ints, seed
 
 BY_ADDRESS = ("group_reduce", "subset_adamw_step")
 
@@ -115,24 +115,10 @@ def products() -> Iterator[Base]:
     assert isinstance(one, BlockLayout)
     for tokens in (3, 20):  # few are read as they lie, more by panels
         x, dy, values = floats(tokens, 32), floats(tokens, 12), floats(*one.values_shape)
-        yield launcher(
-            "block_forward",
-            x=x,
-            values=values,
-            row_ptr=one.row_ptr,
-            col_idx=one.col_idx,
-            bias=floats(12),
-            out_width=12,
-        )
-        yield launcher(
-            "block_grad_input",
-            dy=dy,
-            values=values,
-            row_ptr_t=one.row_ptr_t,
-            row_idx_t=one.row_idx_t,
-            perm_t=one.perm_t,
-            in_width=32,
-        )
+        rows = {"row_ptr": one.row_ptr, "col_idx": one.col_idx}
+        yield launcher("block_forward", x=x, values=values, **rows, bias=floats(12), out_width=12)
+        columns = {name: getattr(one, name) for name in ("row_ptr_t", "row_idx_t", "perm_t")}
+        yield launcher("block_grad_input", dy=dy, values=values, **columns, in_width=32)
     yield launcher(
         "block_grad_values", dys=[dy], x=x, row_idx=[one.row_idx], col_idx=[one.col_idx], bm=4, bn=8
     )

@@ -21,8 +21,7 @@ from sensikernels.layouts import (
     to_arguments,
 )
 from sensikernels.ops.masked_linear import explain, masked_linear
-from tests.ops.linear_cases import GRIDS, make_layout
-from tests.tolerance import assert_close_to_reference
+from tests.ops.linear_cases import GRIDS, check_against_definition, make_layout
 
 
 def inputs(layout: Layout, tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -50,12 +49,7 @@ def run(layout: Layout, given: list[Tensor], backend: str, activation: str = "no
 
 
 def check(layout: Layout, given: list[Tensor], backend: str, activation: str = "none") -> None:
-    got = run(layout, given, backend, activation)
-    same = run(layout, given, "reference", activation)
-    double = [t.detach().double().requires_grad_(t.requires_grad) for t in given]
-    exact = run(layout, double, "reference", activation)
-    for mine, torchs, truth in zip(got, same, exact, strict=True):
-        assert_close_to_reference(mine, torchs, truth)
+    check_against_definition(run, layout, given, backend, activation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -285,7 +279,7 @@ def test_refusals_name_argument_expected_and_got():
             {"backend": "triton"},
         ),
         (
-            "backend: expected auto or reference",
+            "backend: native cannot serve this call: single elements",
             (x[:, :4], torch.ones(4), elements),
             {"backend": "native"},
         ),

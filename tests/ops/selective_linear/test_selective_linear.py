@@ -19,8 +19,7 @@ from sensikernels.layouts import (
     to_arguments,
 )
 from sensikernels.ops.selective_linear import explain, selective_linear
-from tests.ops.linear_cases import GRIDS, make_layout
-from tests.tolerance import assert_close_to_reference
+from tests.ops.linear_cases import GRIDS, check_against_definition, make_layout
 
 
 def inputs(layout: Layout, tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -40,12 +39,7 @@ def run(layout: Layout, given: list[Tensor], backend: str, activation: str = "no
 
 
 def check(layout: Layout, given: list[Tensor], backend: str, activation: str = "none") -> None:
-    got = run(layout, given, backend, activation)
-    same = run(layout, given, "reference", activation)
-    double = [t.detach().double().requires_grad_(t.requires_grad) for t in given]
-    exact = run(layout, double, "reference", activation)
-    for mine, torchs, truth in zip(got, same, exact, strict=True):
-        assert_close_to_reference(mine, torchs, truth)
+    check_against_definition(run, layout, given, backend, activation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -162,12 +162,18 @@ def test_coalescing(rows: list[int]) -> None:
         assert same_bits(compiled[: len(distinct)], sums[first])
 
 
-def test_resuming_without_a_flush_is_bit_equal() -> None:
+def a_trained_table() -> tuple[nn.Parameter, SubsetAdamW]:
+    """A table after three steps, some of its rows waiting."""
     param = nn.Parameter(torch.randn(ROWS, WIDE))
     optimizer = SubsetAdamW([param], lr=0.1)
     for step in range(3):
         param.grad = sparse(BATCHES[step], step)
         optimizer.step()
+    return param, optimizer
+
+
+def test_resuming_without_a_flush_is_bit_equal() -> None:
+    param, optimizer = a_trained_table()
     file = io.BytesIO()
     torch.save((param.detach(), optimizer.state_dict()), file)
     file.seek(0)
@@ -183,11 +189,7 @@ def test_resuming_without_a_flush_is_bit_equal() -> None:
 
 
 def test_slicing_a_table() -> None:
-    param = nn.Parameter(torch.randn(ROWS, WIDE))
-    optimizer = SubsetAdamW([param], lr=0.1)
-    for step in range(3):
-        param.grad = sparse(BATCHES[step], step)
-        optimizer.step()
+    param, optimizer = a_trained_table()
     twin, twin_optimizer = copy.deepcopy((param, optimizer))
     take = torch.tensor([0, 3, 5, 20])
     part = nn.Parameter(param.detach()[take])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -42,18 +43,15 @@ def run(
     backend: str,
     kinds: list[str],
     *,
-    mode: str = "hard_freeze",
     steps: int = 4,
     change: bool = False,
     low: torch.dtype = torch.float32,
     shapes: tuple[tuple[int, ...], ...] = SHAPES,
-    **options: float,
+    **options: Any,
 ) -> tuple[SubsetAdamW, list[nn.Parameter], list[tuple[Tensor, Tensor]]]:
     """A short run; gradients are those of ``low`` whatever ``dtype`` computes in."""
     params = parameters(shapes, dtype)
-    optimizer = SubsetAdamW(
-        params, lr=1e-2, weight_decay=0.1, mode=mode, backend=backend, **options
-    )  # type: ignore[arg-type]
+    optimizer = SubsetAdamW(params, lr=1e-2, weight_decay=0.1, backend=backend, **options)
     # A sum has one entry per row; a scalar is one row.
     sums = [
         (torch.zeros(max(p.shape[:1], default=1)), torch.zeros(max(p.shape[:1], default=1)))

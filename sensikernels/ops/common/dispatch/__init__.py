@@ -22,6 +22,7 @@ from sensikernels._core.compile import constant_when_traced
 from sensikernels._core.errors import DataError
 from sensikernels._core.files import one_line, read_json, sealed, unsealed, write_json
 from sensikernels.ops.common import blocks
+from sensikernels.ops.common.choice import Choice
 
 USER_TABLES = Path.home() / ".cache" / "sensikernels" / "dispatch"
 KINDS = ("compact", "block-sparse", "selective")
@@ -165,3 +166,11 @@ def analytic(device: torch.device, kind: str, block: int, dtype: torch.dtype) ->
             return 0.6
         return 0.9 if kind == "selective" else 1.0
     return 128 * block / (128 + block) * 5.5 / 550
+
+
+TRACED = {
+    (form, backend): Choice(form=form, backend=backend, reason="traced")
+    for form in ("dense", "compact", "block-sparse", "selective")
+    for backend in ("reference", "torch", "native", "triton")
+}
+"""Choices of a traced graph by form and backend: looked up, as a graph makes no object."""
