@@ -28,6 +28,7 @@ def serving(x: Tensor, backend: str = "auto") -> str:
 
 
 @constant_when_traced
+@cache
 def _serving(device: str, dtype: torch.dtype, backend: str) -> str:
     return _decide(device, dtype, backend).backend
 
@@ -76,3 +77,8 @@ def rows(x: Tensor) -> Tensor:
     """``x [..., width]`` as a contiguous matrix ``[rows, width]``."""
     x = x.contiguous()
     return x if x.dim() == 2 else x.view(x.shape[:-1].numel(), x.shape[-1])
+
+
+def single(x: Tensor) -> Tensor:
+    """``x`` in float32; no call of an operator where it is."""
+    return x if x.dtype == torch.float32 else x.float()
