@@ -42,8 +42,7 @@ def varlen_attention(
 
     Args:
         query: ``[tokens_q, heads, qk_size]``; slices of a fused projection are read in place.
-        key: ``[tokens, heads, qk_size]``.
-        value: ``[tokens, heads, vo_size]``.
+        key, value: ``[tokens, heads, qk_size]`` and ``[tokens, heads, vo_size]``.
         cu_seqlens: int32 ``[sequences + 1]``, ascending from 0 to at most ``tokens``.
         max_length: at least the longest sequence (on the CPU that is checked).
         cu_seqlens_query: where queries are counted otherwise; ``cu_seqlens`` if absent.
@@ -60,37 +59,48 @@ def varlen_attention(
     Raises:
         UsageError: shapes, dtypes, devices or offsets disagree, or a named backend cannot serve.
     """
-    if cu_seqlens_query is None:
-        if max_length_query is not None:
-            raise expected("max_length_query", "None for self attention", max_length_query)
-        max_length_query = max_length
-    if max_length_query is None:
-        raise expected("max_length_query", "the longest query count", None)
-    lengths = (max_length_query, max_length)
+    lengths = _lengths(max_length, cu_seqlens_query, max_length_query)
     checks.check(query, key, value, cu_seqlens_query, cu_seqlens, lengths)
     if seed is not None:
         check_tensor(seed, "seed", (), torch.int64, query.device)
     threshold = threshold_of(dropout)
-    device = query.device.type
-    casts = device != "meta" and torch.is_autocast_enabled(device)
-    if casts and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if not query.dtype == key.dtype == value.dtype:
-        raise expected("key, value", f"{query.dtype} as query", f"{key.dtype}, {value.dtype}")
+    casts = query.device.type != "meta" and torch.is_autocast_enabled(query.device.type)
+    query, key, value = _of_one_dtype(query, key, value, casts)
     drops = threshold < DRAWS
     chosen = serving(query, value, backend, seeded=drops and seed is not None)
-    if scale is None:
-        scale = query.shape[2] ** -0.5 if query.shape[2] else 1.0
     if seed is None:
         drawn = drops and chosen != "flash"
         seed = new_seed(query.device) if drawn else cu_seqlens.new_zeros((), dtype=torch.int64)
+    scale = (query.shape[2] or 1) ** -0.5 if scale is None else scale
     places = (cu_seqlens_query, cu_seqlens, seed, *lengths)
     arguments = (query, key, value, *places, threshold, scale, chosen)
     if casts:
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(query.device.type, enabled=False):
             return _run(*arguments)
     return _run(*arguments)
+
+
+def _lengths(keys: int, cu_query: Tensor | None, queries: int | None) -> tuple[int, int]:
+    """Of the longest query and key sequence."""
+    if cu_query is None:
+        if queries is not None:
+            raise expected("max_length_query", "None for self attention", queries)
+        return keys, keys
+    if queries is None:
+        raise expected("max_length_query", "the longest query count", None)
+    return queries, keys
+
+
+def _of_one_dtype(
+    query: Tensor, key: Tensor, value: Tensor, casts: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands, in autocast's dtype if it ``casts``; float64 queries keep theirs."""
+    if casts and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if not query.dtype == key.dtype == value.dtype:
+        raise expected("key, value", f"{query.dtype} as query", f"{key.dtype}, {value.dtype}")
+    return query, key, value
 
 
 def _run(*arguments: Any) -> Tensor:
