@@ -73,3 +73,13 @@ def case(
         num_stages=stages,
         **limits,
     )
+
+
+def product_constants(dtype: str, form: str) -> dict[str, Any]:
+    """The constants that kernels with a matrix product share, by the form of the launch."""
+    return {
+        "DESCRIPTORS": form.endswith("bulk"),
+        "EVEN": not form.endswith("edges"),
+        "PRECISION": "tf32" if dtype == "fp32" and form != "exact" else "ieee",
+        "UPCAST": False,
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.aot.case import Case, case
+from bench.aot.case import Case, case, product_constants
 from sensikernels.ops.common import triton_launch as launch
 from sensikernels.ops.common.triton_gather import (
     GATHER,
@@ -107,10 +107,7 @@ def _block_gradient(config: launch.Config, dtype: str, form: str) -> Case:
         "BM": height,
         "BN": width,
         "TENSORS": MOST if form == "grouped" else 1,
-        "DESCRIPTORS": form == "bulk",
-        "EVEN": form != "edges",
-        "PRECISION": "tf32" if dtype == "fp32" else "ieee",
-        "UPCAST": False,
+        **product_constants(dtype, form),
     }
     return case(
         block_gradient_kernel,

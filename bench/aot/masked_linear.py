@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.aot.case import Case, case
+from bench.aot.case import Case, case, product_constants
 from sensikernels.ops.common import triton_launch as launch
 from sensikernels.ops.masked_linear import triton_blocks, triton_compact
+
+BLOCK_TARGETS = {
+    "forward": launch.POINTERS,
+    "input": launch.POINTERS[:2],
+    "forward-bulk": launch.BULK,
+    "exact": launch.POINTERS[:1],
+}
+
+COMPACT_TARGETS = {
+    "direct": launch.POINTERS,
+    "scatter": launch.POINTERS[:2],
+    "direct-bulk": launch.BULK,
+}
 
 
 def cases() -> Iterator[Case]:
@@ -56,16 +69,7 @@ def _blocks(config: launch.Config, dtype: str, form: str) -> Case:
         "TRANSPOSED": transposed,
         "HAS_BIAS": not transposed,
         "GELU": not transposed,
-        "DESCRIPTORS": bulk,
-        "EVEN": not form.endswith("edges"),
-        "PRECISION": "tf32" if dtype == "fp32" and form != "exact" else "ieee",
-        "UPCAST": False,
-    }
-    targets = {
-        "forward": launch.POINTERS,
-        "input": launch.POINTERS[:2],
-        "forward-bulk": launch.BULK,
-        "exact": launch.POINTERS[:1],
+        **product_constants(dtype, form),
     }
     return case(
         triton_blocks.block_linear_kernel,
@@ -75,7 +79,7 @@ def _blocks(config: launch.Config, dtype: str, form: str) -> Case:
         multiples=sizes,
         gemm=True,
         wgmma=form != "exact",
-        targets=targets.get(form, launch.ONE),
+        targets=BLOCK_TARGETS.get(form, launch.ONE),
     )
 
 
@@ -94,15 +98,7 @@ def _compact(config: launch.Config, dtype: str, form: str) -> Case:
         "INNER_FIRST": inner_first,
         "HAS_BIAS": not inner_first,
         "GELU": not inner_first,
-        "DESCRIPTORS": bulk,
-        "EVEN": not form.endswith("edges"),
-        "PRECISION": "tf32" if dtype == "fp32" else "ieee",
-        "UPCAST": False,
-    }
-    targets = {
-        "direct": launch.POINTERS,
-        "scatter": launch.POINTERS[:2],
-        "direct-bulk": launch.BULK,
+        **product_constants(dtype, form),
     }
     return case(
         triton_compact.compact_linear_kernel,
@@ -111,5 +107,5 @@ def _compact(config: launch.Config, dtype: str, form: str) -> Case:
         name=f"compact_linear/{dtype}/{form}/{config.name}",
         multiples=sizes,
         gemm=True,
-        targets=targets.get(form, launch.ONE),
+        targets=COMPACT_TARGETS.get(form, launch.ONE),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from bench.aot.case import Case, case
+from bench.aot.case import Case, case, product_constants
 from sensikernels.ops.common import triton_launch as launch
 from sensikernels.ops.selective_linear.triton_rows import CONFIGS, row_gradient_kernel
 
@@ -25,16 +25,10 @@ def _rows(config: launch.Config, dtype: str, form: str) -> Case:
     }
     if form == "bulk":
         types |= {"dy": f"tensordesc<{dtype}[{t}, {m}]>", "x": f"tensordesc<{dtype}[{t}, {n}]>"}
-    constants = {
-        "DESCRIPTORS": form == "bulk",
-        "EVEN": form != "edges",
-        "PRECISION": "tf32" if dtype == "fp32" else "ieee",
-        "UPCAST": False,
-    }
     return case(
         row_gradient_kernel,
         types,
-        {**constants, **config.options},
+        {**product_constants(dtype, form), **config.options},
         name=f"row_gradient/{dtype}/{form}/{config.name}",
         multiples=sizes,
         gemm=True,

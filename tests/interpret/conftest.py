@@ -20,3 +20,12 @@ def interpreted() -> None:
         pytest.fail("triton.language is not what this version of the tests knows")
     if not isinstance(tl.zeros, InterpretedFunction):
         pytest.skip("triton was imported before TRITON_INTERPRET=1 was set")
+
+
+@pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
+def descriptors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to address memory, the second as on Hopper."""
+    from sensikernels.ops.common import triton_launch
+
+    device = triton_launch.INTERPRETED._replace(descriptors=request.param)
+    monkeypatch.setattr(triton_launch, "INTERPRETED", device)

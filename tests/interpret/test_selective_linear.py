@@ -10,14 +10,6 @@ pytestmark = pytest.mark.interpret
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-@pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
-def descriptors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sensikernels.ops.common import triton_launch
-
-    device = triton_launch.INTERPRETED._replace(descriptors=request.param)
-    monkeypatch.setattr(triton_launch, "INTERPRETED", device)
-
-
 @pytest.mark.usefixtures("descriptors")
 @pytest.mark.parametrize("pattern", ["rows", "columns", "heads", "one", "none", "all"])
 @pytest.mark.parametrize("saved", [False, True])

@@ -36,14 +36,9 @@ def forward(x: Tensor, values: Tensor, layout: BlockLayout, bias: Tensor | None)
     """``x [T, in_width]`` times the transposed weight, plus bias: ``[T, out_width]``."""
     if uses_native(x.dtype):
         bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
-        return launcher("block_forward")(
-            x.contiguous(),
-            values.contiguous(),
-            layout.row_ptr,
-            layout.col_idx,
-            bias,
-            layout.out_width,
-        )
+        index = layout.row_ptr, layout.col_idx
+        run = launcher("block_forward")
+        return run(x.contiguous(), values.contiguous(), *index, bias, layout.out_width)
     height = layout.block_shape[0]
     strips = _tiles(x, layout.grid_shape[1], layout.block_shape[1])
     y = x.new_empty((x.shape[0], layout.grid_shape[0] * height))
@@ -58,14 +53,9 @@ def forward(x: Tensor, values: Tensor, layout: BlockLayout, bias: Tensor | None)
 def grad_input(dy: Tensor, values: Tensor, layout: BlockLayout) -> Tensor:
     """``dy [T, out_width]`` times the weight: ``[T, in_width]``."""
     if uses_native(dy.dtype):
-        return launcher("block_grad_input")(
-            dy.contiguous(),
-            values.contiguous(),
-            layout.row_ptr_t,
-            layout.row_idx_t,
-            layout.perm_t,
-            layout.in_width,
-        )
+        index = layout.row_ptr_t, layout.row_idx_t, layout.perm_t
+        run = launcher("block_grad_input")
+        return run(dy.contiguous(), values.contiguous(), *index, layout.in_width)
     width = layout.block_shape[1]
     strips = _tiles(dy, layout.grid_shape[0], layout.block_shape[0])
     dx = dy.new_empty((dy.shape[0], layout.grid_shape[1] * width))

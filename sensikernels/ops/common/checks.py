@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sensikernels._core import environment
-from sensikernels._core.checks import require, require_one_of
+from sensikernels._core.checks import expected, require_one_of
 from sensikernels._core.philox import DRAWS
 from sensikernels.layouts import BlockLayout, CompactLayout, Layout
 from sensikernels.ops.common.carried import carried
@@ -28,38 +28,37 @@ def described(x: Tensor) -> str:
 def check_tensor(
     t: Tensor,
     name: str,
-    shape: Sequence[int],
+    shape: tuple[int, ...],
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> None:
     """``t`` is ``dtype`` (None: any floating one) of ``shape`` on ``device``."""
     typed = t.is_floating_point() if dtype is None else t.dtype == dtype
-    if not typed or t.shape != tuple(shape) or t.device != device:
+    if not typed or t.shape != shape or t.device != device:
         kind = "floating" if dtype is None else str(dtype).removeprefix("torch.")
-        want = f"{kind} {list(shape)} on {device}"
-        require(False, name, want, described(t))
+        raise expected(name, f"{kind} {list(shape)} on {device}", described(t))
 
 
 def check_rank(t: Tensor, name: str, rank: int) -> None:
     """``t`` is floating with ``rank`` dimensions."""
     if not t.is_floating_point() or t.dim() != rank:
-        require(False, name, f"a floating tensor of {rank} dimensions", described(t))
+        raise expected(name, f"a floating tensor of {rank} dimensions", described(t))
 
 
 def check_drops(seed: Tensor | None, threshold: int, device: torch.device) -> None:
     """``threshold`` of 65,536 draws are kept; without a ``seed`` all must be."""
     if not 0 <= threshold <= DRAWS:
-        require(False, "threshold", f"a number from 0 to {DRAWS}", threshold)
+        raise expected("threshold", f"a number from 0 to {DRAWS}", threshold)
     if seed is not None:
         check_tensor(seed, "seed", (), torch.int64, device)
     elif threshold != DRAWS:
-        require(False, "seed", f"int64 [] on {device}, as threshold is {threshold}", None)
+        raise expected("seed", f"int64 [] on {device}, as threshold is {threshold}", None)
 
 
 def check_count(values: Sequence[object], name: str, count: int) -> None:
     """A list has ``count`` entries."""
     if len(values) != count:
-        require(False, name, f"{count} entries", len(values))
+        raise expected(name, f"{count} entries", len(values))
 
 
 def check_kernels(backend: str, x: Tensor) -> None:
@@ -67,7 +66,7 @@ def check_kernels(backend: str, x: Tensor) -> None:
     if backend not in KERNELS:
         require_one_of(backend, "backend", KERNELS)
     if backend == "triton" and not (x.is_cuda or x.is_meta or environment.interpreting()):
-        require(False, "backend", "a CUDA tensor for triton", f"triton with x on {x.device}")
+        raise expected("backend", "a CUDA tensor for triton", f"triton with x on {x.device}")
 
 
 def check_layout(layout: Layout, x: Tensor) -> None:
@@ -75,7 +74,7 @@ def check_layout(layout: Layout, x: Tensor) -> None:
     if not layout.sound:
         layout.check()
     if layout.device is not None and layout.device != x.device:
-        require(False, "layout", f"index tensors on {x.device}", layout.device)
+        raise expected("layout", f"index tensors on {x.device}", layout.device)
 
 
 def product_layout(
@@ -87,7 +86,7 @@ def product_layout(
     layout = carried(sizes, index)
     check_layout(layout, dy)
     if dy.shape[1] != layout.out_width:
-        require(False, "dy", f"[T, {layout.out_width}]", list(dy.shape))
+        raise expected("dy", f"[T, {layout.out_width}]", list(dy.shape))
     return layout
 
 

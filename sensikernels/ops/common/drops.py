@@ -38,8 +38,8 @@ def new_seed(device: torch.device) -> Tensor:
     return torch.randint(1 << 62, (), device=device)
 
 
-def drop_of(p: float, seed: Tensor | None, device: torch.device) -> Drop:
-    """The draws of a dropout of probability ``p``: of ``seed``, or of a new one where it is None.
+def drop_of(p: float, seed: Tensor | None, device: torch.device) -> tuple[Tensor | None, int]:
+    """The fields of a ``Drop`` of probability ``p``, from ``seed`` or, where it is None, a new one.
 
     Raises UsageError where ``p`` is no probability or ``seed`` is not int64 ``[]`` on ``device``.
     """
@@ -47,5 +47,5 @@ def drop_of(p: float, seed: Tensor | None, device: torch.device) -> Drop:
     if seed is not None:
         check_tensor(seed, "seed", (), torch.int64, device)
     if threshold == DRAWS:
-        return Drop(None, DRAWS)
-    return Drop(new_seed(device) if seed is None else seed, threshold)
+        return None, DRAWS
+    return new_seed(device) if seed is None else seed, threshold

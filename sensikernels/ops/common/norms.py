@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from sensikernels.ops.common.checks import check_tensor
 
 
 def check_affine(
-    weight: Tensor, bias: Tensor | None, shape: Sequence[int], device: torch.device
+    weight: Tensor, bias: Tensor | None, shape: tuple[int, ...], device: torch.device
 ) -> None:
     """``weight`` and ``bias`` are floating ``[hidden]`` on ``device``."""
     check_tensor(weight, "weight", shape, None, device)

@@ -35,7 +35,7 @@ def _serving(device: str, dtype: torch.dtype, backend: str) -> str:
 @cache
 def _decide(device: str, dtype: torch.dtype, backend: str) -> Choice:
     refusals = {
-        "native": _native_refusal(device, dtype),
+        "native": native_refusal(device, dtype, "x"),
         "triton": _triton_refusal(device, dtype),
         "reference": None,
     }
@@ -44,11 +44,12 @@ def _decide(device: str, dtype: torch.dtype, backend: str) -> Choice:
     return choose(refusals, backend, prefer=prefer, reason=f"the fastest for {device}")
 
 
-def _native_refusal(device: str, dtype: torch.dtype) -> str | None:
+def native_refusal(device: str, dtype: torch.dtype, name: str) -> str | None:
+    """Why compiled kernels cannot serve such an operand, ``name``; None if they can."""
     if device != "cpu":
-        return f"it runs on the CPU, x is on {device}"
+        return f"it runs on the CPU, {name} is on {device}"
     if dtype not in DTYPES:
-        return f"it serves float32 and bfloat16, x is {dtype}"
+        return f"it serves float32 and bfloat16, {name} is {dtype}"
     return None if extension.available() else extension.why_not()
 
 
@@ -76,3 +77,8 @@ def rows(x: Tensor) -> Tensor:
     """``x [..., width]`` as a contiguous matrix ``[rows, width]``."""
     x = x.contiguous()
     return x if x.dim() == 2 else x.view(x.shape[:-1].numel(), x.shape[-1])
+
+
+def single(x: Tensor) -> Tensor:
+    """``x`` in float32; no call of an operator where it is."""
+    return x if x.dtype == torch.float32 else x.float()

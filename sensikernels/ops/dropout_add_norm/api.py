@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sensikernels._core.checks import require_one_of
 from sensikernels.ops.common.choice import Choice
-from sensikernels.ops.common.drops import drop_of
+from sensikernels.ops.common.drops import Drop, drop_of
 from sensikernels.ops.common.norms import check_eps
 from sensikernels.ops.common.rowwise import choice, serving
 from sensikernels.ops.dropout_add_norm import reference
@@ -62,7 +62,7 @@ def dropout_add_norm(
     chosen = serving(x, backend)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            return reference.dropout_add_norm(x, residual, weight, bias, drop, eps)
+            return reference.dropout_add_norm(x, residual, weight, bias, Drop(*drop), eps)
     arguments = (x, residual, weight, bias, *drop, eps, recover, chosen)
     out: Tensor = DropoutAddNorm.apply(*arguments)  # type: ignore[no-untyped-call]
     return out

@@ -16,12 +16,13 @@ def check(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, name: str = "x"
 ) -> None:
     """Raise UsageError where shapes, dtypes or devices disagree; ``name`` is x's."""
-    if not x.is_floating_point() or x.dim() == 0:
+    shape, device = x.shape, x.device
+    if not x.is_floating_point() or not shape:
         raise expected(name, "floating [..., hidden]", described(x))
-    same = residual.shape == x.shape and residual.dtype == x.dtype
-    if not same or residual.device != x.device:
+    same = residual.shape == shape and residual.dtype == x.dtype
+    if not same or residual.device != device:
         raise expected("residual", described(x), described(residual))
-    check_affine(weight, bias, x.shape[-1:], x.device)
+    check_affine(weight, bias, shape[-1:], device)
 
 
 def checked(

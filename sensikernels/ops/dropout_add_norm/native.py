@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sensikernels.ops.common.columns import launcher
 from sensikernels.ops.common.drops import Drop
+from sensikernels.ops.common.rowwise import single
 from sensikernels.ops.dropout_add_norm.reference import Saved
 
 
@@ -14,9 +15,9 @@ def forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, drop: Drop, eps: float, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     y, total = torch.empty_like(x), torch.empty_like(x) if save else None
-    moments = torch.empty((len(x), 2))
+    moments = torch.empty(x.shape[0], 2)
     launcher("dropout_add_norm")(
-        x, residual, weight.float(), bias.float(), *drop, eps, y, total, moments
+        x, residual, single(weight), single(bias), *drop, eps, y, total, moments
     )
     return y, total, moments
 
@@ -37,8 +38,8 @@ def backward(
     dy: Tensor, saved: Saved, drop: Drop, affine_needed: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     dresidual, dx = torch.empty_like(dy), None if drop.seed is None else torch.empty_like(dy)
-    daffine = torch.empty((2, dy.shape[1])) if affine_needed else None
+    daffine = torch.empty(2, dy.shape[1]) if affine_needed else None
     before, moments, weight, bias = saved
-    norm = weight.float(), None if bias is None else bias.float()
+    norm = single(weight), None if bias is None else single(bias)
     launcher("dropout_add_norm_backward")(dy, before, moments, *norm, *drop, dx, dresidual, daffine)
     return dx, dresidual, daffine

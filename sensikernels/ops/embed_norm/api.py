@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sensikernels.ops.common.choice import Choice
-from sensikernels.ops.common.drops import drop_of
+from sensikernels.ops.common.drops import Drop, drop_of
 from sensikernels.ops.common.norms import check_eps
 from sensikernels.ops.common.rowwise import choice, serving
 from sensikernels.ops.embed_norm import reference
@@ -65,7 +65,7 @@ def embed_norm(
     chosen = serving(word, backend)
     if chosen == "reference":
         with torch.autocast(word.device.type, enabled=False):
-            return reference.embed_norm(Lookup(ids, tables), weight, bias, drop, eps, sparse)
+            return reference.embed_norm(Lookup(ids, tables), weight, bias, Drop(*drop), eps, sparse)
     arguments = (*ids, *tables, weight, bias, *drop, eps, sparse, chosen)
     out: Tensor = EmbedNorm.apply(*arguments)  # type: ignore[no-untyped-call]
     return out

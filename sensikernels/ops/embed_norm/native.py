@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sensikernels.ops.common.columns import launcher
 from sensikernels.ops.common.drops import Drop
+from sensikernels.ops.common.rowwise import single
 from sensikernels.ops.embed_norm.reference import Lookup
 
 
@@ -15,8 +16,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     ids, tables = lookup
     y = tables[0].new_empty((ids[0].numel(), tables[0].shape[1]))
-    moments = y.new_empty((len(y), 2), dtype=torch.float32)
-    launcher("embed_norm")(*ids, *tables, weight.float(), bias.float(), *drop, eps, y, moments)
+    moments = y.new_empty((y.shape[0], 2), dtype=torch.float32)
+    launcher("embed_norm")(*ids, *tables, single(weight), single(bias), *drop, eps, y, moments)
     return y, moments
 
 
@@ -27,7 +28,7 @@ def backward(
     dsum = dy.new_empty(dy.shape)
     daffine = moments.new_empty((2, dy.shape[1])) if affine_needed else None
     launcher("embed_norm_backward")(
-        dy, *ids, *tables, moments, weight.float(), *drop, dsum, daffine
+        dy, *ids, *tables, moments, single(weight), *drop, dsum, daffine
     )
     return dsum, moments.new_empty(0) if daffine is None else daffine
 

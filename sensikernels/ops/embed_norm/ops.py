@@ -25,7 +25,7 @@ def forward(
     run = kernels("embed_norm", backend).forward
     norm = weight.contiguous(), bias.contiguous()
     y, moments = run(_lookup(ids, tables), *norm, Drop(seed, threshold), eps)
-    return y.view(*ids[0].shape, tables[0].shape[1]), moments
+    return y if ids[0].dim() == 1 else y.view(*ids[0].shape, y.shape[1]), moments
 
 
 def backward(
@@ -42,12 +42,12 @@ def backward(
 def add_rows(rows: Tensor, index: Tensor, count: int, backend: str) -> Tensor:
     """``[count, hidden]``: the sums of the rows of each index."""
     run = kernels("embed_norm", backend).add_rows
-    out: Tensor = run(rows.contiguous(), index.contiguous().view(-1), count)
+    out: Tensor = run(rows.contiguous(), index.flatten().contiguous(), count)
     return out
 
 
 def _lookup(ids: Tensors, tables: Tensors) -> Lookup:
-    return Lookup([i.contiguous().view(-1) for i in ids], [t.contiguous() for t in tables])
+    return Lookup([i.flatten().contiguous() for i in ids], [t.contiguous() for t in tables])
 
 
 def _empty(ids: Tensors, tables: Tensors, *_: object) -> tuple[Tensor, Tensor]:

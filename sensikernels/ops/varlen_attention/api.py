@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sensikernels._core.checks import require
-from sensikernels._core.errors import UsageError
+from sensikernels._core.checks import expected
+from sensikernels._core.philox import DRAWS
+from sensikernels.ops.common.checks import check_tensor
+from sensikernels.ops.common.choice import Choice
+from sensikernels.ops.common.drops import new_seed, threshold_of
 from sensikernels.ops.varlen_attention import checks, reference
 from sensikernels.ops.varlen_attention.autograd import VarlenAttention
-from sensikernels.ops.varlen_attention.choice import choose
-
-Call = tuple[Tensor, Tensor, Tensor, "Tensor | None", Tensor, Tensor]
+from sensikernels.ops.varlen_attention.call import call_of
+from sensikernels.ops.varlen_attention.choice import choice, serving
 
 
 def varlen_attention(
@@ -38,8 +42,7 @@ def varlen_attention(
 
     Args:
         query: ``[tokens_q, heads, qk_size]``; slices of a fused projection are read in place.
-        key: ``[tokens, heads, qk_size]``.
-        value: ``[tokens, heads, vo_size]``.
+        key, value: ``[tokens, heads, qk_size]`` and ``[tokens, heads, vo_size]``.
         cu_seqlens: int32 ``[sequences + 1]``, ascending from 0 to at most ``tokens``.
         max_length: at least the longest sequence (on the CPU that is checked).
         cu_seqlens_query: where queries are counted otherwise; ``cu_seqlens`` if absent.
@@ -56,59 +59,61 @@ def varlen_attention(
     Raises:
         UsageError: shapes, dtypes, devices or offsets disagree, or a named backend cannot serve.
     """
-    if cu_seqlens_query is None:
-        if max_length_query is not None:
-            require(False, "max_length_query", "None for self attention", max_length_query)
-        max_length_query = max_length
-    if max_length_query is None:
-        raise UsageError("max_length_query: expected the longest query count, got None")
-    lengths = (max_length_query, max_length)
-    checks.check(query, key, value, cu_seqlens_query, cu_seqlens, seed, lengths)
-    if not 0.0 <= dropout <= 1.0:
-        require(False, "dropout", "a probability in [0, 1]", dropout)
-    device = query.device.type
-    casts = device != "meta" and torch.is_autocast_enabled(device)
+    lengths = _lengths(max_length, cu_seqlens_query, max_length_query)
+    checks.check(query, key, value, cu_seqlens_query, cu_seqlens, lengths)
+    if seed is not None:
+        check_tensor(seed, "seed", (), torch.int64, query.device)
+    threshold = threshold_of(dropout)
+    casts = query.device.type != "meta" and torch.is_autocast_enabled(query.device.type)
+    query, key, value = _of_one_dtype(query, key, value, casts)
+    drops = threshold < DRAWS
+    chosen = serving(query, value, backend, seeded=drops and seed is not None)
+    if seed is None:
+        drawn = drops and chosen != "flash"
+        seed = new_seed(query.device) if drawn else cu_seqlens.new_zeros((), dtype=torch.int64)
+    scale = (query.shape[2] or 1) ** -0.5 if scale is None else scale
+    places = (cu_seqlens_query, cu_seqlens, seed, *lengths)
+    arguments = (query, key, value, *places, threshold, scale, chosen)
+    if casts:
+        with torch.autocast(query.device.type, enabled=False):
+            return _run(*arguments)
+    return _run(*arguments)
+
+
+def _lengths(keys: int, cu_query: Tensor | None, queries: int | None) -> tuple[int, int]:
+    """Of the longest query and key sequence."""
+    if cu_query is None:
+        if queries is not None:
+            raise expected("max_length_query", "None for self attention", queries)
+        return keys, keys
+    if queries is None:
+        raise expected("max_length_query", "the longest query count", None)
+    return queries, keys
+
+
+def _of_one_dtype(
+    query: Tensor, key: Tensor, value: Tensor, casts: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands, in autocast's dtype if it ``casts``; float64 queries keep theirs."""
     if casts and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if not query.dtype == key.dtype == value.dtype:
-        require(False, "key, value", f"{query.dtype} as query", f"{key.dtype}, {value.dtype}")
-    threshold = round((1.0 - dropout) * reference.DRAWS)
-    drops = threshold < reference.DRAWS
-    seeded = drops and seed is not None
-    chosen, _ = choose(query, value, backend, seeded=seeded)
-    if scale is None:
-        scale = query.shape[2] ** -0.5 if query.shape[2] else 1.0
-    if seed is None:
-        if drops and chosen != "flash":
-            seed = torch.randint(1 << 62, (), device=query.device)
-        else:
-            seed = cu_seqlens.new_zeros((), dtype=torch.int64)
-    call = (query, key, value, cu_seqlens_query, cu_seqlens, seed)
-    if casts:
-        with torch.autocast(device, enabled=False):
-            return _run(call, lengths, threshold, scale, chosen)
-    return _run(call, lengths, threshold, scale, chosen)
+        raise expected("key, value", f"{query.dtype} as query", f"{key.dtype}, {value.dtype}")
+    return query, key, value
 
 
-def _run(
-    call: Call, lengths: tuple[int, int], threshold: int, scale: float, backend: str
-) -> Tensor:
+def _run(*arguments: Any) -> Tensor:
+    *call, backend = arguments
     if backend == "reference":
-        query, key, value, cu_query, cu_key, seed = call
-        where = (cu_key if cu_query is None else cu_query, cu_key, seed)
-        return reference.varlen_attention(query, key, value, *where, *lengths, threshold, scale)
-    rest = (lengths, threshold, scale, backend)
-    return VarlenAttention.apply(*call, *rest)  # type: ignore[no-untyped-call]
+        return reference.varlen_attention(call_of(*call))
+    out: Tensor = VarlenAttention.apply(*arguments)  # type: ignore[no-untyped-call]
+    return out
 
 
-def explain(
-    query: Tensor,
-    value: Tensor,
-    backend: str = "auto",
-    *,
-    seeded: bool = False,
-) -> str:
-    """One line: which backend serves such tensors, and why."""
-    name, why = choose(query, value, backend, seeded=seeded)
-    return f"varlen_attention: {name} ({why})"
+def explain(query: Tensor, value: Tensor, backend: str = "auto", *, seeded: bool = False) -> Choice:
+    """The backend that serves such tensors, and why; ``seeded``: dropout with a given seed.
+
+    Raises UsageError for a named backend that cannot.
+    """
+    return choice(query, value, backend, seeded=seeded)

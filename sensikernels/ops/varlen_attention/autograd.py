@@ -1,4 +1,4 @@
-"""Backward draws the dropout again and computes the probabilities again."""
+"""The derivative, which draws the dropout and computes the probabilities again."""
 
 from __future__ import annotations
 
@@ -18,26 +18,14 @@ class VarlenAttention(torch.autograd.Function):
     """Saves q, k, v and the logsumexp; the flash kernel's backward reads the output too."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cu_query: Tensor | None,
-        cu_key: Tensor,
-        seed: Tensor,
-        lengths: tuple[int, int],
-        threshold: int,
-        scale: float,
-        backend: str,
-    ) -> Tensor:
-        operands = (query, key, value, cu_query, cu_key, seed)
+    def forward(ctx: Any, *call: Any) -> Tensor:
+        """``call``: the arguments of the operator; the first six are tensors."""
         out: Tensor
-        run = ops.launch_forward if unwatched(query) else _OPS.varlen_attention
-        out, lse, state = run(*operands, *lengths, threshold, scale, backend)
-        read = out if backend == "flash" else out.new_empty(0)
-        ctx.save_for_backward(read, lse, state, *operands)
-        ctx.rest = (*lengths, threshold, scale, backend)
+        run = ops.launch_forward if unwatched(call[0]) else _OPS.varlen_attention
+        out, lse, state = run(*call)
+        read = out if call[-1] == "flash" else out.new_empty(0)
+        ctx.save_for_backward(read, lse, state, *call[:6])
+        ctx.rest = call[6:]
         return out
 
     @staticmethod
@@ -45,4 +33,4 @@ class VarlenAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         run = ops.launch_backward if unwatched(grads[0]) else _OPS.varlen_attention_backward
         dq, dk, dv = run(grads[0], *ctx.saved_tensors, *ctx.rest)
-        return (dq, dk, dv, *(None,) * 7)
+        return (dq, dk, dv, *(None,) * 8)

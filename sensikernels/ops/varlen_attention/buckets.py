@@ -1,4 +1,4 @@
-"""Sequences of about one length together: two products, a softmax and counter dropout.
+"""Attention of sequences of about one length together, by products and a softmax of torch.
 
 On the CPU one bucket per length rounded up to 8, or views of the operands where all sequences have
 one length; elsewhere one bucket in all, for lengths are not read back from a device.
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from sensikernels._core import extension
+from sensikernels._core.philox import DRAWS
 from sensikernels.ops.varlen_attention import reference
+from sensikernels.ops.varlen_attention.call import Call
 from sensikernels.ops.varlen_attention.layout import Padded, Whole, pad
 
 ROUND = 8
@@ -22,28 +24,27 @@ ROUND = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Some sequences: where their queries and keys lie, and their first query rows."""
+    """Some sequences: the places of their queries and keys, and their first query rows."""
 
     queries: Padded | Whole
     keys: Padded | Whole
     starts: Tensor
 
-    def probabilities(self, query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, ...]:
+    def probabilities(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """``(P, Q, K)``, padded."""
-        q, k = self.queries.gather(query), self.keys.gather(key)
-        scores = torch.matmul(q * scale, k.transpose(2, 3))
+        q, k = self.queries.gather(call.query), self.keys.gather(call.key)
+        scores = torch.matmul(q * call.scale, k.transpose(2, 3))
         if isinstance(self.keys, Padded):
             outside = ~self.keys.inside[:, None, None, :]
             scores = scores.masked_fill_(outside, torch.finfo(scores.dtype).min)
         return torch.softmax(scores, -1), q, k
 
 
-def buckets(
-    cu_query: Tensor, cu_key: Tensor, max_query: int, max_key: int, tokens: tuple[int, int]
-) -> Iterator[Bucket]:
+def buckets(call: Call) -> Iterator[Bucket]:
     """The non-empty sequences, bucket by bucket."""
+    cu_query, cu_key = call.cu_query, call.cu_key
     spans = [cu_query[:-1], cu_query[1:], cu_key[:-1], cu_key[1:]]
-    groups: dict[tuple[int, int], list[int] | None] = {(max_query, max_key): None}
+    groups: dict[tuple[int, int], list[int] | None] = {(call.max_query, call.max_key): None}
     if cu_query.device.type == "cpu":
         lengths = [(spans[i + 1] - spans[i]).tolist() for i in (0, 2)]
         if all(lengths) and all(min(one) == max(one) > 0 for one in lengths):
@@ -58,8 +59,8 @@ def buckets(
             mine = [span[index] for span in spans]
         if queries and keys and mine[0].numel():
             yield Bucket(
-                queries=pad(mine[0], mine[1], queries, tokens[0]),
-                keys=pad(mine[2], mine[3], keys, tokens[1]),
+                queries=pad(mine[0], mine[1], queries, len(call.query)),
+                keys=pad(mine[2], mine[3], keys, len(call.key)),
                 starts=mine[0],
             )
 
@@ -72,48 +73,25 @@ def _by_length(queries: list[int], keys: list[int]) -> dict[tuple[int, int], lis
     return dict(grouped)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_query: Tensor,
-    cu_key: Tensor,
-    seed: Tensor,
-    max_query: int,
-    max_key: int,
-    threshold: int,
-    scale: float,
-) -> Tensor:
+def forward(call: Call) -> Tensor:
     """As the reference, without autograd."""
-    out = _rows_and_one(query, value.shape[2])
-    for bucket in buckets(cu_query, cu_key, max_query, max_key, (len(query), len(key))):
-        p, _, _ = bucket.probabilities(query, key, scale)
-        p = _dropped(p, seed, bucket.starts, threshold)
-        bucket.queries.scatter(torch.matmul(p, bucket.keys.gather(value)), out)
+    out = _rows_and_one(call.query, call.value.shape[2])
+    for bucket in buckets(call):
+        p, _, _ = bucket.probabilities(call)
+        p = _dropped(p, bucket, call)
+        bucket.queries.scatter(torch.matmul(p, bucket.keys.gather(call.value)), out)
     return out[:-1]
 
 
-def backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_query: Tensor,
-    cu_key: Tensor,
-    seed: Tensor,
-    max_query: int,
-    max_key: int,
-    threshold: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)``: P is computed again."""
-    dq, dk, dv = (_rows_and_one(x, x.shape[2]) for x in (query, key, value))
-    for bucket in buckets(cu_query, cu_key, max_query, max_key, (len(query), len(key))):
-        p, q, k = bucket.probabilities(query, key, scale)
-        d, v = bucket.queries.gather(dout), bucket.keys.gather(value)
-        g = _dropped(torch.matmul(d, v.transpose(2, 3)), seed, bucket.starts, threshold)
-        ds = torch.ops.aten._softmax_backward_data(g, p, -1, p.dtype).mul_(scale)
-        p = _dropped(p, seed, bucket.starts, threshold)
+    dq, dk, dv = (_rows_and_one(x, x.shape[2]) for x in call[:3])
+    for bucket in buckets(call):
+        p, q, k = bucket.probabilities(call)
+        d, v = bucket.queries.gather(dout), bucket.keys.gather(call.value)
+        g = _dropped(torch.matmul(d, v.transpose(2, 3)), bucket, call)
+        ds = torch.ops.aten._softmax_backward_data(g, p, -1, p.dtype).mul_(call.scale)
+        p = _dropped(p, bucket, call)
         bucket.queries.scatter(torch.matmul(ds, k), dq)
         bucket.keys.scatter(torch.matmul(ds.transpose(2, 3), q), dk)
         bucket.keys.scatter(torch.matmul(p.transpose(2, 3), d), dv)
@@ -125,11 +103,12 @@ def _rows_and_one(like: Tensor, size: int) -> Tensor:
     return like.new_zeros(like.shape[0] + 1, like.shape[1], size)
 
 
-def _dropped(p: Tensor, seed: Tensor, starts: Tensor, threshold: int) -> Tensor:
+def _dropped(p: Tensor, bucket: Bucket, call: Call) -> Tensor:
     """``reference.dropped``; the compiled kernel overwrites ``p``."""
+    seed, threshold = call.seed, call.threshold
     compiled = p.device.type == "cpu" and p.dtype in (torch.float32, torch.bfloat16)
-    if threshold == reference.DRAWS or not (compiled and extension.available()):
-        return reference.dropped(p, seed, starts, threshold)
+    if threshold == DRAWS or not (compiled and extension.available()):
+        return reference.dropped(p, seed, bucket.starts, threshold)
     p = p.contiguous()
-    extension.ops().varlen_attention_drop(p, starts.contiguous(), seed, threshold)
+    extension.ops().varlen_attention_drop(p, bucket.starts.contiguous(), seed, threshold)
     return p

@@ -1,4 +1,4 @@
-"""Which kernel serves a call, and why."""
+"""The choice among the kernels that serve a call."""
 
 from __future__ import annotations
 
@@ -7,61 +7,27 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sensikernels._core import environment
 from sensikernels._core.checks import require_one_of
 from sensikernels._core.compile import constant_when_traced
-from sensikernels._core.errors import UsageError
-from sensikernels.ops.varlen_attention import flash, native
+from sensikernels.ops.common.choice import Choice, choose
+from sensikernels.ops.common.rowwise import native_refusal
+from sensikernels.ops.varlen_attention import flash
 
-BACKENDS = ("auto", "reference", "native", "flash", "buckets")
 KERNELS = ("native", "flash", "buckets")
-"""What the operators take: the reference is plain PyTorch, without one."""
+"""The backends that the operators take: the reference is plain PyTorch, without an operator."""
 
 
-def choose(
-    query: Tensor,
-    value: Tensor,
-    backend: str = "auto",
-    *,
-    seeded: bool = False,
-) -> tuple[str, str]:
-    """The backend that serves such tensors and why; ``seeded``: dropout with a given seed.
+def choice(query: Tensor, value: Tensor, backend: str = "auto", *, seeded: bool = False) -> Choice:
+    """The backend that serves such tensors, and why; ``seeded``: dropout with a given seed.
 
-    Raises UsageError for a named one that cannot.
+    Raises UsageError for a named backend that cannot.
     """
-    require_one_of(backend, "backend", BACKENDS)
-    size = max(int(query.shape[2]), int(value.shape[2]))
-    return _choose(str(query.device), query.dtype, size, seeded, backend)
+    return _decide(str(query.device), query.dtype, _size(query, value), seeded, backend)
 
 
-@constant_when_traced
-def _choose(
-    device: str, dtype: torch.dtype, size: int, seeded: bool, backend: str
-) -> tuple[str, str]:
-    return _chosen(device, dtype, size, seeded, backend)
-
-
-@cache
-def _chosen(
-    device: str, dtype: torch.dtype, size: int, seeded: bool, backend: str
-) -> tuple[str, str]:
-    asked = environment.backend() if backend == "auto" else backend
-    where = torch.device(device)
-    refusals = {
-        "reference": None,
-        "buckets": None,
-        "native": native.refusal(where.type, dtype),
-        "flash": flash.refusal(where, dtype, size, seeded=seeded),
-    }
-    # There is no Triton kernel here: the variable leaves the choice to auto.
-    if asked not in ("auto", "triton"):
-        if refusals[asked]:
-            raise UsageError(f"backend: {asked} cannot serve this call: {refusals[asked]}")
-        return asked, "asked for by name"
-    for name in ("native", "flash"):
-        if refusals[name] is None:
-            return name, f"the fastest for {where.type}"
-    return "buckets", "; ".join(f"{name}: {why}" for name, why in refusals.items() if why)
+def serving(query: Tensor, value: Tensor, backend: str = "auto", *, seeded: bool = False) -> str:
+    """The name of the backend that serves such tensors, as ``choice``."""
+    return _serving(str(query.device), query.dtype, _size(query, value), seeded, backend)
 
 
 def check_kernels(query: Tensor, value: Tensor, backend: str) -> None:
@@ -69,4 +35,27 @@ def check_kernels(query: Tensor, value: Tensor, backend: str) -> None:
     if backend not in KERNELS:
         require_one_of(backend, "backend", KERNELS)
     if not query.is_meta:
-        choose(query, value, backend)
+        serving(query, value, backend)
+
+
+def _size(query: Tensor, value: Tensor) -> int:
+    return max(int(query.shape[2]), int(value.shape[2]))
+
+
+@constant_when_traced
+def _serving(device: str, dtype: torch.dtype, size: int, seeded: bool, backend: str) -> str:
+    return _decide(device, dtype, size, seeded, backend).backend
+
+
+@cache
+def _decide(device: str, dtype: torch.dtype, size: int, seeded: bool, backend: str) -> Choice:
+    where = torch.device(device)
+    # There is no Triton kernel here: SENSIKERNELS_BACKEND=triton leaves the choice to auto.
+    refusals = {
+        "reference": None,
+        "native": native_refusal(where.type, dtype, "query"),
+        "flash": flash.refusal(where, dtype, size, seeded=seeded),
+        "buckets": None,
+    }
+    reason = f"the fastest for {where.type}"
+    return choose(refusals, backend, prefer=("native", "flash"), reason=reason)

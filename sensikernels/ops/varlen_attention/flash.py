@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sensikernels.ops.varlen_attention.reference import DRAWS
+from sensikernels._core.philox import DRAWS
+from sensikernels.ops.varlen_attention.call import Call
 
 LARGEST = 256
 _ATEN = torch.ops.aten
@@ -29,61 +32,49 @@ def refusal(device: torch.device, dtype: torch.dtype, size: int, *, seeded: bool
     return None
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_query: Tensor,
-    cu_key: Tensor,
-    max_query: int,
-    max_key: int,
-    threshold: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out, logsumexp [heads, tokens_q], rng_state)``."""
-    vo_size = value.shape[2]
-    if not (query.numel() and key.numel() and value.numel() and max_query and max_key):
+class Saved(NamedTuple):
+    """The tensors of the forward that backward reads beside the call."""
+
+    out: Tensor
+    logsumexp: Tensor
+    rng_state: Tensor
+
+
+def forward(call: Call) -> Saved:
+    """``out [tokens_q, heads, vo_size]``, ``logsumexp [heads, tokens_q]``, rng state."""
+    query, vo_size = call.query, call.value.shape[2]
+    if call.nothing:
         lse = query.new_zeros(query.shape[1], query.shape[0], dtype=torch.float32)
         state = torch.zeros(2, dtype=torch.uint64, device=query.device)
-        return query.new_zeros(*query.shape[:2], vo_size), lse, state
-    q, k, v = _equal_sizes(query, key, value)
+        return Saved(query.new_zeros(*query.shape[:2], vo_size), lse, state)
+    q, k, v = _equal_sizes(*call[:3])
     out, lse, state, _, _ = _ATEN._flash_attention_forward(
-        q, k, v, cu_query, cu_key, max_query, max_key, _rate(threshold), False, False, scale=scale
+        *(q, k, v, *_places(call), _rate(call.threshold), False, False), scale=call.scale
     )
-    return _finished(out, cu_query, vo_size), lse, state
+    return Saved(_finished(out, call.cu_query, vo_size), lse, state)
 
 
-def backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    state: Tensor,
-    cu_query: Tensor,
-    cu_key: Tensor,
-    max_query: int,
-    max_key: int,
-    threshold: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)``."""
-    if not (query.numel() and key.numel() and value.numel() and max_query and max_key):
-        dq, dk, dv = (x.new_zeros(x.shape) for x in (query, key, value))
+    if call.nothing:
+        dq, dk, dv = (x.new_zeros(x.shape) for x in call[:3])
         return dq, dk, dv
-    q, k, v, d, o = _equal_sizes(query, key, value, dout, out)
+    out, lse, state = saved
+    q, k, v, d, o = _equal_sizes(*call[:3], dout, out)
     unused = torch.empty((), dtype=state.dtype, device=state.device)
     dq, dk, dv = _ATEN._flash_attention_backward(
-        *(d, q, k, v, o, lse, cu_query, cu_key, max_query, max_key),
-        *(_rate(threshold), False, state, unused),
-        scale=scale,
+        *(d, q, k, v, o, lse, *_places(call), _rate(call.threshold), False, state, unused),
+        scale=call.scale,
     )
     return (
-        _finished(dq, cu_query, query.shape[2]),
-        _finished(dk, cu_key, key.shape[2]),
-        _finished(dv, cu_key, value.shape[2]),
+        _finished(dq, call.cu_query, call.query.shape[2]),
+        _finished(dk, call.cu_key, call.key.shape[2]),
+        _finished(dv, call.cu_key, call.value.shape[2]),
     )
+
+
+def _places(call: Call) -> tuple[Tensor, Tensor, int, int]:
+    return call.cu_query, call.cu_key, call.max_query, call.max_key
 
 
 def _rate(threshold: int) -> float:

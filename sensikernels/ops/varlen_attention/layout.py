@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Padded:
-    """Where the tokens of ``n`` sequences lie, each padded to ``length``.
+    """The places of the tokens of ``n`` sequences, each padded to ``length``.
 
     ``rows [n, length]``: the packed row of each place (some row where there is none);
     ``inside [n, length]``: whether there is one.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sensikernels._core.philox import philox
+from sensikernels._core.philox import DRAWS, philox
+from sensikernels.ops.varlen_attention.call import Call
 from sensikernels.ops.varlen_attention.layout import pad, unpad
 
-DRAWS = 1 << 16
 TILE_ROWS, LANES = 8, 16
 
 
@@ -44,23 +44,13 @@ def dropped(p: Tensor, seed: Tensor, starts: Tensor, threshold: int) -> Tensor:
     return torch.where(kept, p * scale, p.new_zeros(()))
 
 
-def varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_query: Tensor,
-    cu_seqlens: Tensor,
-    seed: Tensor,
-    max_length_query: int,
-    max_length: int,
-    threshold: int,
-    scale: float,
-) -> Tensor:
+def varlen_attention(call: Call) -> Tensor:
     """dropout(softmax(scale Q Kᵀ)) V of each sequence and head, ``[tokens_q, heads, vo_size]``."""
-    queries = pad(cu_seqlens_query[:-1], cu_seqlens_query[1:], max_length_query, len(query))
-    keys = pad(cu_seqlens[:-1], cu_seqlens[1:], max_length, len(key))
-    scores = queries.gather(query) @ keys.gather(key).transpose(2, 3) * scale
+    query, key, value, cu_query, cu_key, *_ = call
+    queries = pad(cu_query[:-1], cu_query[1:], call.max_query, len(query))
+    keys = pad(cu_key[:-1], cu_key[1:], call.max_key, len(key))
+    scores = queries.gather(query) @ keys.gather(key).transpose(2, 3) * call.scale
     outside = ~keys.inside[:, None, None, :]
     p = torch.softmax(scores.masked_fill(outside, torch.finfo(scores.dtype).min), -1)
-    p = dropped(p.masked_fill(outside, 0.0), seed, cu_seqlens_query[:-1], threshold)
-    return unpad(p @ keys.gather(value), cu_seqlens_query, len(query))
+    p = dropped(p.masked_fill(outside, 0.0), call.seed, cu_query[:-1], call.threshold)
+    return unpad(p @ keys.gather(value), cu_query, len(query))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sensikernels._core import extension
 from sensikernels._core.errors import UsageError
 from sensikernels.ops.bias_gelu import bias_gelu, explain
+from tests.ops.agreement import check_compiles_whole, check_same_bits_on_any_threads
 from tests.tolerance import assert_close_to_reference
 
 BACKENDS = ["reference", "native"]
@@ -69,15 +70,7 @@ def test_everywhere_on_the_line(backend: str):
 def test_one_and_two_threads_sum_alike():
     need("native")
     x, bias, dy = torch.randn(5000, 96), torch.randn(96), torch.randn(5000, 96)
-    threads = torch.get_num_threads()
-    try:
-        got = []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            got.append(run(bias_gelu, x, bias, dy))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
+    check_same_bits_on_any_threads(lambda: run(bias_gelu, x, bias, dy))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -145,13 +138,7 @@ def test_autocast_keeps_the_dtype(backend: str):
 def test_compiles_whole():
     layer = nn.Linear(16, 32)
     f = lambda x: bias_gelu(F.linear(x, layer.weight), layer.bias).sum()  # noqa: E731
-    x = torch.randn(8, 16)
-    torch.compile(f, fullgraph=True)(x).backward()
-    got = [p.grad.clone() for p in layer.parameters()]
-    layer.zero_grad()
-    f(x).backward()
-    for one, p in zip(got, layer.parameters(), strict=True):
-        torch.testing.assert_close(one, p.grad)
+    check_compiles_whole(f, layer, torch.randn(8, 16))
 
 
 def test_bad_arguments():

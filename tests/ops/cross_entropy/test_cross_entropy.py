@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sensikernels._core import extension
 from sensikernels._core.errors import UsageError
 from sensikernels.ops.cross_entropy import cross_entropy, explain
+from tests.ops.agreement import check_compiles_whole, check_same_bits_on_any_threads
 from tests.ops.cross_entropy.cases import draw, run
 from tests.tolerance import assert_close_to_reference
 
@@ -129,15 +130,7 @@ def test_the_definition_is_nan_where_nobody_waits():
 def test_one_and_two_threads_sum_alike():
     need("native")
     logits, labels = draw(500, 300, torch.float32, "some")
-    threads = torch.get_num_threads()
-    try:
-        got = []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            got.append(run(cross_entropy, logits, labels))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
+    check_same_bits_on_any_threads(lambda: run(cross_entropy, logits, labels))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -193,13 +186,7 @@ def test_autocast_keeps_the_dtype(backend: str):
 def test_compiles_whole():
     layer, labels = nn.Linear(16, 32), torch.randint(32, (8,))
     f = lambda x: cross_entropy(layer(x), labels)  # noqa: E731
-    x = torch.randn(8, 16)
-    torch.compile(f, fullgraph=True)(x).backward()
-    got = [p.grad.clone() for p in layer.parameters()]
-    layer.zero_grad()
-    f(x).backward()
-    for one, p in zip(got, layer.parameters(), strict=True):
-        torch.testing.assert_close(one, p.grad)
+    check_compiles_whole(f, layer, torch.randn(8, 16))
 
 
 def test_bad_arguments():

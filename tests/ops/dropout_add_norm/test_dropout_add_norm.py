@@ -13,6 +13,7 @@ from sensikernels._core import extension
 from sensikernels._core.errors import UsageError
 from sensikernels.ops.dropout import dropout
 from sensikernels.ops.dropout_add_norm import dropout_add_norm, explain
+from tests.ops.agreement import check_same_bits_on_any_threads
 from tests.ops.dropout_add_norm.cases import DTYPES, SEED, parts, run
 from tests.tolerance import assert_close_to_reference
 
@@ -87,15 +88,7 @@ def test_seed_from_torch():
 def test_one_and_two_threads_sum_alike():
     need("native")
     leaves, dy = leaves_of((5000, 96), torch.float32, torch.float32), torch.randn(5000, 96)
-    threads = torch.get_num_threads()
-    try:
-        got = []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            got.append(run(ours(0.1), leaves, dy))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
+    check_same_bits_on_any_threads(lambda: run(ours(0.1), leaves, dy))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sensikernels.ops.varlen_attention import varlen_attention
+from tests.tolerance import assert_close_to_reference
 
 PADDING = 3
 
@@ -67,3 +68,27 @@ def run(
         **asked,
     )
     return [out.detach(), *torch.autograd.grad(out, given, dout.to(dtype))]
+
+
+def check_backend(
+    backend: str,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+    sizes: tuple[int, int],
+    *,
+    queries: Sequence[int] | None = None,
+    dropout: float = 0.0,
+    heads: int = 3,
+    device: str = "cpu",
+) -> None:
+    """Output and gradients are as good as the definition's, contiguous, and zero in the padding."""
+    given = operands(lengths, heads, sizes, queries=queries, device=device)
+    given = [x.to(dtype).float() for x in given]
+    got, same, exact = (
+        run(*given, lengths, backend=name, dtype=kind, queries=queries, dropout=dropout)
+        for name, kind in ((backend, dtype), ("reference", dtype), ("reference", torch.float64))
+    )
+    for mine, theirs, true in zip(got, same, exact, strict=True):
+        assert mine.is_contiguous()
+        assert_close_to_reference(mine, theirs, true)
+        assert not mine[-PADDING:].any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sensikernels._core import extension
 from sensikernels.ops.varlen_attention import native, varlen_attention
 from sensikernels.ops.varlen_attention import reference as ref
-from tests.ops.varlen_attention.cases import PADDING, offsets, operands, run, seed_of
-from tests.tolerance import assert_close_to_reference
+from tests.ops.agreement import check_same_bits_on_any_threads
+from tests.ops.varlen_attention.cases import check_backend, offsets, operands, run, seed_of
 
 BACKENDS = ["native", "buckets"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -36,31 +37,10 @@ def need(backend: str) -> None:
 
 
 def check(
-    backend: str,
-    dtype: torch.dtype,
-    lengths: Sequence[int],
-    sizes: tuple[int, int],
-    *,
-    queries: Sequence[int] | None = None,
-    dropout: float = 0.0,
-    heads: int = 3,
+    backend: str, dtype: torch.dtype, lengths: Sequence[int], *call: Any, **named: Any
 ) -> None:
     need(backend)
-    given = [x.to(dtype).float() for x in operands(lengths, heads, sizes, queries=queries)]
-
-    def call(name: str, kind: torch.dtype) -> list[torch.Tensor]:
-        return run(*given, lengths, backend=name, dtype=kind, queries=queries, dropout=dropout)
-
-    got, same, exact = (
-        call(backend, dtype),
-        call("reference", dtype),
-        call("reference", torch.float64),
-    )
-    for mine, theirs, true in zip(got, same, exact, strict=True):
-        assert mine.is_contiguous()
-        assert_close_to_reference(mine, theirs, true)
-    for mine in got:
-        assert not mine[-PADDING:].any()
+    check_backend(backend, dtype, lengths, *call, **named)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -209,15 +189,10 @@ def test_slices_of_one_projection(backend: str, dtype: torch.dtype) -> None:
 def test_same_bits_on_any_threads(dtype: torch.dtype) -> None:
     need("native")
     lengths = [5, 40, 129, 16, 1, 0, 77]
-    given, threads = operands(lengths, 5, (32, 32)), torch.get_num_threads()
-    try:
-        got = []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            got.append(run(*given, lengths, backend="native", dtype=dtype, dropout=0.1))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
+    given = operands(lengths, 5, (32, 32))
+    check_same_bits_on_any_threads(
+        lambda: run(*given, lengths, backend="native", dtype=dtype, dropout=0.1)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
