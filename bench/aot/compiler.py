@@ -35,7 +35,7 @@ TARGETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one compiled kernel needs; ``matrix`` and ``copies`` count instructions."""
+    """The needs of one compiled kernel; ``matrix`` and ``copies`` count instructions."""
 
     case: str
     registers: int

@@ -1,4 +1,4 @@
-"""What the tests of several operators hold alike: bits on any number of threads, compiled steps."""
+"""Properties that several operators are tested for: bits on any threads, compiled steps."""
 
 from __future__ import annotations
 
