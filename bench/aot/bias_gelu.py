@@ -14,6 +14,7 @@ from sensikernels.ops.bias_gelu.triton import (
 
 
 def cases() -> Iterator[Case]:
+    """The cases, in the order of the tables."""
     for dtype, bias in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
         yield case(
             bias_gelu_kernel,

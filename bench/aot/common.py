@@ -22,6 +22,7 @@ from sensikernels.ops.common.triton_sdd import CONFIGS, MOST, block_gradient_ker
 
 
 def cases() -> Iterator[Case]:
+    """The cases, in the order of the tables."""
     for dtype in ("bf16", "fp32"):
         yield _gather(dtype)
     for form in ("rows", "columns", "blocks"):

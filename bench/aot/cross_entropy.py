@@ -15,6 +15,7 @@ from sensikernels.ops.cross_entropy.triton import (
 
 
 def cases() -> Iterator[Case]:
+    """The cases, in the order of the tables."""
     options = row_options(30522)
     for dtype in ("bf16", "fp32"):
         types = {"x": f"*{dtype}", "labels": "*i64", "stats": "*fp32", "classes ignored": "i32"}

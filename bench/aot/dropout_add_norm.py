@@ -14,6 +14,7 @@ from sensikernels.ops.dropout_add_norm.triton import (
 
 
 def cases() -> Iterator[Case]:
+    """The cases, in the order of the tables."""
     types = {"weight bias moments": "*fp32", "seed": "*i64", "hidden threshold": "i32"}
     types |= {"scale": "fp32"}
     for dtype, hidden in product(("bf16", "fp32"), (384, 768, 1024)):

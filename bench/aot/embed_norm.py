@@ -15,6 +15,7 @@ from sensikernels.ops.embed_norm.triton import (
 
 
 def cases() -> Iterator[Case]:
+    """The cases, in the order of the tables."""
     for dtype in ("bf16", "fp32"):
         yield case(
             add_rows_kernel,

@@ -152,6 +152,7 @@ def dump(content: Mapping[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the gate; the exit code."""
     parser = argparse.ArgumentParser(prog="bench.aot", description=__doc__)
     parser.add_argument("--update", action="store_true", help="rewrite the tables")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows here")

@@ -9,6 +9,7 @@ from sensikernels.ops.group_reduce.triton import BLOCK, GROUPS, finish_groups, r
 
 
 def cases() -> Iterator[Case]:
+    """The cases, in the order of the tables."""
     run = {"num_warps": 4, "num_stages": 3}
     types = {"descriptors chunks members": "*i64", "partials": "*fp32", "stride": "i64"}
     for mask in (0b1001, 0b11111111):

@@ -23,6 +23,7 @@ COMPACT_TARGETS = {
 
 
 def cases() -> Iterator[Case]:
+    """The cases, in the order of the tables."""
     for config in triton_blocks.CONFIGS:
         short = config.tile["BLOCK_K"] == 32
         for form in ("forward",) if short else ("forward", "input", "forward-bulk", "input-bulk"):

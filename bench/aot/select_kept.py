@@ -10,6 +10,7 @@ from sensikernels.ops.select_kept.triton import BINS, FILL, TILE, WARPS
 
 
 def cases() -> Iterator[Case]:
+    """The cases, in the order of the tables."""
     run = {"num_warps": WARPS, "num_stages": 3}
     common = {"SCORE": 2, "TILE": TILE, **run}
     digit = {"SCORE": 2, "SHIFT": 10, "WIDTH": 11, "TILE": TILE, "BINS": BINS, **run}

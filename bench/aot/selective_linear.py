@@ -11,6 +11,7 @@ from sensikernels.ops.selective_linear.triton_rows import CONFIGS, row_gradient_
 
 
 def cases() -> Iterator[Case]:
+    """The cases, in the order of the tables."""
     for config, form in product(CONFIGS, ("pointers", "bulk", "edges")):
         yield _rows(config, "fp32" if config.tile["BLOCK_T"] == 32 else "bf16", form)
 

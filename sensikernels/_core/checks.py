@@ -1,4 +1,4 @@
-"""Argument checks: one message form, raised before anything is changed."""
+"""Checks of arguments: one form of message, raised before anything is changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""These tests need a process in which Triton was imported with TRITON_INTERPRET=1."""
+"""Fixtures of tests in a process that imports Triton with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""The kernels of masked_linear against PyTorch: every block, pattern and number of tokens."""
+
 from __future__ import annotations
 
 import pytest

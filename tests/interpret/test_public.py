@@ -112,7 +112,9 @@ def test_on_a_gpu_a_mask_change_is_one_launch(
         launches.append(len(tensors))
         return launch(tensors, *rest)
 
-    monkeypatch.setattr(take_kept, "fused_activation", lambda t: True)
+    # The package's attribute of this name is the function, not its module.
+    module = import_module("sensikernels.ops.masked_linear.take_kept")
+    monkeypatch.setattr(module, "fused_activation", lambda t: True)
     monkeypatch.setattr(triton_gather, "take_kept", counted)
     layout = _layout(kind)
     tensors = [torch.randn(layout.shape) for _ in range(count)]

@@ -1,3 +1,5 @@
+"""The kernels of selective_linear against PyTorch: every pattern of kept entries."""
+
 from __future__ import annotations
 
 import pytest

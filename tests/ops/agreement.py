@@ -1,4 +1,4 @@
-"""What the tests of several operators hold alike: bits on any number of threads, compiled steps."""
+"""Properties that several operators are tested for: bits on any threads, compiled steps."""
 
 from __future__ import annotations
 
@@ -29,3 +29,11 @@ def check_compiles_whole(f: Callable[[Tensor], Tensor], layer: nn.Module, x: Ten
     f(x).backward()
     for one, p in zip(got, layer.parameters(), strict=True):
         torch.testing.assert_close(one, p.grad)
+
+
+def check_autocast_changes_nothing(run: Callable[[], Tensor], dtype: torch.dtype) -> None:
+    """``run`` gives the same bits of ``dtype`` under autocast."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = run()
+    assert y.dtype == dtype
+    assert torch.equal(y, run())

@@ -1,4 +1,4 @@
-"""Saves the pre-activation without its bias; both gradients come from one pass."""
+"""The derivative: saves ``x`` and the bias, and takes both gradients in one pass."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def checked(x: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tenso
 def checked_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, bias_needed: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None, bool, str]:
-    """As ``checked``, with a gradient like ``x``."""
+    """The arguments of the backward operator; ``dy`` is like ``x``."""
     check(x, bias)
     check_tensor(dy, "dy", x.shape, x.dtype, x.device)
     return dy, x, bias, bias_needed, resolve(x, backend)

@@ -1,4 +1,4 @@
-"""Launchers of the compiled kernels."""
+"""Launchers of the compiled kernels: the reference's functions, of contiguous matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sensikernels.ops.common.columns import launcher
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
-    """As the reference, for contiguous ``x`` ``[rows, width]``."""
+    """``gelu(x + bias)`` of ``x [rows, width]``."""
     y = x.new_empty(x.shape)
     launcher("bias_gelu")(x, None if bias is None else bias.float(), y)
     return y
@@ -18,7 +18,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
 def bias_gelu_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, bias_needed: bool
 ) -> tuple[Tensor, Tensor]:
-    """As the reference, for contiguous ``dy`` and ``x`` ``[rows, width]``."""
+    """``(dx, dbias)`` of ``dy`` and ``x`` ``[rows, width]``; dbias is empty unless needed."""
     dx = x.new_empty(x.shape)
     if bias is None or not bias_needed:
         wide = None if bias is None else bias.float()

@@ -72,7 +72,7 @@ def bias_gelu_backward_kernel(
 
 @on_its_device
 def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
-    """As the reference, for contiguous ``x`` ``[rows, width]``."""
+    """``gelu(x + bias)`` of contiguous ``x [rows, width]``."""
     y = x.new_empty(x.shape)
     if y.numel():
         block_t, block_n = FORWARD.tile.values()
@@ -86,7 +86,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
 def bias_gelu_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, bias_needed: bool
 ) -> tuple[Tensor, Tensor]:
-    """As the reference, for contiguous ``dy`` and ``x`` ``[rows, width]``.
+    """``(dx, dbias)`` of contiguous ``dy`` and ``x`` ``[rows, width]``; dbias empty unless needed.
 
     Chunks of rows fill the device; their float32 sums are added in a fixed order.
     """

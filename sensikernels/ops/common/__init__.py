@@ -1,1 +1,1 @@
-"""Triton parts that several operators share; the op folders do not import each other."""
+"""Parts that several operators share; the folders of operators do not import each other."""

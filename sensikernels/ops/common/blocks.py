@@ -20,7 +20,7 @@ from sensikernels.ops.common.columns import launcher
 
 @cache
 def _native_dtypes() -> tuple[torch.dtype, ...]:
-    """Dtypes the extension's kernels take on this processor."""
+    """The dtypes that the extension's kernels take on this processor."""
     if not extension.available():
         return ()
     level = extension.ops().block_isa()
@@ -28,7 +28,7 @@ def _native_dtypes() -> tuple[torch.dtype, ...]:
 
 
 def uses_native(dtype: torch.dtype) -> bool:
-    """Whether the extension serves this dtype on this processor."""
+    """True if the extension serves this dtype on this processor."""
     return dtype in _native_dtypes()
 
 

@@ -1,7 +1,7 @@
-"""Checks that operators share: each raises UsageError, and writes its message only then.
+"""Checks of arguments that operators share: each raises UsageError where they are wrong.
 
 An operator is called by its public function, by a traced graph, by an exported program and by
-hand; what these check is what its kernels rely on.
+hand; its kernels rely on these checks. A message is formed only where it is raised.
 """
 
 from __future__ import annotations

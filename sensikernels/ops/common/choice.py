@@ -1,4 +1,4 @@
-"""One way to choose what runs: the backend asked for by name, or the first that can serve."""
+"""The choice of a backend: the one that is named, or the first that can serve a call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from sensikernels._core.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What runs and why. ``form``: of a linear, ``dense``, ``compact`` or ``block-sparse``."""
+    """A backend and the reason for it.
+
+    ``form`` is that of a linear: ``dense``, ``compact`` or ``block-sparse``.
+    """
 
     backend: str
     reason: str

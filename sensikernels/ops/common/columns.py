@@ -37,12 +37,12 @@ def unwatched(x: Tensor) -> bool:
 
 
 def serves(x: Tensor) -> bool:
-    """Whether launchers of the compiled extension take this tensor, nothing else watching."""
+    """True if launchers of the compiled extension take this tensor, and nothing else watches."""
     return x.is_cpu and x.dtype in _NATIVE_DTYPES and unwatched(x) and extension.available()
 
 
 def fused_activation(dy: Tensor) -> bool:
-    """Whether gelu's derivative and the bias gradient are taken in one pass: on a GPU."""
+    """True on a GPU: gelu's derivative and the bias gradient are taken in one pass."""
     return dy.is_cuda and dy.dtype in _NATIVE_DTYPES and _has_triton()
 
 

@@ -27,7 +27,7 @@ class Drop(NamedTuple):
 
 
 def threshold_of(p: float, name: str = "dropout") -> int:
-    """How many of 65,536 draws are kept where ``p`` is the probability to drop an element."""
+    """The number of 65,536 draws that are kept; ``p`` is the probability to drop an element."""
     if not 0.0 <= p <= 1.0:
         raise expected(name, "a probability in [0, 1]", p)
     return round((1.0 - p) * DRAWS)

@@ -45,7 +45,7 @@ def _decide(device: str, dtype: torch.dtype, backend: str) -> Choice:
 
 
 def native_refusal(device: str, dtype: torch.dtype, name: str) -> str | None:
-    """Why compiled kernels cannot serve such an operand, ``name``; None if they can."""
+    """The reason why compiled kernels cannot serve the operand ``name``; None if they can."""
     if device != "cpu":
         return f"it runs on the CPU, {name} is on {device}"
     if dtype not in DTYPES:

@@ -1,4 +1,4 @@
-"""Copies of what is kept: columns of activations; a layer's weight, master and moments at once."""
+"""Copies of kept entries: columns of activations; a layer's weight, master and moments at once."""
 
 from __future__ import annotations
 

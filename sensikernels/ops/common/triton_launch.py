@@ -139,7 +139,7 @@ def describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 products are taken: torch's own matmul precision setting."""
+    """The precision of float32 products, by torch's own setting of matmul precision."""
     exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"
 

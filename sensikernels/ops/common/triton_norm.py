@@ -56,7 +56,7 @@ def normalize_backward(dy, normal, rstd, weight, hidden):
 
 
 def row_options(hidden: int) -> dict[str, int | bool]:
-    """How a kernel that holds a row in registers is launched."""
+    """The options of a launch whose programs hold a row in registers."""
     block = max(triton.next_power_of_2(hidden), 16)
     warps = min(max(block // 256, 1), 16)
     return {"BLOCK": block, "ALIGNED": hidden % TILE == 0, "num_warps": warps, "num_stages": 1}
@@ -68,5 +68,5 @@ def programs(x: Tensor) -> int:
 
 
 def scale_of(threshold: int) -> float:
-    """What a kept element is multiplied by."""
+    """The factor of a kept element."""
     return DRAWS / threshold if threshold else 0.0

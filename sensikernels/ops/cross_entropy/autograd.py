@@ -1,4 +1,4 @@
-"""Saves the logits, which their producer returned anyway, and two float32 a row."""
+"""The derivative: saves the logits, which exist anyway, and two float32 a row."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def checked(
 
 
 def checked_backward(dloss: Tensor, logits: Tensor, labels: Tensor, *rest: Any) -> tuple[Any, ...]:
-    """As ``checked``, with a gradient of the loss and what the forward gave."""
+    """The arguments of the backward operator: a gradient of the loss, and the forward's results."""
     stats, scale, *call = rest
     logits, labels, *call = checked(logits, labels, *call)
     wide = torch.promote_types(logits.dtype, torch.float32)

@@ -12,7 +12,7 @@ from sensikernels.ops.cross_entropy.reference import refuse
 def cross_entropy(
     logits: Tensor, labels: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference, for contiguous float32 or bfloat16 ``logits`` and int64 ``labels``.
+    """``(loss, stats, scale)`` of contiguous float32 or bfloat16 ``logits`` and int64 ``labels``.
 
     Raises UsageError for a label that is neither a class nor ``ignore_index``.
     """
@@ -28,7 +28,7 @@ def cross_entropy(
 def cross_entropy_backward(
     dloss: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, scale: Tensor, ignore_index: int
 ) -> Tensor:
-    """As the reference, for what ``cross_entropy`` took and gave."""
+    """``dlogits``, from the arguments and results of ``cross_entropy``."""
     dlogits = logits.new_empty(logits.shape)
     launcher("cross_entropy_backward")(
         dloss.float(), logits, labels, stats, scale, ignore_index, dlogits

@@ -77,7 +77,7 @@ def cross_entropy_backward_kernel(
 def cross_entropy(
     logits: Tensor, labels: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference, for contiguous ``logits`` and ``labels`` on a GPU (or interpreted)."""
+    """``(loss, stats, scale)`` of contiguous ``logits`` and ``labels``."""
     rows, classes = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
     stats = logits.new_empty((rows, 2), dtype=torch.float32)
@@ -94,7 +94,7 @@ def cross_entropy(
 def cross_entropy_backward(
     dloss: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, scale: Tensor, ignore_index: int
 ) -> Tensor:
-    """As the reference, for what ``cross_entropy`` took and gave."""
+    """``dlogits``, from the arguments and results of ``cross_entropy``."""
     rows, classes = logits.shape
     dlogits = logits.new_empty(logits.shape)
     if rows:
@@ -106,6 +106,6 @@ def cross_entropy_backward(
 
 
 def row_options(classes: int) -> dict[str, int]:
-    """How a kernel that reads a row of logits by blocks is launched."""
+    """The options of a launch whose programs read a row of logits by blocks."""
     block = min(max(triton.next_power_of_2(classes), 16), LARGEST)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 8), "num_stages": 1}

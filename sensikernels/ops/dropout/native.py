@@ -8,7 +8,7 @@ from sensikernels.ops.common.columns import launcher
 
 
 def dropout(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
-    """As the reference, for contiguous ``x``."""
+    """``x`` with elements dropped as by the reference, to the bit; ``x`` is contiguous."""
     y = x.new_empty(x.shape)
     launcher("dropout")(x, seed, threshold, y)
     return y

@@ -28,7 +28,7 @@ def dropout_kernel(x_ptr, y_ptr, seed_ptr, n, threshold, scale, BLOCK: tl.conste
 
 
 def dropout(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
-    """As the reference, for contiguous ``x`` on a GPU (or in the interpreter)."""
+    """``x`` with elements dropped as by the reference; ``x`` is contiguous."""
     y = x.new_empty(x.shape)
     if x.numel() == 0:
         return y

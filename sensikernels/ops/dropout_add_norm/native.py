@@ -1,4 +1,4 @@
-"""Launchers of the compiled kernels: as the reference, for contiguous matrices."""
+"""Launchers of the compiled kernels: the reference's functions, of contiguous matrices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def forward(
 
 
 def recovers(weight: Tensor, bias: Tensor) -> bool:
-    """Whether the normalised row is as good from the output as from the sum: |bias| <= 2 |weight|.
+    """True if the output gives the normalised row as well as the sum does: |bias| <= 2 |weight|.
 
     The output's rounding moves (y - bias) / weight by |n + bias / weight| of its own size, the
     sum's moves n by |n + mean / deviation|.

@@ -125,7 +125,7 @@ def dropout_add_norm_backward_kernel(
 def forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, drop: Drop, eps: float, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """As the reference, for contiguous matrices."""
+    """``(y, sum, moments)`` of contiguous matrices; the sum is None unless ``save``."""
     rows, hidden = x.shape
     y, total = x.new_empty(x.shape), x.new_empty(x.shape) if save else None
     moments = x.new_empty((rows, 2), dtype=torch.float32)
@@ -146,7 +146,7 @@ def forward(
 def backward(
     dy: Tensor, saved: Saved, drop: Drop, affine_needed: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """As the reference; the chunks' float32 sums are added in a fixed order."""
+    """``(dx, dresidual, daffine)``; the chunks' float32 sums are added in a fixed order."""
     rows, hidden = dy.shape
     drops = drop.seed is not None
     dresidual, dx = dy.new_empty(dy.shape), dy.new_empty(dy.shape) if drops else None

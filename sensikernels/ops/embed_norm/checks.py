@@ -57,7 +57,7 @@ def checked(
 def checked_backward(
     dy: Tensor, ids: Sequence[Tensor], tables: Sequence[Tensor], moments: Tensor, *rest: Any
 ) -> tuple[Any, ...]:
-    """As ``checked``, with the gradient of the result and the forward's moments."""
+    """The arguments of the backward operator: the result's gradient, and the forward's moments."""
     weight, seed, threshold, affine_needed, backend = rest
     _check_lists(ids, tables, weight, None)
     word = tables[0]

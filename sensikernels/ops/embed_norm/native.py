@@ -1,4 +1,4 @@
-"""Launchers of the compiled kernels: as the reference."""
+"""Launchers of the compiled kernels: the reference's functions, of contiguous tensors."""
 
 from __future__ import annotations
 

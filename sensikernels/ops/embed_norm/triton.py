@@ -175,7 +175,7 @@ def add_rows_kernel(
 def forward(
     lookup: Lookup, weight: Tensor, bias: Tensor, drop: Drop, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """As the reference, for flat contiguous ids."""
+    """``(y, moments)``, for flat contiguous ids."""
     ids, tables = lookup
     tokens, hidden = ids[0].numel(), tables[0].shape[1]
     y = tables[0].new_empty((tokens, hidden))
@@ -196,7 +196,7 @@ def forward(
 def backward(
     dy: Tensor, lookup: Lookup, moments: Tensor, weight: Tensor, drop: Drop, affine_needed: bool
 ) -> tuple[Tensor, Tensor]:
-    """As the reference; the chunks' float32 sums are added in a fixed order."""
+    """``(dsum, daffine)``; the chunks' float32 sums are added in a fixed order."""
     ids, tables = lookup
     tokens, hidden = dy.shape
     dsum = dy.new_empty(dy.shape)
@@ -219,7 +219,7 @@ def backward(
 
 @on_its_device
 def add_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
-    """As the reference; up to ``SMALL`` rows in a fixed order, more by torch's atomics."""
+    """The sums of rows: up to ``SMALL`` of them in a fixed order, more by torch's atomics."""
     if count > SMALL or not rows.numel():
         return reference.add_rows(rows, index, count)
     tokens, hidden = rows.shape

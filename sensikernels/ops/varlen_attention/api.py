@@ -1,4 +1,4 @@
-"""``varlen_attention``: the public function, its checks, its autocast rule, its choice."""
+"""``varlen_attention``: the public function."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def varlen_attention(
 
 
 def _lengths(keys: int, cu_query: Tensor | None, queries: int | None) -> tuple[int, int]:
-    """Of the longest query and key sequence."""
+    """The lengths of the longest query and key sequence."""
     if cu_query is None:
         if queries is not None:
             raise expected("max_length_query", "None for self attention", queries)

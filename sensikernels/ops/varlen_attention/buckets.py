@@ -74,7 +74,7 @@ def _by_length(queries: list[int], keys: list[int]) -> dict[tuple[int, int], lis
 
 
 def forward(call: Call) -> Tensor:
-    """As the reference, without autograd."""
+    """``out [tokens_q, heads, vo_size]``, without autograd."""
     out = _rows_and_one(call.query, call.value.shape[2])
     for bucket in buckets(call):
         p, _, _ = bucket.probabilities(call)

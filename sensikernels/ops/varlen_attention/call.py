@@ -27,7 +27,7 @@ class Call(NamedTuple):
 
     @property
     def nothing(self) -> bool:
-        """Whether there is no product to take."""
+        """True if there is no product to take."""
         sizes = self.max_query, self.max_key, *(x.numel() for x in self[:3])
         return not all(sizes)
 

@@ -61,9 +61,9 @@ def checked(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Any,
 def checked_backward(
     dout: Tensor, out: Tensor, logsumexp: Tensor, rng_state: Tensor, *call: Any
 ) -> tuple[Any, ...]:
-    """As ``checked``, with a gradient like the result, and what the forward kept.
+    """The arguments of the backward operator: a gradient like the result, the forward's results.
 
-    That is empty where the backend keeps nothing.
+    Those are empty where the backend keeps nothing.
     """
     query, _, value, *_, backend = checked(*call)
     shape = (*query.shape[:2], value.shape[2])

@@ -16,7 +16,7 @@ _ATEN = torch.ops.aten
 
 
 def refusal(device: torch.device, dtype: torch.dtype, size: int, *, seeded: bool) -> str | None:
-    """Why the kernel cannot serve such tensors; None if it can."""
+    """The reason why the kernel cannot serve such tensors; None if it can."""
     if device.type != "cuda":
         return f"it runs on CUDA, query is on {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):

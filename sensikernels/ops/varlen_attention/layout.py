@@ -50,7 +50,7 @@ class Whole:
     gather = view
 
     def scatter(self, padded: Tensor, packed: Tensor) -> None:
-        """As ``Padded.scatter``."""
+        """Write ``padded`` into the first rows of ``packed``."""
         self.view(packed).copy_(padded)
 
 

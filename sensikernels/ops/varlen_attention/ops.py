@@ -75,7 +75,7 @@ register(
 
 
 def _flops(call: tuple[Any, ...], of_query: int, of_value: int) -> int:
-    """Of so many products over the size of query and of value; of the longest without data."""
+    """FLOPs of so many products over query's and value's size; without data all are longest."""
     query, _, value, cu_query, cu_key, _, _, max_key = call[:8]
     if isinstance(cu_key, FakeTensor) or cu_key.is_meta:
         pairs = query.shape[0] * max_key

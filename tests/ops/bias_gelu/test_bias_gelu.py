@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,11 @@ from torch import Tensor, nn
 from sensikernels._core import extension
 from sensikernels._core.errors import UsageError
 from sensikernels.ops.bias_gelu import bias_gelu, explain
-from tests.ops.agreement import check_compiles_whole, check_same_bits_on_any_threads
+from tests.ops.agreement import (
+    check_autocast_changes_nothing,
+    check_compiles_whole,
+    check_same_bits_on_any_threads,
+)
 from tests.tolerance import assert_close_to_reference
 
 BACKENDS = ["reference", "native"]
@@ -129,10 +135,9 @@ def test_autocast_keeps_the_dtype(backend: str):
     need(backend)
     x, bias = torch.randn(4, 6), torch.randn(6)
     for dtype in DTYPES:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = bias_gelu(x.to(dtype), bias, backend=backend)
-        assert y.dtype == dtype
-        assert torch.equal(y, bias_gelu(x.to(dtype), bias, backend=backend))
+        check_autocast_changes_nothing(
+            partial(bias_gelu, x.to(dtype), bias, backend=backend), dtype
+        )
 
 
 def test_compiles_whole():

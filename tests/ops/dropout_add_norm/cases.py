@@ -1,4 +1,4 @@
-"""What the tests of ``dropout_add_norm`` compare it with."""
+"""The composition that the tests of ``dropout_add_norm`` compare it with."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from sensikernels._core import extension
 from sensikernels._core.errors import UsageError
 from sensikernels.ops.dropout import dropout
 from sensikernels.ops.dropout_add_norm import dropout_add_norm, explain
-from tests.ops.agreement import check_same_bits_on_any_threads
+from tests.ops.agreement import check_autocast_changes_nothing, check_same_bits_on_any_threads
 from tests.ops.dropout_add_norm.cases import DTYPES, SEED, parts, run
 from tests.tolerance import assert_close_to_reference
 
@@ -167,10 +168,8 @@ def test_autocast_keeps_the_dtype(backend: str):
     need(backend)
     for dtype in DTYPES:
         leaves = leaves_of((4, 6), dtype, torch.float32)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = ours(0.2, backend)(*leaves)
-        assert y.dtype == dtype
-        assert torch.equal(y, ours(0.2, backend)(*leaves))
+        call = partial(ours(0.2, backend), *leaves)
+        check_autocast_changes_nothing(call, dtype)
 
 
 def test_compiles_whole():

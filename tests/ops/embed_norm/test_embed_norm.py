@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from sensikernels._core.errors import UsageError
 from sensikernels.ops.dropout import dropout
 from sensikernels.ops.embed_norm import embed_norm, explain
 from sensikernels.optim import SubsetAdamW
-from tests.ops.agreement import check_same_bits_on_any_threads
+from tests.ops.agreement import check_autocast_changes_nothing, check_same_bits_on_any_threads
 from tests.tolerance import assert_close_to_reference
 
 BACKENDS = ["reference", "native"]
@@ -206,10 +207,8 @@ def test_autocast_keeps_the_dtype(backend: str):
     need(backend)
     for dtype in DTYPES:
         ids, leaves = case((4, 6), 16, dtype)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = ours(0.2, backend)(*ids, *leaves)
-        assert y.dtype == dtype
-        assert torch.equal(y, ours(0.2, backend)(*ids, *leaves))
+        call = partial(ours(0.2, backend), *ids, *leaves)
+        check_autocast_changes_nothing(call, dtype)
 
 
 def test_compiles_whole():
