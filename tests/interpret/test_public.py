@@ -112,7 +112,7 @@ def test_on_a_gpu_a_mask_change_is_one_launch(
         launches.append(len(tensors))
         return launch(tensors, *rest)
 
-    monkeypatch.setattr(take_kept, "fused_activation", lambda t: True)
+    monkeypatch.setitem(take_kept.__globals__, "fused_activation", lambda t: True)
     monkeypatch.setattr(triton_gather, "take_kept", counted)
     layout = _layout(kind)
     tensors = [torch.randn(layout.shape) for _ in range(count)]
