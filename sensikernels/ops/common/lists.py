@@ -43,7 +43,13 @@ def choice(kernel: str, tensors: Sequence[Tensor], backend: str) -> Choice:
     """
     device = tensors[0].device.type if tensors else "cpu"
     dtypes = {t.dtype for t in tensors}.difference(DTYPES)
-    other = f"{next(iter(dtypes))} is served by the reference only" if dtypes else None
+    return _decide(kernel, device, next(iter(dtypes)) if dtypes else None, backend)
+
+
+@cache
+def _decide(kernel: str, device: str, dtype: torch.dtype | None, backend: str) -> Choice:
+    """``dtype``: one that the kernels do not serve, if there is any."""
+    other = None if dtype is None else f"{dtype} is served by the reference only"
     refusals = {
         "native": other or native_refusal(kernel, device),
         "triton": other or triton_refusal(device),

@@ -10,6 +10,7 @@ negative score that is the maximum. On a device both fills are made and one is t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ Amount = int | Mapping[int, int]
 
 def per_unit(value: Amount, name: str, kinds: Tensor | None, lowest: int) -> tuple[int, int]:
     """The amount for kinds 0 and 1, of an int or a mapping from kind to int."""
+    if type(value) is int and value >= lowest:
+        return value, value
     by_kind = value if isinstance(value, Mapping) else {0: value, 1: value}
     ok = all(isinstance(v, int) and v >= lowest for v in by_kind.values())
     require(ok, name, f"integers >= {lowest}", value)
@@ -167,16 +170,19 @@ def _select(
     require(counted or costs is not None, "costs", "a tensor, as budget is given", None)
     n, count = scores.numel(), count_segments(segments, n_segments, wanted.k)
     # Chunks and minimums of more units than there are come to the same.
-    minimum = [min(size, n) for size in per_unit(amounts[0], "minimum", kinds, 0)]
-    multiple = [min(size, max(n, 1)) for size in per_unit(amounts[1], "multiple", kinds, 1)]
-    served = explain_units(scores, segments=segments, kinds=kinds, backend=backend).backend
+    low, high = per_unit(amounts[0], "minimum", kinds, 0)
+    minimum, most = [min(low, n), min(high, n)], max(n, 1)
+    low, high = per_unit(amounts[1], "multiple", kinds, 1)
+    multiple = [min(low, most), min(high, most)]
+    alone = kinds is not None and segments is None
+    served = _decide(reads_host(scores), alone, backend).backend
     if n == 0:
         return reference.to_kept(scores.new_zeros(0, dtype=torch.bool), segments, count)
     if wanted.budget is not None and wanted.per_segment and reads_host(scores):
         return _per_segment_budget(columns, wanted.budget, count, amounts, backend)
     limits = _checked_limits(columns, wanted, count)
     if counted:  # as if every cost were 1
-        by_kind = any(isinstance(amount, Mapping) for amount in amounts)
+        by_kind = isinstance(amounts[0], Mapping) or isinstance(amounts[1], Mapping)
         columns = Columns(scores, None, segments, kinds if by_kind else None)
     prefix = multiple != [1, 1]
     mode = PER_SEGMENT if wanted.per_segment else EQUAL if counted and not prefix else BUDGET
@@ -228,12 +234,16 @@ def explain_units(
     backend: str = "auto",
 ) -> Choice:
     """Which backend :func:`select_kept` takes, and why."""
-    if not reads_host(scores):
+    return _decide(reads_host(scores), kinds is not None and segments is None, backend)
+
+
+@cache
+def _decide(host: bool, alone: bool, backend: str) -> Choice:
+    """``alone``: kinds without segments."""
+    if not host:
         refusal: str | None = "on a device it sorts with torch and fills with one kernel"
-    elif kinds is not None and segments is None:
-        refusal = "kinds without segments"
     else:
-        refusal = native_refusal("select_units", "cpu")
+        refusal = "kinds without segments" if alone else native_refusal("select_units", "cpu")
     refusals = {"native": refusal, "reference": None}
     return choose(refusals, backend, reason="the fastest that serves cpu tensors")
 

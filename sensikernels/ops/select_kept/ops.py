@@ -75,26 +75,27 @@ def _select_elements(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def launch_units(call: Units) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Checked arguments to the compiled kernel: bits, indices, counts, cost of the minimum."""
-    buffers = _unit_buffers(call)
-    columns = [
-        None if t is None else t.to(dtype).contiguous()
-        for t, dtype in zip(call[:4], _WIDE, strict=True)
-    ]
-    rest = call.mode, call.minimum, call.multiple, call.prefix
-    *results, least = buffers
-    least[0] = native.select_units(*columns, call.limits.contiguous(), *rest, *results)
-    return buffers
+    scores, costs, segments, kinds, limits, *rest, n_segments = call
+    bits, indices, counts, least = _unit_buffers(scores, n_segments)
+    least[0] = native.select_units(
+        scores.double().contiguous(),
+        None if costs is None else costs.double().contiguous(),
+        None if segments is None else segments.long().contiguous(),
+        None if kinds is None else kinds.long().contiguous(),
+        limits.contiguous(),
+        *rest,
+        bits,
+        indices,
+        counts,
+    )
+    return bits, indices, counts, least
 
 
-_WIDE = (torch.float64, torch.float64, torch.int64, torch.int64)
-
-
-def _unit_buffers(call: Units) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scores = call.scores
+def _unit_buffers(scores: Tensor, n_segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         scores.new_empty(scores.shape, dtype=torch.bool),
         scores.new_empty(scores.shape, dtype=torch.int32),
-        scores.new_empty(call.n_segments, dtype=torch.int32),
+        scores.new_empty(n_segments, dtype=torch.int32),
         scores.new_empty(1, dtype=torch.float64),
     )
 
@@ -138,7 +139,7 @@ _library.impl("fill_in_order", _fill, "CPU")
 _library.impl("fill_in_order", _fill_on_device, "CUDA")
 for _name, _fake in {
     "select_elements": lambda *call: _checked(*call).arena(),
-    "select_units": lambda *call: _unit_buffers(_checked_units(*call)),
+    "select_units": lambda *call: _unit_buffers(_checked_units(*call).scores, call[-1]),
     "fill_in_order": _fake_fill,
 }.items():
     torch.library.register_fake(f"sensikernels::{_name}", _fake, lib=_library)
