@@ -98,8 +98,8 @@ class PackedStep:
     ``around``: the modules whose forwards are not called, by their names in the encoder (``N``
     stands for a layer's number), with the classes they may have.
     ``embedding`` and ``block``: the modules of the encoder's embeddings and of one layer.
-    ``positions``: of the embeddings, ``input_ids`` and ``cu_seqlens`` (None for ``[rows, length]``)
-    the position ids in the shape of the ids; None if positions are counted from 0.
+    ``positions``: from the encoder, ``input_ids`` (``[rows, length]``, or ``[1, tokens]`` with
+    ``cu_seqlens``) and ``cu_seqlens`` to position ids of the same shape; None: counted from 0.
     ``first_token``: heads that read first tokens alone. ``by_row``: heads that read the hidden
     states as ``[rows, length, hidden]``.
     """
