@@ -25,6 +25,14 @@ class World:
     size: int = 1
     parallel: str = "ddp"
 
+    @classmethod
+    def here(cls) -> World:
+        """The processes of ``torch.distributed``, if it runs."""
+        found = torch.distributed
+        if not found.is_available() or not found.is_initialized():
+            return ALONE
+        return cls(rank=found.get_rank(), size=found.get_world_size())
+
     @property
     def first(self) -> bool:
         """True if this process writes files and prints."""

@@ -22,6 +22,7 @@ from sensikernels.hf.packed.tokens import to_padded
 from sensikernels.hf.targets import structure_of
 from sensikernels.masks.scores import Scores
 from sensikernels.masks.structure import Coupling, Structure
+from sensikernels.world import World
 
 CRITERIA = ("mask-gradient", "learned", "first-order", "magnitude")
 Batches = Iterable[Mapping[str, Tensor]]
@@ -63,7 +64,8 @@ def sensitivity(
             processes, as it trains on one batch after the other.
     """
     require_one_of(criterion, "criterion", CRITERIA)
-    alone = criterion != "learned" or not _several()
+    world = World.here()
+    alone = criterion != "learned" or world.size == 1
     require(alone, "criterion", "not learned in several processes", criterion)
     structure = structure_of(model, granularity)
     meter = _Meter(batches, f"sensitivity ({criterion})", _device(model), compute_loss)
@@ -77,9 +79,9 @@ def sensitivity(
             values, statistic = _first_order(model, structure, meter), "sum_abs_wg"
         else:
             values, statistic = _learned(model, structure, meter, learning_rate, l1), "abs_mask"
-    if criterion != "magnitude" and _several():
-        _sum_over_ranks(values)
-        meter.sum_over_ranks()
+    if criterion != "magnitude" and world.size > 1:
+        world.sum_(values)
+        meter.sum_over(world)
     scores = Scores(structure=structure, values=values, criterion=criterion, statistic=statistic)
     if criterion == "magnitude":
         return scores
@@ -117,10 +119,10 @@ class _Meter:
                 for name, value in batch.items()
             }
 
-    def sum_over_ranks(self) -> None:
+    def sum_over(self, world: World) -> None:
         """Add up the counts of every process."""
         counts = {"": torch.tensor([self.rows, self.tokens, self.attended], dtype=torch.float64)}
-        _sum_over_ranks(counts)
+        world.sum_(counts)
         self.rows, self.tokens, self.attended = (int(count) for count in counts[""])
 
     @property
@@ -266,22 +268,6 @@ def _weights(model: nn.Module, structure: Structure) -> dict[str, nn.Parameter]:
 def _device(model: nn.Module) -> torch.device:
     encoder_layers(model)
     return next(model.parameters()).device
-
-
-def _several() -> bool:
-    from torch import distributed
-
-    running = distributed.is_available() and distributed.is_initialized()
-    return running and distributed.get_world_size() > 1
-
-
-def _sum_over_ranks(values: dict[str, Tensor]) -> None:
-    from torch import distributed
-
-    for name in sorted(values):
-        on_device = values[name].to("cuda" if distributed.get_backend() == "nccl" else "cpu")
-        distributed.all_reduce(on_device)
-        values[name] = on_device.cpu()
 
 
 def describe(scores: Scores) -> list[dict[str, Any]]:

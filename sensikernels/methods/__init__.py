@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from sensikernels._core.checks import require_one_of
@@ -13,10 +15,13 @@ from sensikernels.methods.dps import DPS
 from sensikernels.methods.freeze import Freeze
 from sensikernels.methods.sensi_bert import SensiBert
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (SensiBert, Dense, BitFit, Freeze, DPS)}
-"""Every method by its name; the first is the default."""
+# Every module of this package is read, so that a new method is one file.
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+METHODS: dict[str, type[Method]] = {m.name: m for m in Method.__subclasses__()}
+"""Every method by its name."""
 
-DEFAULT = next(iter(METHODS))
+DEFAULT = SensiBert.name
 BASELINE = Dense
 
 __all__ = [
