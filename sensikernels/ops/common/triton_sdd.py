@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sensikernels.layouts import BlockLayout
 from sensikernels.ops.common import triton_launch as launch
+from sensikernels.ops.common.triton_configs import configs, stage_bytes
 from sensikernels.ops.common.triton_gelu import sum_partials
 from sensikernels.ops.common.triton_launch import Config
 
@@ -68,9 +69,7 @@ def block_gradient_kernel(
     LANES: tl.constexpr = BN if GROUP > 1 else BLOCK_N
     PARTS_M: tl.constexpr = (BM + BLOCK_M - 1) // BLOCK_M
     PARTS_N: tl.constexpr = (BN + BLOCK_N - 1) // BLOCK_N
-    groups0 = tl.cdiv(n0, GROUP)
-    groups1 = tl.cdiv(n1, GROUP)
-    groups2 = tl.cdiv(n2, GROUP)
+    groups0, groups1, groups2 = tl.cdiv(n0, GROUP), tl.cdiv(n1, GROUP), tl.cdiv(n2, GROUP)
     each_split = (groups0 + groups1 + groups2) * (PARTS_M * PARTS_N)
     lane = tl.arange(0, BLOCK_N)
     sub = lane // LANES
@@ -144,23 +143,12 @@ def block_gradient_kernel(
                 tl.store(to + at, acc.T.to(out.dtype.element_ty), mask=mask)
 
 
-def _config(n: int, m: int, t: int, warps: int, stages: int) -> Config:
-    return Config(tile={"BLOCK_N": n, "BLOCK_M": m, "BLOCK_T": t}, warps=warps, stages=stages)
-
-
-CONFIGS = (
-    _config(128, 128, 64, 8, 4),
-    _config(128, 64, 64, 8, 4),
-    _config(128, 32, 64, 8, 4),
-    _config(64, 128, 64, 8, 4),
-    _config(64, 64, 64, 4, 4),
-    _config(64, 32, 64, 4, 4),
-    _config(128, 128, 32, 8, 3),
-    _config(128, 64, 32, 8, 4),
-    _config(128, 32, 32, 8, 4),
-    _config(64, 128, 32, 8, 4),
-    _config(64, 64, 32, 4, 4),
-    _config(64, 32, 32, 4, 4),
+CONFIGS = configs(
+    "N M T",
+    "128x128x64-w8-s4 128x64x64-w8-s4 128x32x64-w8-s4 "
+    "64x128x64-w8-s4 64x64x64-w4-s4 64x32x64-w4-s4 "
+    "128x128x32-w8-s3 128x64x32-w8-s4 128x32x32-w8-s4 "
+    "64x128x32-w8-s4 64x64x32-w4-s4 64x32x32-w4-s4",
 )
 
 
@@ -194,7 +182,7 @@ def block_gradients(
 
 def _launch(x: Tensor, dys: list[Tensor], layouts: Sequence[BlockLayout], arena: Tensor) -> None:
     (height, width), tokens = layouts[0].block_shape, x.shape[0]
-    config = launch.fit(select((height, width), x.dtype), _stage_bytes, x)
+    config = launch.fit(select((height, width), x.dtype), stage_bytes, x)
     n, m, t = config.tile.values()
     even = height % m == 0 and (width % n == 0 or n % width == 0)
     grouped = n > width and n % width == 0
@@ -234,7 +222,3 @@ def _launch(x: Tensor, dys: list[Tensor], layouts: Sequence[BlockLayout], arena:
     )
     if splits > 1:
         sum_partials(out, arena)
-
-
-def _stage_bytes(tile: dict[str, int], size: int) -> int:
-    return (tile["BLOCK_N"] + tile["BLOCK_M"]) * tile["BLOCK_T"] * size
