@@ -35,8 +35,9 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _member(settings: Settings, rank: int, size: int, port: int, kill: Any) -> None:
-    os.environ |= {
+def place(rank: int, size: int, port: int) -> dict[str, str]:
+    """The environment that torchrun gives a process."""
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -44,4 +45,8 @@ def _member(settings: Settings, rank: int, size: int, port: int, kill: Any) -> N
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+def _member(settings: Settings, rank: int, size: int, port: int, kill: Any) -> None:
+    os.environ |= place(rank, size, port)
     _child(settings, kill)

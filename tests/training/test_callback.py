@@ -8,7 +8,7 @@ import torch
 
 from sensikernels import SubsetAdamW, compact
 from sensikernels._core.errors import CheckpointError, UsageError
-from sensikernels.data import DataCollatorPacked, encode, load
+from sensikernels.data import DataCollatorPacked
 from sensikernels.hf import (
     applied,
     load_model,
@@ -20,6 +20,7 @@ from sensikernels.hf import (
 )
 from sensikernels.masks import Budget, StepCosts
 from sensikernels.training import SensiCallback
+from tests.training.tiny import trainer_rows
 
 ROWS, BATCH = 96, 8
 STEPS = ROWS // BATCH
@@ -31,15 +32,7 @@ def make(tiny, tmp_path):
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     tokenizer = load_tokenizer(tiny)
-    encoded = encode(load("demo", split="train").take(np.arange(ROWS)), tokenizer)
-    rows = [
-        {
-            "input_ids": r.input_ids.tolist(),
-            "attention_mask": [1] * len(r.input_ids),
-            "labels": int(r.label),
-        }
-        for r in (encoded[i] for i in range(ROWS))
-    ]
+    rows = trainer_rows(tokenizer, ROWS)
 
     def trainer(callback, *, name="out", optimizer=None, packing=None, dropout=0.1, **given):
         torch.manual_seed(0)

@@ -15,7 +15,8 @@ from sensikernels._core.errors import UsageError
 from sensikernels.masks import Budget, Plan
 from sensikernels.training import SensiCallback
 from tests.training.children import _server
-from tests.training.processes import free_port
+from tests.training.processes import free_port, place
+from tests.training.tiny import trainer_rows
 
 ROWS, GLOBAL_BATCH = 96, 8
 METHODS: dict[str, dict[str, Any]] = {
@@ -30,36 +31,16 @@ def _train(
     rank: int, size: int, port: int, model: Path, output: Path, name: str, given: dict[str, Any]
 ) -> None:
     """A user's script in one process of ``size``; it leaves its findings as JSON."""
-    os.environ |= (
-        {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(size),
-            "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        if size > 1
-        else {}
-    )
+    os.environ |= place(rank, size, port) if size > 1 else {}
     torch.set_num_threads(1)
-    import numpy as np
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     from sensikernels import SubsetAdamW
-    from sensikernels.data import DataCollatorPacked, encode, load
+    from sensikernels.data import DataCollatorPacked
     from sensikernels.hf import load_model, load_tokenizer, use_packed
 
     tokenizer = load_tokenizer(model)
-    encoded = encode(load("demo", split="train").take(np.arange(ROWS)), tokenizer)
-    rows = [
-        {
-            "input_ids": r.input_ids.tolist(),
-            "attention_mask": [1] * len(r.input_ids),
-            "labels": int(r.label),
-        }
-        for r in (encoded[i] for i in range(ROWS))
-    ]
+    rows = trainer_rows(tokenizer, ROWS)
     packed, resumed = given.pop("packed", False), given.pop("resume", None)
     torch.manual_seed(0)
     stock = load_model(model, labels=2)

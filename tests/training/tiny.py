@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from sensikernels.data import load
+from sensikernels.data import encode, load
 
 
 def save_tiny(path: Path, *, layers: int = 2) -> Path:
@@ -27,3 +29,16 @@ def save_tiny(path: Path, *, layers: int = 2) -> Path:
         BertForSequenceClassification(config).save_pretrained(path)
     BertTokenizerFast(vocab={w: i for i, w in enumerate(vocabulary)}).save_pretrained(path)
     return path
+
+
+def trainer_rows(tokenizer: Any, count: int) -> list[dict[str, Any]]:
+    """The first rows of the demo task as a ``transformers.Trainer`` takes them."""
+    encoded = encode(load("demo", split="train").take(np.arange(count)), tokenizer)
+    return [
+        {
+            "input_ids": row.input_ids.tolist(),
+            "attention_mask": [1] * len(row.input_ids),
+            "labels": int(row.label),
+        }
+        for row in (encoded[i] for i in range(count))
+    ]

@@ -1,5 +1,6 @@
 // Runs csrc/cuda/group_reduce.cuh on a case from stdin; prints the bits of out, running and ema.
 #include "cuda/group_reduce.cuh"
+#include "shim/take.h"
 
 #include <cstdio>
 #include <memory>
@@ -8,13 +9,6 @@
 using namespace sk::group_reduce;
 
 namespace {
-
-template <class T>
-std::vector<T> take(size_t n) {
-    std::vector<T> items(n);
-    if (n && std::fread(items.data(), sizeof(T), n, stdin) != n) std::abort();
-    return items;
-}
 
 void print(const std::vector<float>& values) {
     for (const float v : values) std::printf("%08x ", __float_as_uint(v));

@@ -1,5 +1,6 @@
 // Runs csrc/cuda/select_kept.cuh on a case from stdin; prints thresholds, counts and bytes.
 #include "cuda/select_kept.cuh"
+#include "shim/take.h"
 
 #include <cstdio>
 #include <memory>
@@ -7,16 +8,7 @@
 
 using namespace sk::select_kept;
 
-namespace {
-
-template <class T>
-std::vector<T> take(size_t n) {
-    std::vector<T> items(n);
-    if (n && std::fread(items.data(), sizeof(T), n, stdin) != n) std::abort();
-    return items;
-}
-
-}  // namespace
+namespace {}  // namespace
 
 int main() {
     // tensors, score, per tensor, resident blocks, capacity, entries per batch of sources
