@@ -69,9 +69,9 @@ def test_names_of_norms_are_those_of_the_modules() -> None:
 
 
 def test_relatives_have_berts_layers_but_are_not_packed() -> None:
-    model = like_bert("ElectraForSequenceClassification")
+    model = like_bert("CamembertForSequenceClassification")
     assert family_of(model).linears == BERT.linears
-    with pytest.raises(UsageError, match="model: expected a BERT.*, got ElectraForSequence"):
+    with pytest.raises(UsageError, match="model: expected a BERT.*, got CamembertForSequence"):
         use_packed(model)
 
 
