@@ -63,7 +63,7 @@ class SensiCallback(TrainerCallback):
     Under ``torchrun`` processes share the ranking, sensitivities are summed, all trim to the plan
     of the first, which also writes it. The Trainer's DDP follows the change of shapes: tell the
     callback of its Trainer before ``train()``, ``callback.attach(trainer)``.
-    ``average_tokens_across_devices`` is turned off there: it would multiply BERT's loss, a mean
+    ``average_tokens_across_devices`` is turned off there: it would multiply the loss, a mean
     already, by the number of processes. FSDP and DeepSpeed under a Trainer are refused;
     ``sensikernels finetune --parallel fsdp`` shards.
 
@@ -274,7 +274,7 @@ def _world(args: Any) -> World:
         )
     if args.world_size > 1 and args.average_tokens_across_devices:
         args.average_tokens_across_devices = False
-        _log.warning("average_tokens_across_devices: off, as BERT's loss is a mean already")
+        _log.warning("average_tokens_across_devices: off, as the loss is a mean already")
     return World(rank=args.process_index, size=args.world_size)
 
 

@@ -24,8 +24,8 @@ def check_model(settings: Settings, method: Method, model: nn.Module, data: Data
     """Check that a fresh ``model`` can run these data, be trimmed, and be saved.
 
     Raises:
-        UsageError: rows are longer than its positions; it is no BERT or cannot be compacted; a plan
-            is another model's.
+        UsageError: rows are longer than its positions; it is of no known family, or cannot be
+            compacted; a plan is another model's.
         DataError: its vocabulary is not that of the data.
     """
     _check_tables(settings, model, data)

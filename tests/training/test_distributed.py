@@ -92,7 +92,7 @@ def test_shares_are_the_batch_and_their_weights_its_mean(asked, size):
 
 
 def test_what_several_processes_refuse(asked, monkeypatch):
-    monkeypatch.setattr(sys.modules["sensikernels.hf.sensitivity"], "_several", lambda: True)
+    monkeypatch.setattr(World, "here", lambda: World(size=2))
     with pytest.raises(UsageError, match="criterion: expected not learned in several"):
         sensitivity(nn.Linear(1, 1), [], "learned")
     with pytest.raises(UsageError, match="parallel: expected ddp for dps"):
