@@ -2,7 +2,7 @@
 
 ``tests/ops/<op>/calls.py`` holds one ``CALLS``; ``gather`` finds them all. The calls are damaged by
 ``tests/ops/malformed``, the steps taken by ``.ci/installed.py``, which has torch and the package
-alone: no ``calls.py`` imports anything else.
+alone: no ``calls.py`` imports anything else, but for this file, ``inputs.py`` and each other.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from sensikernels._core import extension
 
 BACKENDS = ("native", "reference")
 """What a call runs by here; Triton's kernels need a device or the interpreter."""
-ROWS, IN, OUT = 48, 64, 96
-"""Sizes of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,29 +113,6 @@ def launcher(name: str, **arguments: Any) -> RightCall:
     )
     call = getattr(extension.ops(), name)
     return RightCall(name=name, call=call, arguments=arguments, indices=indices, ascending=indices)
-
-
-def floats(*shape: int) -> Tensor:
-    return torch.randn(shape)
-
-
-def ints(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.tensor(values, dtype=dtype)
-
-
-def seed() -> Tensor:
-    return torch.tensor(1234)
-
-
-def leaf(*shape: int, device: str) -> Tensor:
-    return torch.randn(shape, device=device).requires_grad_()
-
-
-def stepped(out: Tensor, *leaves: Tensor | None) -> list[Tensor]:
-    """The output, and the gradients of a weighted sum of it."""
-    weights = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
-    (out * weights).sum().backward()
-    return [out.detach(), *(x.grad for x in leaves if x is not None and x.grad is not None)]
 
 
 def _copied(value: Any) -> Any:

@@ -7,20 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from sensikernels import bias_gelu
-from tests.ops.calls import (
-    BACKENDS,
-    IN,
-    ROWS,
-    Calls,
-    RightCall,
-    Step,
-    floats,
-    function,
-    launcher,
-    leaf,
-    operator,
-    stepped,
-)
+from tests.ops.calls import BACKENDS, Calls, RightCall, Step, function, launcher, operator
+from tests.ops.inputs import IN, ROWS, floats, leaf, stepped
 
 
 def accepted(backend: str) -> list[str]:

@@ -12,37 +12,8 @@ from torch import Tensor, nn
 from sensikernels import Mask
 from sensikernels.layouts import BlockLayout, CompactLayout, layout_of, to_arguments
 from sensikernels.ops.masked_linear import masked_linear
-from tests.ops.calls import (
-    BACKENDS,
-    IN,
-    OUT,
-    ROWS,
-    Calls,
-    RightCall,
-    floats,
-    function,
-    ints,
-    launcher,
-    leaf,
-    operator,
-    seed,
-    stepped,
-)
-
-
-def drops() -> dict[str, Any]:
-    """The dropout of an operator."""
-    return {"seed": seed(), "threshold": 40000}
-
-
-def affine() -> dict[str, Tensor]:
-    """The weight and the bias of a normalization."""
-    return {"weight": floats(8), "bias": floats(8)}
-
-
-def normalization() -> dict[str, Any]:
-    """Arguments that functions with a normalization and dropout have in common."""
-    return {**affine(), "dropout": 0.3, "eps": 1e-12, "seed": seed()}
+from tests.ops.calls import BACKENDS, Calls, RightCall, function, launcher, operator
+from tests.ops.inputs import IN, OUT, ROWS, floats, ints, leaf, stepped
 
 
 def blocks(compact: bool = False) -> BlockLayout:

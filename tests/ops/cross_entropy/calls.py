@@ -9,20 +9,8 @@ import torch
 from torch import Tensor
 
 from sensikernels import cross_entropy
-from tests.ops.calls import (
-    BACKENDS,
-    ROWS,
-    Calls,
-    RightCall,
-    Step,
-    floats,
-    function,
-    ints,
-    launcher,
-    leaf,
-    operator,
-    stepped,
-)
+from tests.ops.calls import BACKENDS, Calls, RightCall, Step, function, launcher, operator
+from tests.ops.inputs import ROWS, floats, ints, leaf, stepped
 
 
 def loss(backend: str) -> dict[str, Any]:

@@ -8,22 +8,8 @@ import torch
 from torch import Tensor
 
 from sensikernels import dropout
-from tests.ops.calls import (
-    BACKENDS,
-    IN,
-    ROWS,
-    Calls,
-    RightCall,
-    Step,
-    floats,
-    function,
-    launcher,
-    leaf,
-    operator,
-    seed,
-    stepped,
-)
-from tests.ops.common.calls import drops
+from tests.ops.calls import BACKENDS, Calls, RightCall, Step, function, launcher, operator
+from tests.ops.inputs import IN, ROWS, drops, floats, leaf, seed, stepped
 
 SHAPES = ("empty", "deeper", "flatter", "longer", "shorter", "wide", "narrow")
 

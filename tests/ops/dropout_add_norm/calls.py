@@ -8,21 +8,8 @@ import torch
 from torch import Tensor
 
 from sensikernels import dropout_add_norm
-from tests.ops.calls import (
-    BACKENDS,
-    IN,
-    ROWS,
-    Calls,
-    RightCall,
-    Step,
-    floats,
-    function,
-    launcher,
-    leaf,
-    operator,
-    stepped,
-)
-from tests.ops.common.calls import affine, drops, normalization
+from tests.ops.calls import BACKENDS, Calls, RightCall, Step, function, launcher, operator
+from tests.ops.inputs import IN, ROWS, affine, drops, floats, leaf, normalization, stepped
 
 WIDE = ["weight:wider", "bias:wider"]
 

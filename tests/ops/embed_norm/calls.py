@@ -8,22 +8,8 @@ import torch
 from torch import Tensor
 
 from sensikernels import embed_norm
-from tests.ops.calls import (
-    BACKENDS,
-    IN,
-    ROWS,
-    Calls,
-    RightCall,
-    Step,
-    floats,
-    function,
-    ints,
-    launcher,
-    leaf,
-    operator,
-    stepped,
-)
-from tests.ops.common.calls import affine, drops, normalization
+from tests.ops.calls import BACKENDS, Calls, RightCall, Step, function, launcher, operator
+from tests.ops.inputs import IN, ROWS, affine, drops, floats, ints, leaf, normalization, stepped
 
 
 def operators() -> Iterator[RightCall]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sensikernels import group_reduce
 from sensikernels.ops.group_reduce import GroupTable, per_sample_grad_squared
-from tests.ops.calls import BACKENDS, Calls, RightCall, Step, floats, function, ints, operator
+from tests.ops.calls import BACKENDS, Calls, RightCall, Step, function, operator
+from tests.ops.inputs import floats, ints
 
 
 def operators() -> Iterator[RightCall]:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from functools import partial
 
 from sensikernels import MaskedLinear, masked_linear
-from tests.ops.calls import BACKENDS, Calls, RightCall, Step, floats, function, operator
+from tests.ops.calls import BACKENDS, Calls, RightCall, Step, function, operator
 from tests.ops.common.calls import blocks, linear, linear_step, of_blocks
+from tests.ops.inputs import floats
 
 
 def operators() -> Iterator[RightCall]:

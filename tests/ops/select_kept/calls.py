@@ -10,17 +10,8 @@ from torch import Tensor
 
 from sensikernels import select_chain, select_kept
 from sensikernels.ops.select_kept import select_elements
-from tests.ops.calls import (
-    BACKENDS,
-    Calls,
-    RightCall,
-    Step,
-    floats,
-    function,
-    ints,
-    launcher,
-    operator,
-)
+from tests.ops.calls import BACKENDS, Calls, RightCall, Step, function, launcher, operator
+from tests.ops.inputs import floats, ints
 
 UNITS = 6
 

@@ -8,8 +8,9 @@ from functools import partial
 import torch
 
 from sensikernels import SelectiveLinear, selective_linear
-from tests.ops.calls import BACKENDS, Calls, RightCall, Step, floats, function, ints, operator
+from tests.ops.calls import BACKENDS, Calls, RightCall, Step, function, operator
 from tests.ops.common.calls import blocks, linear, linear_step, of_blocks
+from tests.ops.inputs import floats, ints
 
 
 def operators() -> Iterator[RightCall]:

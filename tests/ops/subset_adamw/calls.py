@@ -10,19 +10,8 @@ from torch import Tensor, nn
 
 from sensikernels import SubsetAdamW
 from sensikernels.ops.subset_adamw import subset_adamw
-from tests.ops.calls import (
-    BACKENDS,
-    IN,
-    OUT,
-    Calls,
-    RightCall,
-    Step,
-    floats,
-    function,
-    ints,
-    launcher,
-    operator,
-)
+from tests.ops.calls import BACKENDS, Calls, RightCall, Step, function, launcher, operator
+from tests.ops.inputs import IN, OUT, floats, ints
 
 SCALES = [f"{name}:{how}" for name in ("grad_scale", "found_inf") for how in ("wider", "deeper")]
 # kept: shape of the state, index, number of the kind, block shape

@@ -9,21 +9,8 @@ import torch
 from torch import Tensor
 
 from sensikernels import varlen_attention
-from tests.ops.calls import (
-    ROWS,
-    Calls,
-    RightCall,
-    Step,
-    floats,
-    function,
-    ints,
-    launcher,
-    leaf,
-    operator,
-    seed,
-    stepped,
-)
-from tests.ops.common.calls import drops
+from tests.ops.calls import Calls, RightCall, Step, function, launcher, operator
+from tests.ops.inputs import ROWS, drops, floats, ints, leaf, seed, stepped
 
 ANY = ["scale", "max_length_query:huge", "max_length:huge"]
 
