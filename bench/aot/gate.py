@@ -25,19 +25,12 @@ from bench.aot.case import Case
 from bench.aot.compiler import TARGETS, Report, Target, compile_case
 
 RESULTS = ROOT / "bench" / "results" / "aot"
-OPS = (
-    "bias_gelu",
-    "common",
-    "cross_entropy",
-    "dropout",
-    "dropout_add_norm",
-    "embed_norm",
-    "group_reduce",
-    "masked_linear",
-    "select_kept",
-    "selective_linear",
+OPS = tuple(
+    path.stem
+    for path in sorted(Path(__file__).parent.glob("*.py"))
+    if (ROOT / "sensikernels" / "ops" / path.stem).is_dir()
 )
-"""Folders of ``sensikernels/ops`` with Triton kernels; each has a file of cases beside this one."""
+"""Folders of ``sensikernels/ops`` that have a file of cases beside this one."""
 
 
 def collect() -> list[Case]:

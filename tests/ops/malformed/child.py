@@ -6,21 +6,27 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from pkgutil import iter_modules
 
 import torch
 
 import sensikernels
+from sensikernels import ops
 from sensikernels._core.errors import SensiError
-from tests.ops.malformed import functions, launchers, operators
-from tests.ops.malformed.damage import Base, damages
+from tests.ops.calls import RightCall, gather
+from tests.ops.malformed.damage import damages
 
-TABLES = {"operators": operators, "functions": functions, "launchers": launchers}
+for _module in iter_modules(ops.__path__):  # an op without calls is registered too, and missed
+    import_module(f"sensikernels.ops.{_module.name}")
+CALLS = gather()
+TABLES = ("operators", "functions", "launchers")
 ERRORS = (SensiError, RuntimeError, ValueError, TypeError)
 
 
-def bases(table: str) -> list[Base]:
-    """The right calls of a table."""
-    return [base for make in TABLES[table].MAKERS for base in make()]
+def bases(table: str) -> list[RightCall]:
+    """The right calls of a table, of all ops."""
+    return [base for calls in CALLS.values() for base in getattr(calls, table)()]
 
 
 def say(line: str) -> None:

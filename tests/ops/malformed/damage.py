@@ -3,44 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.ops.calls import RightCall
+
 BIG = (1 << 31) - 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Base:
-    """A call that is right, and which damages leave it so.
-
-    ``accepts``: ``argument`` or ``argument:damage``; what is no index has any values.
-    ``indices``: arguments whose values name places, and whether they ascend.
-    """
-
-    name: str
-    call: Callable[..., Any]
-    arguments: dict[str, Any]
-    accepts: frozenset[str] = frozenset()
-    indices: tuple[str, ...] = ()
-    ascending: tuple[str, ...] = ()
-
-    def run(self, **damaged: Any) -> Any:
-        """The call, with ``damaged`` in place of some arguments; what is written to is a copy."""
-        return self.call(**{k: copied(v) for k, v in {**self.arguments, **damaged}.items()})
-
-
-def copied(value: Any) -> Any:
-    """Tensors of its own, so that no call finds what another has left."""
-    if isinstance(value, list):
-        return [copied(one) for one in value]
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def damages(base: Base) -> Iterator[tuple[str, dict[str, Any]]]:
+def damages(base: RightCall) -> Iterator[tuple[str, dict[str, Any]]]:
     """``(argument:damage, arguments to replace)``."""
     for name, value in base.arguments.items():
         for how, other in _of(value, name in base.indices, name in base.ascending):

@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import sensikernels
 from sensikernels._core import extension
 from sensikernels._core.errors import UsageError
-from tests.ops.malformed import child, launchers
-from tests.ops.malformed.damage import Base, damages
+from tests.ops.calls import RightCall, public_functions
+from tests.ops.malformed import child
+from tests.ops.malformed.damage import damages
 
 ROOT = Path(__file__).parents[3]
 needs_native = pytest.mark.skipif(
@@ -71,7 +72,7 @@ def test_no_damaged_call_of_a_launcher_ends_the_process():
     assert not wrong, "\n".join(f"{call}: {verdict}" for call, verdict in list(wrong.items())[:30])
 
 
-@pytest.mark.parametrize("table", list(child.TABLES))
+@pytest.mark.parametrize("table", child.TABLES)
 def test_what_is_damaged_was_right(table: str):
     for base in child.bases(table):
         base.run()
@@ -86,9 +87,11 @@ def registered(namespace: str) -> set[str]:
 
 
 def test_every_operator_has_damaged_calls():
-    assert {b.name.split("/")[0] for b in child.bases("operators")} == registered("sensikernels")
-    covered = {b.name for b in child.bases("launchers")} | set(launchers.BY_ADDRESS)
-    assert covered == registered("sensikernels_native")
+    called = {t: {b.name.split("/")[0] for b in child.bases(t)} for t in child.TABLES}
+    assert called["operators"] == registered("sensikernels")
+    assert public_functions() <= called["functions"]
+    by_address = {name for calls in child.CALLS.values() for name in calls.by_address}
+    assert called["launchers"] | by_address == registered("sensikernels_native")
 
 
 def faked(value: Any, mode: FakeTensorMode) -> Any:
@@ -97,7 +100,7 @@ def faked(value: Any, mode: FakeTensorMode) -> Any:
     return mode.from_tensor(value) if isinstance(value, Tensor) else value
 
 
-def called(base: Base, mode: FakeTensorMode, **damaged: Any) -> None:
+def called(base: RightCall, mode: FakeTensorMode, **damaged: Any) -> None:
     with mode:
         base.call(**{k: faked(v, mode) for k, v in {**base.arguments, **damaged}.items()})
 
