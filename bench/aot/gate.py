@@ -35,6 +35,7 @@ OPS = tuple(
 
 def collect() -> list[Case]:
     """Every case of every operator, in a fixed order."""
+    # By name, so that an operator's file beside this one is all it takes.
     cases = [one for op in OPS for one in importlib.import_module(f"bench.aot.{op}").cases()]
     names = [case.name for case in cases]
     twice = sorted({name for name in names if names.count(name) > 1})

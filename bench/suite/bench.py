@@ -92,6 +92,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--data-dir", type=Path)
     given = parser.parse_args()
+    # By name: a suite costs its imports only where it is asked for.
     module = import_module(f"sensikernels.bench.{given.suite}")
     failures: list[str] = []
     isolate(module, failures)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sensikernels._core.checks import require
+from sensikernels._core.checks import expected, require
 from sensikernels._core.errors import SensiError
 
 JSON_BYTES = 1 << 28
@@ -153,8 +153,9 @@ def _require_room(argument: str, path: Path) -> None:
 def _require_mine(argument: str, path: Path, mine: Callable[[Path], object]) -> None:
     try:
         mine(path)
-    except (SensiError, OSError, ValueError):
-        require(False, argument, "a new file", f"{path}, which exists and is another's")
+    except (SensiError, OSError, ValueError) as error:
+        got = f"{path}, which exists and is another's"
+        raise expected(argument, "a new file", got) from error
 
 
 def one_line(error: object) -> str:

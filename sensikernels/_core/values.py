@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sensikernels._core import environment, extension
-from sensikernels._core.checks import require
+from sensikernels._core.checks import expected
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -46,8 +46,8 @@ def require_within(
         return
     at = _first_outside(index, low, count, ascending)
     if at >= 0:
-        expected = f"{'ascending ' * ascending}{what} in [{low}, {count})"
-        require(False, name, expected, f"{what} with {int(index.flatten()[at])} at {at}")
+        wanted = f"{'ascending ' * ascending}{what} in [{low}, {count})"
+        raise expected(name, wanted, f"{what} with {int(index.flatten()[at])} at {at}")
 
 
 @cache

@@ -54,7 +54,7 @@ def load(
 
 
 def _from_hub(task: Task, split: Split) -> Examples:
-    try:
+    try:  # optional: its absence is told with what to install
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
         raise UsageError(

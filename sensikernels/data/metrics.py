@@ -51,7 +51,7 @@ def _array(values: torch.Tensor | Array) -> Array:
 
 
 def _library(module: str) -> Any:
-    try:
+    try:  # optional: its absence is told with what to install
         return importlib.import_module(module)
     except ImportError as error:
         raise UsageError(

@@ -56,7 +56,7 @@ class Line:
         return list(astuple(self))
 
     def goes_on(self, group: dict[str, Any]) -> bool:
-        """Whether the group's next step is on this line. Of a tensor's rate nothing is known."""
+        """True if the group's next step is on this line; False for a rate in a tensor."""
         now = Line.begin(group)
         same = replace(now, rate=self.rate, slope=self.slope, steps=self.steps, bent=self.bent)
         if same != self:

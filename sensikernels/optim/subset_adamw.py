@@ -276,7 +276,7 @@ class SubsetAdamW(Optimizer):
         self.params_changed()
 
     def explain(self) -> Choice:
-        """Which implementation a step runs, and why."""
+        """The backend that a step runs, and why."""
         params = [p for group in self.param_groups for p in group["params"]]
         return choice(self.backend, params[0].device, {p.dtype for p in params})
 
@@ -351,7 +351,7 @@ class SubsetAdamW(Optimizer):
         return Ready(param, own, item_of(param, own, group, place, self._layout(param), self._sums))
 
     def _again(self) -> bool:
-        """Whether every parameter is where it was, with the state that it had."""
+        """True if every parameter is where it was, with the state that it had."""
         now = [param for group in self.param_groups for param in group["params"]]
         states, ready = self.state, self._ready
         return len(now) == len(ready) and all(

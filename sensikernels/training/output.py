@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sensikernels._core.checks import require
+from sensikernels._core.checks import expected
 from sensikernels._core.errors import SensiError, UsageError
 from sensikernels._core.files import partial_name, remove, write_json, writing
 
@@ -111,11 +111,11 @@ def _locked(path: Path) -> int:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_there(path / LOCK, handle):
                 return handle
-        except BlockingIOError:
+        except BlockingIOError as error:
             owner = os.pread(handle, 20, 0).decode(errors="replace").strip() or "another"
             os.close(handle)
-            expected = "a folder that no other run writes to"
-            require(False, "output", expected, f"{path}: process {owner} does")
+            wanted = "a folder that no other run writes to"
+            raise expected("output", wanted, f"{path}: process {owner} does") from error
         except OSError as error:
             os.close(handle)
             raise SensiError(f"output {path}: cannot be locked: {error.strerror}") from error

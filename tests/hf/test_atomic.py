@@ -50,7 +50,7 @@ BACK = {
 
 
 class Broken(Exception):
-    """What the step that fails raises."""
+    """The error of the step that fails."""
 
 
 def failing(function: Callable[..., Any], after: int) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What users leave on a model stays, through copies, casts, loads, apply, restore and compact."""
+"""State of a user's stays on a model, through copies, casts, loads, apply, restore and compact."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_what_trains_or_drops_out_is_refused() -> None:
 
 
 def swapped(model: nn.Module) -> None:
-    """What EMA's ``copy_to`` does."""
+    """Weights copied as EMA's ``copy_to`` does."""
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data * 1.01)
 

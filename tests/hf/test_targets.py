@@ -1,4 +1,4 @@
-"""What can be trimmed of a BERT, and what FLOPs it costs, counted."""
+"""The units that can be trimmed of a BERT, and their FLOPs, counted."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ GRIDS = {
 
 @pytest.fixture(autouse=True)
 def poison_native() -> Iterator[None]:
-    """What the compiled kernels allocate past the dispatcher is NaN too until it is written."""
+    """Memory that the compiled kernels allocate past the dispatcher is NaN until written."""
     if extension.available():
         extension.ops().poison(True)
     yield

@@ -1,4 +1,4 @@
-"""Where mathematics gives exactly 0 a norm gives it too: rows of equal elements, and nearly so."""
+"""Norms of rows of equal elements, and nearly so: exactly 0 where mathematics says so."""
 
 from __future__ import annotations
 

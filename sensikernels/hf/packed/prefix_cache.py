@@ -132,7 +132,7 @@ def uncached(model: nn.Module) -> Iterator[None]:
 
 
 def frozen_depth(below: Sequence[nn.Module], layers: Sequence[nn.Module]) -> int:
-    """How many of the lowest layers train nothing; 0 if a module below them trains."""
+    """The number of lowest layers that train nothing; 0 if a module below them trains."""
     if any(p.requires_grad for module in below for p in module.parameters()):
         return 0
     trained = (any(p.requires_grad for p in layer.parameters()) for layer in layers)

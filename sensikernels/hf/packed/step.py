@@ -163,7 +163,7 @@ def _encoder_of(model: nn.Module) -> tuple[Family, PackedStep, Any]:
 
 
 def _packable(model: nn.Module) -> tuple[Family, PackedStep, Any]:
-    """As ``_encoder_of``. Raises UsageError unless its forward can be done on packed tokens."""
+    """The encoder of ``model``. Raises UsageError unless packed tokens can run through it."""
     family, step, encoder = _encoder_of(model)
     require(not isinstance(encoder, PackedEncoder), "model", "padded tokens", "packed ones already")
     config: Any = encoder.config

@@ -70,6 +70,7 @@ def resolve(x: Tensor, backend: str) -> str:
 @cache
 def kernels(operator: str, backend: str) -> ModuleType:
     """The module of an operator's folder that launches the kernels of ``backend``."""
+    # By name: triton costs its import only where it runs.
     return import_module(f"sensikernels.ops.{operator}.{backend}")
 
 

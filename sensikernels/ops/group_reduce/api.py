@@ -69,7 +69,7 @@ def ordered_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
 def explain(
     weights: Sequence[Tensor], grads: Sequence[Tensor] | None = None, backend: str = "auto"
 ) -> Choice:
-    """Which backend ``group_reduce`` takes for these tensors, and why."""
+    """The backend that ``group_reduce`` takes for these tensors, and why."""
     return choice("group_reduce", [*weights, *(grads or ())], backend)
 
 

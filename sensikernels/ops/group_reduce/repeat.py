@@ -82,5 +82,5 @@ def again(
 
 
 def same_tensors(held: Sequence[weakref.ref[Tensor]], tensors: Sequence[Tensor]) -> bool:
-    """Whether these are the very objects."""
+    """True if these are the same objects."""
     return len(held) == len(tensors) and all(map(is_, [ref() for ref in held], tensors))

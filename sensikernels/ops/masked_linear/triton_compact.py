@@ -15,7 +15,7 @@ from sensikernels.ops.common.triton_launch import Config
 
 @triton.jit
 def _contains(rows, n, steps, wanted):
-    """Which of ``wanted`` are among ``rows[:n]``, ascending: one binary search per lane."""
+    """Mask of the ``wanted`` among ``rows[:n]``, ascending: one binary search per lane."""
     low = tl.zeros_like(wanted)
     high = low + n
     for _ in range(steps):

@@ -233,7 +233,7 @@ def explain_units(
     kinds: Tensor | None = None,
     backend: str = "auto",
 ) -> Choice:
-    """Which backend :func:`select_kept` takes, and why."""
+    """The backend that :func:`select_kept` takes, and why."""
     return _decide(reads_host(scores), kinds is not None and segments is None, backend)
 
 

@@ -16,7 +16,7 @@ _NEAR = 1e-9  # of a bucket: a cost so close to a whole number of buckets is tha
 
 
 def explain_chain(backend: str = "auto") -> Choice:
-    """Which backend ``select_chain`` takes, and why."""
+    """The backend that ``select_chain`` takes, and why."""
     refusals = {"native": native_refusal("select_chain", "cpu"), "reference": None}
     return choose(refusals, backend, reason="the fastest that serves chains")
 

@@ -71,7 +71,7 @@ def keep_reference(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def explain(tensors: Sequence[Tensor], backend: str = "auto") -> Choice:
-    """Which backend ``select_elements`` takes for these tensors, and why."""
+    """The backend that ``select_elements`` takes for these tensors, and why."""
     return choice("select_elements", tensors, backend)
 
 

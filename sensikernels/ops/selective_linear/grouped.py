@@ -98,7 +98,7 @@ def joined(layouts: Sequence[Layout]) -> tuple[Layout, ...]:
 
 
 def _ready(layouts: Sequence[Layout]) -> bool:
-    """Whether these share an input as they are."""
+    """True if these can share an input without a copy."""
     first = layouts[0]
     return not isinstance(first, BlockLayout) or all(o.columns is first.columns for o in layouts)
 

@@ -95,5 +95,5 @@ def _hyper(lr: float | Tensor, rates: Sequence[float], device: torch.device) -> 
 
 
 def explain(params: Sequence[Tensor], *, backend: str = "auto") -> Choice:
-    """Which implementation :func:`subset_adamw` runs for ``params``, and why."""
+    """The backend that :func:`subset_adamw` runs for ``params``, and why."""
     return choice(backend, params[0].device, {param.dtype for param in params})

@@ -128,7 +128,7 @@ class KeptLayout:
         return self.with_room(other.room, lasting=other.lasting)
 
     def lasts_as(self, other: KeptLayout) -> bool:
-        """Whether ``other`` is still a choice in the room this one was asked to have."""
+        """True if ``other`` fits the memory that this layout reserved."""
         return self.lasting and self.kind == other.kind
 
     def with_room(self, room: int, *, lasting: bool) -> KeptLayout:

@@ -49,7 +49,7 @@ def test_as_good_as_torch(backend: str, dtype: torch.dtype, shape: tuple[int, in
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_logits_keep_their_digits(backend: str):
-    """What all logits of a row have in common must not eat the digits of their differences."""
+    """A large offset of all logits of a row must not cost the digits of their differences."""
     need(backend)
     logits, labels = draw(9, 50, torch.float32, "all")
     shifted = logits + torch.tensor([0.0, 1e4, -1e4])[torch.arange(9) % 3][:, None]

@@ -47,7 +47,7 @@ def weights(kind: str) -> tuple[Tensor, Tensor]:
 
 
 def saved(recover: str, weight: Tensor, bias: Tensor) -> list[Tensor]:
-    """What one call saves for backward, the output last."""
+    """The tensors that one call saves for backward, the output last."""
     leaves = [torch.randn(4, HIDDEN) for _ in range(2)]
     leaves = [t.requires_grad_() for t in (*leaves, weight.clone(), bias.clone())]
     kept: list[Tensor] = []

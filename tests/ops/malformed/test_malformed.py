@@ -32,7 +32,7 @@ BY_SHAPE = ("kind", "complex", "narrower", "deeper", "flatter", "unknown", "none
 
 
 def verdicts(table: str) -> dict[str, str]:
-    """What became of each call, ``died`` of those that ended a process; the next one goes on."""
+    """The outcome of each call, ``died`` of those that ended a process; the next one goes on."""
     found: dict[str, str] = {}
     first, ended = 0, False
     # The same package as here, wherever it was found: perhaps a build under a sanitizer.

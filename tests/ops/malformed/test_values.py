@@ -1,4 +1,4 @@
-"""Which values are looked at: on a CPU all, on a device those that are asked for."""
+"""Values that are checked: on a CPU all, on a device those that are asked for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_first_wrong_place_is_found(values: list[int], dtype: torch.dtype, a
 
 def test_a_device_is_waited_for_only_when_asked(monkeypatch: pytest.MonkeyPatch):
     class Elsewhere:
-        """As much of a tensor on a GPU as is asked about."""
+        """A stand-in for a tensor on a GPU."""
 
         is_cpu, is_meta = False, False
 

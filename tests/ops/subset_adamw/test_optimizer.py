@@ -281,7 +281,7 @@ def test_master_weights_follow_a_written_parameter_when_told() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_as_published_lets_frozen_entries_drift(backend: str) -> None:
-    """What DPS and Child-Tuning do: mask the gradient, leave the optimizer as it is."""
+    """Mask the gradient and leave the optimizer as it is, as DPS and Child-Tuning do."""
     model, twin = net(), net()
     ours = SubsetAdamW(model.parameters(), lr=1e-2, mode="as_published", backend=backend)
     theirs = torch.optim.AdamW(twin.parameters(), lr=1e-2)

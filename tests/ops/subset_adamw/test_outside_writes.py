@@ -1,4 +1,4 @@
-"""What somebody writes to parameters, state and groups between two steps counts in the next one."""
+"""Writes to parameters, state and groups between two steps count in the next one."""
 
 from __future__ import annotations
 

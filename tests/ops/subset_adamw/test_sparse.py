@@ -95,7 +95,7 @@ def test_rows_that_wait_are_where_a_dense_step_had_them(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_word_seen_once_goes_its_whole_way(backend: str) -> None:
-    """As torch's AdamW on the dense gradient, for more steps than are added up."""
+    """Equal to torch's AdamW on the dense gradient, for more steps than are added up."""
     start = torch.randn(ROWS, WIDE)
     mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     ours = SubsetAdamW([mine], lr=1e-2, weight_decay=0.1, backend=backend)

@@ -67,7 +67,7 @@ def test_other_queries(queries: list[int], backend: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("lengths", [[17, 8, 70], [1, 129]], ids=str)
 def test_bfloat16_widened(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor that cannot multiply bfloat16."""
+    """The path of a processor that cannot multiply bfloat16."""
     monkeypatch.setattr(native, "PAIRS", False)
     check("native", torch.bfloat16, lengths, (32, 23), dropout=0.1)
 
