@@ -57,15 +57,17 @@ native: .venv/ready-test
 	@if command -v $${CXX:-c++} >/dev/null; then $(PY) setup.py -q build_ext --inplace; \
 	else echo 'no C++ compiler: testing without native kernels'; fi
 
-## check     ruff, mypy, clang-format
+## check     ruff and its format, mypy, clang-format
 check: .venv/ready-lint
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check -q .
 	$(PY) -m mypy
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 ## format    let the formatters have their way
 format: .venv/ready-lint
 	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
 	.venv/bin/clang-format -i $(CXX_FILES)
 
 ## aot       compile every Triton kernel for the GPUs we name; no GPU needed
