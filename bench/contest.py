@@ -30,14 +30,16 @@ def measure(
     runs: Mapping[str, Run],
     *,
     tolerance: float | None = 1e-2,
+    truth: Run | None = None,
 ) -> None:
     """Time ``runs[name]`` in ``group`` once ours and it give the same tensors.
 
     ``tolerance``: of the largest entry of each tensor; None where the two are not comparable, as
-    dropout by two generators is not.
+    dropout by two generators is not. ``truth``: the run to hold ours against, where the contestant
+    itself is too coarse.
     """
     if tolerance is not None:
-        for ours, theirs in zip(runs[OURS](), runs[name](), strict=True):
+        for ours, theirs in zip(runs[OURS](), (truth or runs[name])(), strict=True):
             scale = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
             torch.testing.assert_close(
                 ours.float(), theirs.float(), rtol=0, atol=tolerance * scale + 1e-6

@@ -30,6 +30,7 @@ def test_dropout_add_norm(
         total = residual + functional.dropout(x, p)
         return functional.layer_norm(total, (hidden,), weight, bias, 1e-12)
 
+    wide = [x.detach().float().requires_grad_() for x in inputs]
     runs = {OURS: forward_backward(ours, inputs)}
     if name != OURS:
         runs[name] = forward_backward(theirs, inputs, compiled=name == COMPILED)
@@ -38,5 +39,6 @@ def test_dropout_add_norm(
         f"dropout_add_norm 1024x{hidden} p={p:g} {dtype}",
         name,
         runs,
-        tolerance=None if p else 0.2 if dtype == torch.bfloat16 else 1e-3,
+        tolerance=None if p else 5e-2,
+        truth=forward_backward(theirs, wide),  # torch sums bfloat16 gradients in bfloat16
     )
