@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -46,8 +47,9 @@ class _Checked:
             self._check_values()
             vars(self)["sound"] = True
 
+    @abstractmethod
     def _check_values(self) -> None:
-        raise NotImplementedError
+        """Raise UsageError unless the index tensors hold such a layout."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +9,7 @@ from torch import Tensor
 from sensikernels._core.checks import expected, require_one_of
 from sensikernels.layouts import Layout
 from sensikernels.ops.common.checks import check_activation, check_layout
+from sensikernels.ops.common.register import register
 
 ACTIVATIONS = ("none", "gelu")
 
@@ -77,19 +76,16 @@ def gelu_gradient(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor
     return dpre, dpre.sum(0)
 
 
-def define_gelu_gradient(library: Any, name: str) -> None:
-    """Register ``gelu_gradient`` as an operator, checked, with its fake."""
-    library.define(f"{name}(Tensor dy, Tensor pre, str backend) -> (Tensor, Tensor)")
-    for device in ("CPU", "CUDA"):
-        library.impl(name, _checked_gelu_gradient, device)
-    torch.library.register_fake(f"sensikernels::{name}", _fake_gelu_gradient, lib=library)
+def register_gelu_gradient(name: str) -> None:
+    """Register ``gelu_gradient`` as an operator of that name."""
+    schema = f"{name}(Tensor dy, Tensor pre, str backend) -> (Tensor, Tensor)"
+    register(schema, _checked_gelu_gradient, gelu_gradient, _empty_gelu_gradient)
 
 
-def _checked_gelu_gradient(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _checked_gelu_gradient(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor, str]:
     check_activation(dy, pre, backend)
-    return gelu_gradient(dy, pre, backend)
+    return dy, pre, backend
 
 
-def _fake_gelu_gradient(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    check_activation(dy, pre, backend)
+def _empty_gelu_gradient(dy: Tensor, pre: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return dy.new_empty(dy.shape), dy.new_empty(dy.shape[1])

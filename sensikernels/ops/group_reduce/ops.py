@@ -12,16 +12,9 @@ from torch import Tensor
 from sensikernels._core.checks import require
 from sensikernels.ops.common.columns import unwatched
 from sensikernels.ops.common.lists import native_refusal, triton_refusal
+from sensikernels.ops.common.register import register
 from sensikernels.ops.group_reduce import checks, native
 from sensikernels.ops.group_reduce.table import DTYPE_CODE, STATISTICS, GroupTable
-
-_library = torch.library.Library("sensikernels", "FRAGMENT")
-_library.define(
-    "group_reduce(Tensor[] weights, Tensor[] grads, bool[] flat, Tensor chunks, Tensor starts, "
-    "Tensor order, Tensor members, Tensor(a!) host_descriptors, Tensor(b!)? descriptors, "
-    "Tensor(c!) partials, int statistics, Tensor(d!)? running, Tensor(e!)? ema, float decay, "
-    "str backend) -> Tensor"
-)
 
 
 class Arguments(NamedTuple):
@@ -83,7 +76,7 @@ def bind(call: Arguments) -> tuple[Tensor, list[Tensor]]:
     return device, copies
 
 
-def _checked(*arguments: Any) -> Arguments:
+def _checked(*arguments: Any) -> tuple[Arguments]:
     call = Arguments(*arguments)
     checks.check_tensors(call.weights, call.grads, call.chunks.device)
     tables = checks.Tables(call.chunks, call.starts, call.order, call.members)
@@ -91,11 +84,10 @@ def _checked(*arguments: Any) -> Arguments:
     checks.check_tables(call.weights, flat, tables, call.host_descriptors, call.descriptors)
     checks.check_sums(tables, call.partials, call.statistics, states, call.decay, call.backend)
     checks.check_values(call.weights, flat, tables, call.partials.shape[1])
-    return call
+    return (call,)
 
 
-def _group_reduce(*arguments: Any) -> Tensor:
-    call = _checked(*arguments)
+def _group_reduce(call: Arguments) -> Tensor:
     device = call.chunks.device.type
     compiled = call.backend == "native"
     refused = native_refusal("group_reduce", device) if compiled else triton_refusal(device)
@@ -115,13 +107,15 @@ def _run(call: Arguments) -> Tensor:
     return out
 
 
-def _fake(*arguments: Any) -> Tensor:
-    return _checked(*arguments).sums()
-
-
-_library.impl("group_reduce", _group_reduce, "CPU")
-_library.impl("group_reduce", _group_reduce, "CUDA")
-torch.library.register_fake("sensikernels::group_reduce", _fake, lib=_library)
+register(
+    "group_reduce(Tensor[] weights, Tensor[] grads, bool[] flat, Tensor chunks, Tensor starts, "
+    "Tensor order, Tensor members, Tensor(a!) host_descriptors, Tensor(b!)? descriptors, "
+    "Tensor(c!) partials, int statistics, Tensor(d!)? running, Tensor(e!)? ema, float decay, "
+    "str backend) -> Tensor",
+    _checked,
+    _group_reduce,
+    Arguments.sums,
+)
 
 
 class States(NamedTuple):

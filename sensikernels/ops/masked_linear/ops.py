@@ -18,23 +18,9 @@ from sensikernels.layouts import BlockLayout
 from sensikernels.ops.common import blocks
 from sensikernels.ops.common.carried import Carried, carried
 from sensikernels.ops.common.checks import check_tensor, product_layout
-from sensikernels.ops.common.linears import define_gelu_gradient
+from sensikernels.ops.common.linears import register_gelu_gradient
+from sensikernels.ops.common.register import register
 from sensikernels.ops.masked_linear import checks
-
-_LIB = torch.library.Library("sensikernels", "FRAGMENT")
-_LIB.define(
-    "masked_linear(Tensor x, Tensor values, Tensor? bias, int[] sizes, Tensor[] index, "
-    "str activation, str backend) -> (Tensor, Tensor)"
-)
-_LIB.define(
-    "masked_linear_grad_input(Tensor dy, Tensor values, int[] sizes, Tensor[] index, "
-    "str backend) -> Tensor"
-)
-_LIB.define(
-    "masked_linear_grad_values(Tensor dy, Tensor x, int[] sizes, Tensor[] index, "
-    "str backend) -> Tensor"
-)
-define_gelu_gradient(_LIB, "masked_linear_grad_activation")
 
 
 def forward(
@@ -75,64 +61,67 @@ def _require_blocks(layout: Carried) -> BlockLayout:
 
 def _checked_forward(
     x: Tensor, values: Tensor, bias: Tensor | None, *listed: Any
-) -> tuple[Carried, str, str]:
-    """Layout, activation and backend of the operator's arguments, checked."""
+) -> tuple[Tensor, Tensor, Tensor | None, Carried, str, str]:
     sizes, index, activation, backend = listed
     layout = carried(sizes, index)
     checks.check_forward(x, values, bias, layout, activation, backend)
-    return layout, activation, backend
+    return x, values, bias, layout, activation, backend
 
 
-def _forward(x: Tensor, values: Tensor, bias: Tensor | None, *listed: Any) -> tuple[Tensor, Tensor]:
-    y, pre = forward(x, values, bias, *_checked_forward(x, values, bias, *listed))
+def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    y, pre = forward(x, *rest)
     return y, x.new_empty(0) if pre is None else pre
 
 
-def _fake_forward(
-    x: Tensor, values: Tensor, bias: Tensor | None, *listed: Any
+def _empty_forward(
+    x: Tensor, values: Tensor, bias: Tensor | None, layout: Carried, activation: str, _: str
 ) -> tuple[Tensor, Tensor]:
-    layout, activation, _ = _checked_forward(x, values, bias, *listed)
     y = x.new_empty((x.shape[0], layout.out_width))
     return y, x.new_empty(y.shape if activation == "gelu" else 0)
 
 
-def _checked_input(dy: Tensor, values: Tensor, *listed: Any) -> Carried:
+def _checked_input(dy: Tensor, values: Tensor, *listed: Any) -> tuple[Tensor, Tensor, Carried, str]:
     layout = product_layout(dy, *listed)
     check_tensor(values, "values", layout.values_shape, dy.dtype, dy.device)
-    return layout
+    return dy, values, layout, listed[-1]
 
 
-def _checked_values(dy: Tensor, x: Tensor, *listed: Any) -> Carried:
+def _checked_values(dy: Tensor, x: Tensor, *listed: Any) -> tuple[Tensor, Tensor, Carried, str]:
     layout = product_layout(dy, *listed)
     check_tensor(x, "x", (dy.shape[0], layout.in_width), dy.dtype, dy.device)
-    return layout
+    return dy, x, layout, listed[-1]
 
 
-def _grad_input(dy: Tensor, values: Tensor, *listed: Any) -> Tensor:
-    return grad_input(dy, values, _checked_input(dy, values, *listed), listed[-1])
+def _empty_input(dy: Tensor, values: Tensor, layout: Carried, _: str) -> Tensor:
+    return dy.new_empty((dy.shape[0], layout.in_width))
 
 
-def _grad_values(dy: Tensor, x: Tensor, *listed: Any) -> Tensor:
-    return grad_values(dy, x, _checked_values(dy, x, *listed), listed[-1])
+def _empty_values(dy: Tensor, x: Tensor, layout: Carried, _: str) -> Tensor:
+    return dy.new_empty(layout.values_shape)
 
 
-def _fake_grad_input(dy: Tensor, values: Tensor, *listed: Any) -> Tensor:
-    return dy.new_empty((dy.shape[0], _checked_input(dy, values, *listed).in_width))
-
-
-def _fake_grad_values(dy: Tensor, x: Tensor, *listed: Any) -> Tensor:
-    return dy.new_empty(_checked_values(dy, x, *listed).values_shape)
-
-
-for _name, _run, _fake in (
-    ("masked_linear", _forward, _fake_forward),
-    ("masked_linear_grad_input", _grad_input, _fake_grad_input),
-    ("masked_linear_grad_values", _grad_values, _fake_grad_values),
-):
-    _LIB.impl(_name, _run, "CPU")
-    _LIB.impl(_name, _run, "CUDA")
-    torch.library.register_fake(f"sensikernels::{_name}", _fake, lib=_LIB)
-
+register(
+    "masked_linear(Tensor x, Tensor values, Tensor? bias, int[] sizes, Tensor[] index, "
+    "str activation, str backend) -> (Tensor, Tensor)",
+    _checked_forward,
+    _forward,
+    _empty_forward,
+)
+register(
+    "masked_linear_grad_input(Tensor dy, Tensor values, int[] sizes, Tensor[] index, "
+    "str backend) -> Tensor",
+    _checked_input,
+    grad_input,
+    _empty_input,
+)
+register(
+    "masked_linear_grad_values(Tensor dy, Tensor x, int[] sizes, Tensor[] index, "
+    "str backend) -> Tensor",
+    _checked_values,
+    grad_values,
+    _empty_values,
+)
+register_gelu_gradient("masked_linear_grad_activation")
 
 _PRODUCTS = torch.ops.sensikernels
 

@@ -16,18 +16,9 @@ from sensikernels._core.checks import expected, require
 from sensikernels.layouts import BlockLayout, to_arguments
 from sensikernels.ops.common import blocks
 from sensikernels.ops.common.carried import Carried
-from sensikernels.ops.common.linears import define_gelu_gradient
+from sensikernels.ops.common.linears import register_gelu_gradient
+from sensikernels.ops.common.register import register
 from sensikernels.ops.selective_linear.checks import alone, apart
-
-_LIB = torch.library.Library("sensikernels", "FRAGMENT")
-_LIB.define(
-    "selective_grad_values(Tensor dy, Tensor x, int[] sizes, Tensor[] index, str backend) -> Tensor"
-)
-_LIB.define(
-    "selective_grad_values_grouped(Tensor[] dys, Tensor x, int[] sizes, Tensor[] index, "
-    "str backend) -> Tensor[]"
-)
-define_gelu_gradient(_LIB, "selective_grad_activation")
 
 
 def grad_values(dy: Tensor, x: Tensor, layout: Carried, backend: str) -> Tensor:
@@ -69,31 +60,47 @@ def grouped_through_dispatcher(
     return got
 
 
-def _grad_values_grouped(dys: list[Tensor], x: Tensor, *listed: Any) -> list[Tensor]:
-    got = grad_values_grouped(dys, x, apart(dys, x, *listed), listed[-1])
+def _grad_values_grouped(*call: Any) -> list[Tensor]:
     # An operator's results may not share memory.
+    got = grad_values_grouped(*call)
     return [one if one.untyped_storage().nbytes() == one.nbytes else one.clone() for one in got]
 
 
-def _grad_values(dy: Tensor, x: Tensor, *listed: Any) -> Tensor:
-    return grad_values(dy, x, alone(dy, x, *listed), listed[-1])
+def _checked(dy: Tensor, x: Tensor, *listed: Any) -> tuple[Tensor, Tensor, Carried, str]:
+    return dy, x, alone(dy, x, *listed), listed[-1]
 
 
-def _fake_grad_values(dy: Tensor, x: Tensor, *listed: Any) -> Tensor:
-    return dy.new_empty(alone(dy, x, *listed).values_shape)
+def _checked_grouped(
+    dys: list[Tensor], x: Tensor, *listed: Any
+) -> tuple[list[Tensor], Tensor, Sequence[Carried], str]:
+    return dys, x, apart(dys, x, *listed), listed[-1]
 
 
-def _fake_grad_values_grouped(dys: list[Tensor], x: Tensor, *listed: Any) -> list[Tensor]:
-    return [x.new_empty(one.values_shape) for one in apart(dys, x, *listed)]
+def _empty(dy: Tensor, x: Tensor, layout: Carried, _: str) -> Tensor:
+    return dy.new_empty(layout.values_shape)
 
 
-for _name, _run, _fake in (
-    ("selective_grad_values", _grad_values, _fake_grad_values),
-    ("selective_grad_values_grouped", _grad_values_grouped, _fake_grad_values_grouped),
-):
-    _LIB.impl(_name, _run, "CPU")
-    _LIB.impl(_name, _run, "CUDA")
-    torch.library.register_fake(f"sensikernels::{_name}", _fake, lib=_LIB)
+def _empty_grouped(
+    dys: list[Tensor], x: Tensor, layouts: Sequence[Carried], _: str
+) -> list[Tensor]:
+    return [x.new_empty(layout.values_shape) for layout in layouts]
+
+
+register(
+    "selective_grad_values(Tensor dy, Tensor x, int[] sizes, Tensor[] index, str backend)"
+    " -> Tensor",
+    _checked,
+    grad_values,
+    _empty,
+)
+register(
+    "selective_grad_values_grouped(Tensor[] dys, Tensor x, int[] sizes, Tensor[] index, "
+    "str backend) -> Tensor[]",
+    _checked_grouped,
+    _grad_values_grouped,
+    _empty_grouped,
+)
+register_gelu_gradient("selective_grad_activation")
 
 
 @register_flop_formula(torch.ops.sensikernels.selective_grad_values)
