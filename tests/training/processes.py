@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from sensikernels.training import Settings
@@ -11,13 +12,21 @@ from tests.training.children import _child, _server
 
 
 def run_together(
-    settings: Settings, size: int = 2, kill: tuple[str, int] | None = None, victim: int = 0
+    settings: Settings,
+    size: int = 2,
+    kill: tuple[str, int] | None = None,
+    victim: int = 0,
+    prepare: Callable[[int], object] | None = None,
 ) -> list[int]:
-    """Exit codes by rank; rank ``victim`` dies by SIGKILL where ``kill`` says."""
+    """Exit codes by rank; rank ``victim`` dies by SIGKILL where ``kill`` says.
+
+    Each process calls ``prepare(rank)`` first.
+    """
     port = free_port()
     processes = [
         _server.Process(
-            target=_member, args=(settings, rank, size, port, kill if rank == victim else None)
+            target=_member,
+            args=(settings, rank, size, port, kill if rank == victim else None, prepare),
         )
         for rank in range(size)
     ]
@@ -47,6 +56,8 @@ def place(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
-def _member(settings: Settings, rank: int, size: int, port: int, kill: Any) -> None:
+def _member(settings: Settings, rank: int, size: int, port: int, kill: Any, prepare: Any) -> None:
     os.environ |= place(rank, size, port)
+    if prepare is not None:
+        prepare(rank)
     _child(settings, kill)
