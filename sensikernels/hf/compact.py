@@ -13,8 +13,9 @@ from sensikernels._core.errors import UsageError
 from sensikernels.hf.aside import user_attributes
 from sensikernels.hf.dropout import attention_before
 from sensikernels.hf.families import FAMILIES
-from sensikernels.hf.family import Compact
+from sensikernels.hf.family import Family, stock_class
 from sensikernels.hf.layers import Layer, encoder_layers
+from sensikernels.hf.modeling_compact import compact_class, stock_models
 from sensikernels.hf.module_state import carry, class_of
 from sensikernels.hf.swap import applied, restore
 from sensikernels.hf.targets import head_sizes, shape_of
@@ -45,7 +46,7 @@ def compact(model: nn.Module) -> nn.Module:
     if swap.form != "compact":
         raise UsageError(f"model: expected a plan applied as 'compact', got {swap.form!r}")
     kind, family = check_compactable(model)
-    return built(kind, _config(model, family), _plain_state(model), model)
+    return built(kind, _config(model, kind, family), _plain_state(model), model)
 
 
 def built(kind: Any, config: Any, state: Mapping[str, Tensor], model: nn.Module) -> nn.Module:
@@ -72,19 +73,21 @@ def built(kind: Any, config: Any, state: Mapping[str, Tensor], model: nn.Module)
     return twin
 
 
-def check_compactable(model: nn.Module) -> tuple[Any, Compact]:
-    """The class that ``compact`` makes of ``model`` once trimmed, and the classes of its family.
+def check_compactable(model: nn.Module) -> tuple[Any, Family]:
+    """The class that ``compact`` makes of ``model`` once trimmed, and the model's family.
 
     Raises UsageError: there is none.
     """
     made_of = class_of(model)
-    families = [family.compact for family in FAMILIES if family.compact is not None]
-    for compact_of in families:
-        known = {c: c for c in compact_of.models.values()} | dict(compact_of.models)
-        if made_of in known:
-            encoder_layers(model)
-            return known[made_of], compact_of
-    names = sorted(stock.__name__ for compact_of in families for stock in compact_of.models)
+    known: list[type] = []
+    for family in FAMILIES:
+        if family.compact is not None:
+            models = stock_models(family.compact.config).values()
+            if stock_class(made_of) in models:
+                encoder_layers(model)
+                return compact_class(stock_class(made_of)), family
+            known += models
+    names = sorted(stock.__name__ for stock in known)
     raise expected("model", f"one of {', '.join(names)}", made_of.__name__)
 
 
@@ -95,22 +98,24 @@ def _carry_all(model: nn.Module, small: nn.Module) -> None:
         attributes = {
             key: value
             for key, value in vars(module).items()
-            if key in _SWITCHES or (key not in vars(twin) and not key.startswith(_OURS))
+            if key in _SWITCHES or (key not in vars(twin) and not key.startswith(_OF_A_STEP))
         }
         if isinstance(module, (MaskedLinear, SelectiveLinear)):
             attributes = user_attributes(module)
         carry(module, twin, attributes)
 
 
+OURS = ("model_type", "widths", "parts")
+"""What a compact model's config has of its own."""
 _SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func")
-_OURS = ("_sensikernels", "packing", "prefix_cache", "labelled_head", "save_pretrained")
+_OF_A_STEP = ("_sensikernels", "packing", "prefix_cache", "labelled_head", "save_pretrained")
 
 
-def _config(model: nn.Module, family: Compact) -> Any:
+def _config(model: nn.Module, kind: Any, family: Family) -> Any:
     given: Any = model.config
     widths = {str(layer.index): _widths(layer) for layer in encoder_layers(model)}
-    plain = {k: v for k, v in given.to_dict().items() if k not in ("model_type", "widths")}
-    config = family.config(widths=widths, **plain)
+    plain = {k: v for k, v in given.to_dict().items() if k not in OURS}
+    config = kind.config_class(widths=widths, parts=family.parts(), **plain)
     config._attn_implementation = attention_before(model)
     return config
 

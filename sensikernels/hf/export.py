@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import SensiError, UsageError
 from sensikernels._core.files import writing
-from sensikernels.hf.compact import built, compact
+from sensikernels.hf.compact import OURS, built, compact
 from sensikernels.hf.dropout import attention_before
-from sensikernels.hf.families import FAMILIES
-from sensikernels.hf.family import Compact, Family
-from sensikernels.hf.layers import Layer, encoder_layers
+from sensikernels.hf.family import stock_class
+from sensikernels.hf.layers import Layer, encoder_layers, family_of
 from sensikernels.hf.module_state import class_of
 from sensikernels.hf.swap import applied
 from sensikernels.nn import MaskedLinear, SelectiveLinear
@@ -57,12 +56,12 @@ def export(model: nn.Module, path: Path | str | None = None, *, form: str = "sto
 def _stock(model: nn.Module) -> nn.Module:
     config: Any = getattr(model, "config", None)
     has_plan = applied(model) is not None
-    for family in FAMILIES:
-        if family.compact is not None and isinstance(config, family.compact.config):
-            return _pad(compact(model) if has_plan else model, family, family.compact)
+    kind: Any = type(config)
+    if stock_class(kind) is not kind:
+        return _pad(compact(model) if has_plan else model)
     if not has_plan:
         raise UsageError("model: expected a plan applied or a compact model, got neither")
-    made = type(config)(**config.to_dict())
+    made = kind(**config.to_dict())
     made._attn_implementation = attention_before(model)
     return built(class_of(model), made, _whole_state(model), model)
 
@@ -81,21 +80,22 @@ def _whole_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _pad(small: nn.Module, family: Family, classes: Compact) -> nn.Module:
+def _pad(small: nn.Module) -> nn.Module:
     """A compact model at full size: its own entries first in every layer, then zeros."""
     config: Any = small.config
-    ours = ("model_type", "widths", "auto_map")
-    stock = classes.stock_config(**{k: v for k, v in config.to_dict().items() if k not in ours})
+    family = family_of(small)
+    ours = (*OURS, "auto_map")
+    plain = {k: v for k, v in config.to_dict().items() if k not in ours}
+    kind: Any = stock_class(type(config))
+    stock = kind(**plain)
     stock._attn_implementation = attention_before(small)
-    kinds = {compact_class: stock_class for stock_class, compact_class in classes.models.items()}
-    kind: Any = kinds[class_of(small)]
     sizes = ("num_attention_heads", "hidden_size", "intermediate_size")
     heads, hidden, neurons = (getattr(stock, family.config_name(size)) for size in sizes)
     state = dict(small.state_dict())
     for layer in encoder_layers(small):
         had = config.widths[str(layer.index)]
         _grow_layer(state, layer, had, (heads, hidden // heads, neurons))
-    return built(kind, stock, state, small)
+    return built(stock_class(class_of(small)), stock, state, small)
 
 
 def _grow_layer(

@@ -116,19 +116,16 @@ class PackedStep:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Compact:
-    """The classes of trimmed models, which travel with their checkpoints.
+    """What ``modeling_compact`` makes the classes of trimmed models of.
 
-    ``config`` and ``stock_config``: the config with per-layer widths, and the one it derives from.
-    ``models``: the compact class of every stock class. ``attention``: the class of an attention
-    whose query and value have head sizes of their own. ``resizable``: names of the classes that
-    may become it.
+    ``config``: transformers' config class. ``attention``: its class of attention, where query and
+    value can have head sizes of their own. ``counts``: attributes of an attention that count its
+    ``heads``, or its rows of query (``qk``) or value (``vo``).
     """
 
     config: Any
-    stock_config: Any
-    models: Mapping[type, type]
-    attention: type
-    resizable: tuple[str, ...]
+    attention: type | None = None
+    counts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,7 +134,7 @@ class Family:
 
     ``name``: its ``model_type``. ``title``: its name in messages.
     ``attentions``: classes of attention whose arithmetic is known, with the module that defines
-    each; ``None`` for a class that travels with checkpoints.
+    each.
     ``encoder``: the attribute of a model with a head that holds the encoder. ``layers``: the path
     from the encoder to its layers. ``below``: the encoder's modules under the layers.
     ``linears``: the paths from a layer to its linears, by role. ``norms``: the paths to its norms,
@@ -151,7 +148,7 @@ class Family:
 
     name: str
     title: str
-    attentions: Mapping[str, str | None]
+    attentions: Mapping[str, str]
     encoder: str
     layers: str
     linears: Mapping[str, str]
@@ -174,10 +171,31 @@ class Family:
 
     def knows(self, attention: type) -> bool:
         """Whether ``attention`` is one of ``attentions``, defined where transformers keeps it."""
-        if attention.__name__ not in self.attentions:
-            return False
-        home = self.attentions[attention.__name__]
-        return home is None or attention.__module__ == home
+        stock = stock_class(attention)
+        return self.attentions.get(stock.__name__) == stock.__module__
+
+    def parts(self) -> dict[str, Any]:
+        """Where its parts are, for ``modeling_compact``: in JSON's types, as configs hold it."""
+        couplings = self.couplings.get("dimensions", self.couplings["heads"])
+        sides: dict[str, list[str | None]] = {path: [None, None] for path in self.linears.values()}
+        for couples in couplings:
+            unit = "vo" if couples.kind == "heads" else couples.kind
+            for side, roles in enumerate((couples.rows, couples.columns)):
+                for role in roles:
+                    sides[self.linears[role]][side] = unit
+        return {
+            "encoder": self.encoder,
+            "layers": self.layers,
+            "attention": self.attention,
+            "linears": [[path, *units] for path, units in sides.items()],
+            "counts": {} if self.compact is None else dict(self.compact.counts),
+        }
+
+
+def stock_class(kind: type) -> type:
+    """The class of transformers that a compact one was made of; any other is itself."""
+    stock: type = vars(kind).get("stock_class", kind)
+    return stock
 
 
 def reach(module: Any, path: str) -> Any:

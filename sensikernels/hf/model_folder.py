@@ -67,7 +67,7 @@ def _family(config: Mapping[str, Any]) -> Family | None:
 
 
 def _compact_type(family: Family) -> str | None:
-    return None if family.compact is None else family.compact.config.model_type
+    return None if family.compact is None else f"sk_{family.name}"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -175,6 +175,8 @@ def _check_widths(path: Path, config: Mapping[str, Any], family: Family) -> None
     for name in needed:
         _require(name in config, path, name, "a whole number", None)
     layers, hidden, heads, neurons = (config[name] for name in needed)
+    parts = family.parts()
+    _require(config.get("parts", parts) == parts, path, "parts", parts, config.get("parts"))
     widths = config.get("widths")
     _require(isinstance(widths, dict), path, "widths", "an object", widths)
     assert isinstance(widths, dict)

@@ -14,8 +14,10 @@ from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import UsageError
 from sensikernels.hf import optimizer as following
 from sensikernels.hf.aside import Exchange, check_linear, exchange, exchange_back, settle
+from sensikernels.hf.family import stock_class
 from sensikernels.hf.features import check_features, has_features, restore_features, use_features
 from sensikernels.hf.layers import encoder_layers, family_of
+from sensikernels.hf.modeling_compact import trimmed_attention
 from sensikernels.hf.moves import Move
 from sensikernels.hf.saving import stop_warning, warn_of_saving
 from sensikernels.hf.targets import attention_of, check_sizes
@@ -272,7 +274,6 @@ def _resize_heads(
     if not by_dimension:
         return {}
     family = family_of(model)
-    assert family.compact is not None  # check_sizes
     sizes: dict[str, dict[str, int]] = {}
     for coupling in by_dimension:
         kept = int(plan.kept_units(coupling).sum()) // coupling.heads
@@ -284,7 +285,8 @@ def _resize_heads(
         had = {key: vars(attention)[key] for key in size if key in vars(attention)}
         before[name] = type(attention), had
         undo.callback(_set_head_sizes, attention, type(attention), had)
-        _set_head_sizes(attention, family.compact.attention, size)
+        stock = stock_class(type(attention))
+        _set_head_sizes(attention, trimmed_attention(stock, family.parts()), size)
     return before
 
 

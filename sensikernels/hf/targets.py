@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sensikernels._core.checks import require, require_one_of
-from sensikernels.hf.family import SIX_LINEARS, Couples, Family
+from sensikernels.hf.family import SIX_LINEARS, Couples, Family, stock_class
 from sensikernels.hf.layers import Layer, encoder_layers, family_of
 from sensikernels.hf.packed.step import packing_of
 from sensikernels.masks.plans import Plan
@@ -58,10 +58,10 @@ def check_sizes(model: nn.Module, plan: Plan, coupling: Coupling) -> None:
     same = int(kept.min()) == int(kept.max())
     require(same, f"plan: {coupling.name}", "as many dimensions in every head", kept.tolist())
     family = family_of(model)
-    kind = type(model.get_submodule(attention_of(coupling, family))).__name__
-    able = family.compact is not None and kind in family.compact.resizable
+    kind = type(model.get_submodule(attention_of(coupling, family)))
+    able = family.compact is not None and family.compact.attention is stock_class(kind)
     wanted = f"{family.title}'s own attention for dimensions"
-    require(able, f"plan: {coupling.name}", wanted, kind)
+    require(able, f"plan: {coupling.name}", wanted, kind.__name__)
 
 
 def head_linears(model: nn.Module) -> tuple[str, ...]:

@@ -167,6 +167,17 @@ def test_widths_that_cannot_be(tmp_path, compacted, name):
             load(folder)
 
 
+def test_parts_that_cannot_be(tmp_path, compacted):
+    folder = shutil.copytree(compacted, tmp_path / "model")
+    file = folder / "config.json"
+    body = json.loads(file.read_text())
+    parts = body["parts"]
+    for bad in (*BAD, {}, [], {**parts, "layers": "encoder"}, {**parts, "linears": []}):
+        file.write_bytes(text_of({**body, "parts": bad}))
+        with pytest.raises(DataError, match=r"config\.json"):
+            load(folder)
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [

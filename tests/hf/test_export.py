@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from sensikernels._core.errors import SensiError, UsageError
-from sensikernels.hf import apply, compact, export, restore
+from sensikernels.hf import apply, compact, export, modeling_compact, restore
 from sensikernels.hf import export as module_export
 from tests.hf.conftest import make_batch, make_model
 from tests.hf.test_attention import like_bert
@@ -54,18 +55,64 @@ def test_stock_is_of_full_size_and_computes_the_same(
         assert without_us(tmp_path / "stock") == wanted
 
 
+LOGITS = "model(torch.arange(1, 10)[None]).logits.detach().double().flatten().tolist()"
+
+
 def without_us(folder: Path) -> list[float]:
     """Logits of tokens 1 to 9 by a process that has nothing of this package."""
     code = (
         "import sys, torch, transformers\n"
         "auto = transformers.AutoModelForSequenceClassification\n"
-        f"model = auto.from_pretrained({str(folder)!r}).eval()\n"
-        "logits = model(torch.arange(1, 10)[None]).logits\n"
-        "print(logits.detach().double().flatten().tolist())\n"
+        f"model = auto.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()\n"
+        f"print({LOGITS})\n"
+        f"model.save_pretrained({str(folder / 'again')!r})\n"
         "assert not [n for n in sys.modules if n.startswith('sensikernels')]"
     )
     logits: list[float] = json.loads(run(code, folder).stdout)
     return logits
+
+
+def test_a_compact_checkpoint_brings_its_own_code(tmp_path: Path) -> None:
+    """Alone, saved again by it, and where this package is imported only once it has run."""
+    model = make_model().eval()
+    apply(model, make_plan(model, granularity="dimensions"))
+    small = export(model, tmp_path / "small", form="compact")
+    logits = small(torch.arange(1, 10)[None]).logits.detach().double().flatten().tolist()
+    assert without_us(tmp_path / "small") == logits
+    auto = transformers.AutoModelForSequenceClassification
+    back = auto.from_pretrained(tmp_path / "small" / "again", trust_remote_code=True)
+    assert type(back) is type(small)
+    assert torch.equal(outputs(back, make_batch())[1], outputs(small, make_batch())[1])
+    code = (
+        "import torch, transformers\n"
+        "auto = transformers.AutoModelForSequenceClassification\n"
+        f"folder = {str(tmp_path / 'small')!r}\n"
+        "model = auto.from_pretrained(folder, trust_remote_code=True).eval()\n"
+        "from sensikernels.hf import apply, compact, export, structure_of\n"
+        "from sensikernels.masks import uniform\n"
+        "kind, all_units = type(model), uniform(structure_of(model, 'dimensions'), {})\n"
+        "apply(model, all_units, features=('packed',))\n"
+        "model = compact(model)\n"
+        "assert type(model) is not kind and type(model).stock_class is kind.stock_class\n"
+        "assert type(export(model)) is transformers.BertForSequenceClassification\n"
+        f"print({LOGITS})"
+    )
+    assert json.loads(run(code).stdout) == logits
+
+
+def test_every_class_is_found_by_its_name(tmp_path: Path) -> None:
+    for name in ("SkBertConfig", "SkBertModel", "SkBertForQuestionAnswering"):
+        made = getattr(modeling_compact, name)
+        assert made.__name__ == name
+        assert pickle.loads(pickle.dumps(made)) is made
+    for name in ("BertModel", "SkBertNothing", "SkBertTokenizer", "__path__"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(modeling_compact, name)
+    model = make_model().eval()
+    apply(model, make_plan(model, granularity="dimensions"))
+    small, batch = compact(model), make_batch()
+    twin = pickle.loads(pickle.dumps(small))
+    assert torch.equal(outputs(twin, batch)[1], outputs(small, batch)[1])
 
 
 def run(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -155,14 +202,14 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_auto_classes_know_compact_models(order: str, checkpoint: Path) -> None:
     """Without code of the folder: its copy of the classes would fail loudly."""
-    (checkpoint / "modeling_bert.py").write_text("raise SystemExit('code of the folder ran')")
+    (checkpoint / "modeling_compact.py").write_text("raise SystemExit('code of the folder ran')")
     code = (
         f"FOLDER = {str(checkpoint)!r}\n{'; '.join(ORDERS[order])}\n"
         "model = AutoModelForSequenceClassification.from_pretrained(FOLDER)\n"
         "print(type(model).__module__, type(AutoConfig.from_pretrained(FOLDER)).__module__)"
     )
     done = run(code)
-    assert done.stdout.split() == ["sensikernels.hf.families.modeling_bert"] * 2
+    assert done.stdout.split() == ["sensikernels.hf.modeling_compact"] * 2
     assert "trust_remote_code" not in done.stdout + done.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 
@@ -75,18 +76,21 @@ def test_relatives_have_berts_layers_but_are_not_packed() -> None:
         use_packed(model)
 
 
-def test_a_checkpoint_saved_under_the_file_name_of_0_2_loads(tmp_path: Path) -> None:
+def test_a_checkpoint_that_names_no_parts_loads(tmp_path: Path) -> None:
     model, batch = make_model().eval(), make_batch()
     apply(model, make_plan(model, granularity="dimensions"))
     small = compact(model)
     small.save_pretrained(tmp_path)
-    (tmp_path / "modeling_bert.py").rename(tmp_path / "modeling.py")
-    config = (tmp_path / "config.json").read_text()
-    assert '"modeling_bert.SkBertConfig"' in config
-    (tmp_path / "config.json").write_text(config.replace('"modeling_bert.', '"modeling.'))
-    for trusted in (False, True):
-        back = transformers.AutoModelForSequenceClassification.from_pretrained(
-            tmp_path, trust_remote_code=trusted
-        ).eval()
-        torch.testing.assert_close(back(**batch).logits, small(**batch).logits)
-        assert family_of(back) is BERT
+    (tmp_path / "modeling_compact.py").rename(tmp_path / "modeling.py")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("parts") == BERT.parts()
+    config["auto_map"] = {k: v.replace("_compact.", ".") for k, v in config["auto_map"].items()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    back = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(back(**batch).logits, small(**batch).logits)
+    assert family_of(back) is BERT
+
+
+def test_parts_go_through_json_as_they_are() -> None:
+    for family in FAMILIES:
+        assert json.loads(json.dumps(family.parts())) == family.parts()

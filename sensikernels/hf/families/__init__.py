@@ -7,11 +7,17 @@ from typing import Any
 
 from sensikernels.hf.families.bert import BERT
 from sensikernels.hf.family import Family
+from sensikernels.hf.modeling_compact import register
 
 __all__ = ["FAMILIES", "family_named"]
 
 FAMILIES: tuple[Family, ...] = (BERT,)
 """Looked through in this order: a model belongs to the first family that knows its attention."""
+
+
+for _family in FAMILIES:
+    if _family.compact is not None:
+        register(_family.compact.config, _family.parts())
 
 
 def family_named(name: str) -> Family:

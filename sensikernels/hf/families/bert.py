@@ -1,4 +1,4 @@
-"""BERT: names, layer walk, heads and compact classes."""
+"""BERT: names, layer walk and heads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,6 @@ from transformers import (
 )
 from transformers.models.bert import modeling_bert as bert
 
-from sensikernels.hf.families.modeling_bert import (
-    COMPACT_CLASSES,
-    SkBertConfig,
-    TrimmedSelfAttention,
-)
 from sensikernels.hf.family import (
     SIX_LINEARS,
     Block,
@@ -70,7 +65,6 @@ BERT = Family(
         "XLMRobertaSelfAttention": _home("xlm_roberta"),
         "CamembertSelfAttention": _home("camembert"),
         "ElectraSelfAttention": _home("electra"),
-        "TrimmedSelfAttention": None,
     },
     encoder="bert",
     layers="encoder.layer",
@@ -92,7 +86,7 @@ BERT = Family(
             "encoder": (bert.BertEncoder,),
             "encoder.layer.N": (bert.BertLayer,),
             "encoder.layer.N.attention": (bert.BertAttention,),
-            "encoder.layer.N.attention.self": (bert.BertSelfAttention, TrimmedSelfAttention),
+            "encoder.layer.N.attention.self": (bert.BertSelfAttention,),
             "encoder.layer.N.attention.output": (bert.BertSelfOutput,),
             "encoder.layer.N.intermediate": (bert.BertIntermediate,),
             "encoder.layer.N.output": (bert.BertOutput,),
@@ -104,10 +98,8 @@ BERT = Family(
         language=LanguageHead(model=BertForMaskedLM, logits=_logits),
     ),
     compact=Compact(
-        config=SkBertConfig,
-        stock_config=BertConfig,
-        models=COMPACT_CLASSES,
-        attention=TrimmedSelfAttention,
-        resizable=("BertSelfAttention", "TrimmedSelfAttention"),
+        config=BertConfig,
+        attention=bert.BertSelfAttention,
+        counts={"num_attention_heads": "heads", "all_head_size": "qk"},
     ),
 )

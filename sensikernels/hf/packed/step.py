@@ -12,7 +12,7 @@ from torch import nn
 from sensikernels._core.checks import expected, require
 from sensikernels._core.hooks import hooked
 from sensikernels.hf.families import FAMILIES
-from sensikernels.hf.family import Family, PackedStep, reach
+from sensikernels.hf.family import Family, PackedStep, reach, stock_class
 from sensikernels.hf.module_state import change_back, change_class
 from sensikernels.hf.packed.encoder import PackedEncoder, Packing, below
 from sensikernels.hf.packed.labelled import restore_labelled, use_labelled
@@ -188,7 +188,7 @@ def _check_module(name: str, module: nn.Module, kinds: tuple[type, ...] | None) 
         raise expected(name, "no scale_grad_by_freq, as the tokens that fill up count too", "it")
     if kinds is None:
         return
-    if type(module) not in kinds:
+    if stock_class(type(module)) not in kinds:
         raise expected(name, "HuggingFace's " + kinds[0].__name__, type(module).__name__)
     if hooked(module):
         raise expected(name, "no hooks, as packed tokens do not call it", "hooks")
