@@ -81,7 +81,7 @@ def test_a_step_over_its_limit_ends_with_all_it_started(tmp_path: Path):
     pid = int((tmp_path / "slow.log").read_text())
     state = Path(f"/proc/{pid}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
-    assert done.reason == f"after 1 s, at: {pid}"
+    assert done.reason == f"after 3 s, at: {pid}"
 
 
 def test_a_failing_step_takes_nothing_down(tmp_path: Path):
