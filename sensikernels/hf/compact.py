@@ -79,16 +79,18 @@ def check_compactable(model: nn.Module) -> tuple[Any, Family]:
     Raises UsageError: there is none.
     """
     made_of = class_of(model)
-    known: list[type] = []
-    for family in FAMILIES:
-        if family.compact is not None:
-            models = stock_models(family.compact.config).values()
-            if stock_class(made_of) in models:
-                encoder_layers(model)
-                return compact_class(stock_class(made_of)), family
-            known += models
-    names = sorted(stock.__name__ for stock in known)
-    raise expected("model", f"one of {', '.join(names)}", made_of.__name__)
+    families = {
+        stock: family
+        for family in FAMILIES
+        if family.compact is not None
+        for stock in stock_models(family.compact.config).values()
+    }
+    stock = stock_class(made_of)
+    if stock not in families:
+        names = sorted(known.__name__ for known in families)
+        raise expected("model", f"one of {', '.join(names)}", made_of.__name__)
+    encoder_layers(model)
+    return compact_class(stock), families[stock]
 
 
 def _carry_all(model: nn.Module, small: nn.Module) -> None:

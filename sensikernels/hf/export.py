@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import SensiError, UsageError
 from sensikernels._core.files import writing
-from sensikernels.hf.compact import OURS, built, compact
+from sensikernels.hf.compact import OURS, built, check_compactable, compact
 from sensikernels.hf.dropout import attention_before
 from sensikernels.hf.family import stock_class
-from sensikernels.hf.layers import Layer, encoder_layers, family_of
+from sensikernels.hf.layers import Layer, encoder_layers
 from sensikernels.hf.module_state import class_of
 from sensikernels.hf.swap import applied
 from sensikernels.nn import MaskedLinear, SelectiveLinear
@@ -82,12 +82,11 @@ def _whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _pad(small: nn.Module) -> nn.Module:
     """A compact model at full size: its own entries first in every layer, then zeros."""
+    kind, family = check_compactable(small)
     config: Any = small.config
-    family = family_of(small)
     ours = (*OURS, "auto_map")
     plain = {k: v for k, v in config.to_dict().items() if k not in ours}
-    kind: Any = stock_class(type(config))
-    stock = kind(**plain)
+    stock = kind.config_class.stock_class(**plain)
     stock._attn_implementation = attention_before(small)
     sizes = ("num_attention_heads", "hidden_size", "intermediate_size")
     heads, hidden, neurons = (getattr(stock, family.config_name(size)) for size in sizes)
@@ -95,7 +94,7 @@ def _pad(small: nn.Module) -> nn.Module:
     for layer in encoder_layers(small):
         had = config.widths[str(layer.index)]
         _grow_layer(state, layer, had, (heads, hidden // heads, neurons))
-    return built(stock_class(class_of(small)), stock, state, small)
+    return built(kind.stock_class, stock, state, small)
 
 
 def _grow_layer(

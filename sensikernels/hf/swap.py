@@ -274,6 +274,7 @@ def _resize_heads(
     if not by_dimension:
         return {}
     family = family_of(model)
+    parts = family.parts()
     sizes: dict[str, dict[str, int]] = {}
     for coupling in by_dimension:
         kept = int(plan.kept_units(coupling).sum()) // coupling.heads
@@ -286,7 +287,7 @@ def _resize_heads(
         before[name] = type(attention), had
         undo.callback(_set_head_sizes, attention, type(attention), had)
         stock = stock_class(type(attention))
-        _set_head_sizes(attention, trimmed_attention(stock, family.parts()), size)
+        _set_head_sizes(attention, trimmed_attention(stock, parts), size)
     return before
 
 

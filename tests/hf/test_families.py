@@ -86,9 +86,12 @@ def test_a_checkpoint_that_names_no_parts_loads(tmp_path: Path) -> None:
     assert config.pop("parts") == BERT.parts()
     config["auto_map"] = {k: v.replace("_compact.", ".") for k, v in config["auto_map"].items()}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    back = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(back(**batch).logits, small(**batch).logits)
-    assert family_of(back) is BERT
+    for trusted in (False, True):
+        back = transformers.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path, trust_remote_code=trusted
+        ).eval()
+        torch.testing.assert_close(back(**batch).logits, small(**batch).logits)
+        assert family_of(back) is BERT
 
 
 def test_parts_go_through_json_as_they_are() -> None:
