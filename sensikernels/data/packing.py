@@ -28,11 +28,11 @@ def collate_packed(
 ) -> dict[str, Any]:
     """One packed batch, as ``use_packed`` models take it.
 
-    ``input_ids``, ``position_ids`` and ``token_type_ids`` (if the tokenizer gives them): int64
-    ``[1, tokens]``, rounded up to ``multiple``; row ``i`` is ``cu_seqlens[i]`` up to
-    ``cu_seqlens[i + 1]`` (int32 ``[rows + 1]``), ``max_length`` a Python int not below the longest
-    row's length, ``labels``
+    ``input_ids`` and ``token_type_ids`` (if the tokenizer gives them): int64 ``[1, tokens]``,
+    rounded up to ``multiple``; row ``i`` is ``cu_seqlens[i]`` up to ``cu_seqlens[i + 1]`` (int32
+    ``[rows + 1]``), ``max_length`` a Python int not below the longest row's length, ``labels``
     ``[rows]``, int64 classes or float32 scores. What follows the last row belongs to none.
+    Positions are the encoder's to count: families begin at different ones.
     """
     batch = _together([row.input_ids for row in rows], pad_token_id, multiple)
     if rows[0].token_type_ids is not None:
@@ -83,11 +83,8 @@ def _together(ids: Sequence[npt.ArrayLike], pad: int, multiple: int) -> dict[str
     lengths = np.asarray([np.size(row) for row in ids])
     ends = np.concatenate([[0], np.cumsum(lengths)])
     tokens = round_up(int(ends[-1]), multiple)
-    positions = np.zeros(tokens, np.int64)
-    positions[: ends[-1]] = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
     return {
         "input_ids": _line(ids, tokens, pad),
-        "position_ids": torch.from_numpy(positions)[None],
         "cu_seqlens": torch.from_numpy(ends.astype(np.int32)),
         "max_length": int(lengths.max()),
     }

@@ -18,7 +18,7 @@ from sensikernels.hf.layers import Layer, encoder_layers
 from sensikernels.hf.modeling_compact import compact_class, stock_models
 from sensikernels.hf.module_state import carry, class_of
 from sensikernels.hf.swap import applied, restore
-from sensikernels.hf.targets import head_sizes, shape_of
+from sensikernels.hf.targets import attention_rows, head_sizes, shape_of
 from sensikernels.nn import MaskedLinear, SelectiveLinear
 
 
@@ -87,8 +87,8 @@ def check_compactable(model: nn.Module) -> tuple[Any, Family]:
     }
     stock = stock_class(made_of)
     if stock not in families:
-        names = sorted(known.__name__ for known in families)
-        raise expected("model", f"one of {', '.join(names)}", made_of.__name__)
+        titles = ", ".join(family.title for family in FAMILIES if family.compact is not None)
+        raise expected("model", f"transformers' own class of {titles}", made_of.__name__)
     encoder_layers(model)
     return compact_class(stock), families[stock]
 
@@ -122,15 +122,16 @@ def _config(model: nn.Module, kind: Any, family: Family) -> Any:
     return config
 
 
-def _widths(layer: Layer) -> dict[str, int]:
-    query, intermediate = (shape_of(layer, role)[0] for role in ("query", "intermediate"))
+def _widths(layer: Layer) -> dict[str, Any]:
     qk_size, vo_size = head_sizes(layer.attention)
-    return {
-        "heads": query // qk_size,
+    widths: dict[str, Any] = {
+        "heads": attention_rows(layer)[0] // qk_size,
         "qk_head_size": qk_size,
         "vo_head_size": vo_size,
-        "neurons": intermediate,
+        "neurons": shape_of(layer, "output")[1],
     }
+    left = getattr(layer.attention, "kept_heads", None)
+    return widths if left is None else {**widths, "kept_heads": list(left)}
 
 
 def _plain_state(model: nn.Module) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -98,33 +98,43 @@ def _pad(small: nn.Module) -> nn.Module:
 
 
 def _grow_layer(
-    state: dict[str, Tensor], layer: Layer, had: Mapping[str, int], full: tuple[int, int, int]
+    state: dict[str, Tensor], layer: Layer, had: Mapping[str, Any], full: tuple[int, int, int]
 ) -> None:
     """Bring the tensors of one layer in ``state`` to ``full`` heads, head size and neurons."""
     heads, size, neurons = full
-    qk, vo = ((had[name], size) for name in ("qk_head_size", "vo_head_size"))
-    grown_heads, grown_neurons = (had["heads"], heads), ((1, 1), (had["neurons"], neurons))
-    rows = {
-        "query": (qk, grown_heads),
-        "key": (qk, grown_heads),
-        "value": (vo, grown_heads),
-        "intermediate": grown_neurons,
+    places = had.get("kept_heads", range(had["heads"]))
+    left = {
+        "qk": _Left(places, heads, had["qk_head_size"], size),
+        "vo": _Left(places, heads, had["vo_head_size"], size),
+        "neurons": _Left(range(had["neurons"]), neurons, 1, 1),
     }
-    for role, sizes in rows.items():
-        for leaf in ("weight", "bias"):
+    for role, (rows, columns) in layer.family.units().items():
+        if not layer.has(role):
+            continue
+        for leaf in ("weight", "bias") if rows else ():
             name = f"{layer.name(role)}.{leaf}"
-            state[name] = _grown(state[name], *sizes)
-    for role, sizes in {"attention_output": (vo, grown_heads), "output": grown_neurons}.items():
-        name = f"{layer.name(role)}.weight"
-        state[name] = _grown(state[name].T, *sizes).T
+            if name in state:
+                state[name] = left[rows].grown(state[name], layer.family.repeats.get(role, 1))
+        if columns:
+            name = f"{layer.name(role)}.weight"
+            state[name] = left[columns].grown(state[name].T, 1).T
 
 
-def _grown(tensor: Tensor, sizes: tuple[int, int], units: tuple[int, int]) -> Tensor:
-    """``[units[0] · sizes[0], …]`` as ``[units[1] · sizes[1], …]``, zero where nothing was."""
-    rest = tensor.shape[1:]
-    whole = tensor.new_zeros(units[1], sizes[1], *rest)
-    whole[: units[0], : sizes[0]] = tensor.view(units[0], sizes[0], *rest)
-    return whole.flatten(0, 1)
+class _Left(NamedTuple):
+    """Units that are left, each with ``size`` lines: their places among ``units`` of ``whole``."""
+
+    places: Sequence[int]
+    units: int
+    size: int
+    whole: int
+
+    def grown(self, tensor: Tensor, repeats: int) -> Tensor:
+        """``[repeats · left units · size, …]`` as ``[repeats · units · whole, …]``, else zero."""
+        rest = tensor.shape[1:]
+        grown = tensor.new_zeros(repeats, self.units, self.whole, *rest)
+        lines = tensor.reshape(repeats, len(self.places), self.size, *rest)
+        grown[:, list(self.places), : self.size] = lines
+        return grown.flatten(0, 2)
 
 
 def _compare(made: nn.Module, loaded: nn.Module, target: Path) -> None:

@@ -120,12 +120,14 @@ class Compact:
 
     ``config``: transformers' config class. ``attention``: its class of attention, where query and
     value can have head sizes of their own. ``counts``: attributes of an attention that count its
-    ``heads``, or its rows of query (``qk``) or value (``vo``).
+    ``heads``, or its rows of query (``qk``) or value (``vo``). ``biased``: every head has a bias
+    of its own, which the encoder makes for all heads of an untrimmed layer.
     """
 
     config: Any
     attention: type | None = None
     counts: Mapping[str, str] = field(default_factory=dict)
+    biased: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,13 +139,18 @@ class Family:
     each.
     ``encoder``: the attribute of a model with a head that holds the encoder. ``layers``: the path
     from the encoder to its layers. ``below``: the encoder's modules under the layers.
-    ``linears``: the paths from a layer to its linears, by role. ``norms``: the paths to its norms,
-    ``attention_norm`` and ``output_norm``. ``attention``: the path to the module that attends.
-    ``couplings``: the linears that lose units together, by granularity.
+    ``linears``: the paths from a layer to its linears, by role; those of ``optional`` roles may be
+    absent, and run once a batch on a table: their FLOPs are not counted. ``norms``: the paths to
+    its norms, ``attention_norm`` and ``output_norm``.
+    ``attention``: the path to the module that attends.
+    ``couplings``: the linears that lose units together, by granularity. ``repeats``: how many rows
+    of each unit's row a linear of that role holds, where query, key and value, or the halves of a
+    gated unit, are one linear.
     ``embeddings``, ``pooler``, ``pooler_linear``, ``classifier``, ``heads``: names of modules
     outside the layers; ``heads`` are those of every task, which always train.
     ``config_names``: its names of the sizes in a config, where they are not BERT's.
-    ``packed`` and ``compact``: None if the family cannot run on packed tokens, or be compacted.
+    ``packed`` and ``compact``: None if the family cannot run on packed tokens, or be compacted;
+    ``padded_because``: why it cannot run on packed tokens.
     """
 
     name: str
@@ -162,8 +169,11 @@ class Family:
     classifier: str = "classifier"
     heads: tuple[str, ...] = ("classifier", "qa_outputs")
     config_names: Mapping[str, str] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+    repeats: Mapping[str, int] = field(default_factory=dict)
     packed: PackedStep | None = None
     compact: Compact | None = None
+    padded_because: str = ""
 
     def config_name(self, size: str) -> str:
         """The name in a config of ``hidden_size``, ``intermediate_size`` and the like."""
@@ -174,20 +184,23 @@ class Family:
         stock = stock_class(attention)
         return self.attentions.get(stock.__name__) == stock.__module__
 
-    def parts(self) -> dict[str, Any]:
-        """Where its parts are, for ``modeling_compact``: in JSON's types, as configs hold it."""
-        couplings = self.couplings.get("dimensions", self.couplings["heads"])
-        sides: dict[str, list[str | None]] = {path: [None, None] for path in self.linears.values()}
-        for couples in couplings:
+    def units(self) -> dict[str, tuple[str | None, str | None]]:
+        """What the rows and the columns of each role's linear are: ``qk``, ``vo``, ``neurons``."""
+        sides: dict[str, list[str | None]] = {role: [None, None] for role in self.linears}
+        for couples in self.couplings.get("dimensions", self.couplings["heads"]):
             unit = "vo" if couples.kind == "heads" else couples.kind
             for side, roles in enumerate((couples.rows, couples.columns)):
                 for role in roles:
-                    sides[self.linears[role]][side] = unit
+                    sides[role][side] = unit
+        return {role: (rows, columns) for role, (rows, columns) in sides.items()}
+
+    def parts(self) -> dict[str, Any]:
+        """Where its parts are, for ``modeling_compact``: in JSON's types, as configs hold it."""
         return {
             "encoder": self.encoder,
             "layers": self.layers,
             "attention": self.attention,
-            "linears": [[path, *units] for path, units in sides.items()],
+            "linears": [[self.linears[role], *units] for role, units in self.units().items()],
             "counts": {} if self.compact is None else dict(self.compact.counts),
         }
 

@@ -32,6 +32,16 @@ class Layer:
         linear: nn.Module = self.module.get_submodule(self.family.linears[role])
         return linear
 
+    def has(self, role: str) -> bool:
+        """Whether the layer has a linear of that role."""
+        path = self.family.linears.get(role)
+        return path is not None and has(self.module, (path,))
+
+    def bias(self, name: str) -> bool:
+        """Whether the linear of that full module name has a bias."""
+        linear: Any = self.module.get_submodule(name.removeprefix(f"{self.prefix}."))
+        return linear.bias is not None
+
     def name(self, role: str) -> str:
         """The full module name of the linear of that role."""
         return f"{self.prefix}.{self.family.linears[role]}"
@@ -103,7 +113,8 @@ def _leaf(family: Family) -> str:
 
 
 def _fits(family: Family, layer: nn.Module) -> bool:
-    return has(layer, tuple(family.linears.values()))
+    needed = (path for role, path in family.linears.items() if role not in family.optional)
+    return has(layer, tuple(needed))
 
 
 def _knowing(families: Sequence[Family], layers: nn.ModuleList) -> Family:
@@ -133,9 +144,9 @@ def _down(layer: Layer) -> Iterator[Any]:
 
 
 def _layouts() -> str:
-    """One family for every layout; the last, as relatives come before it."""
+    """One family for every layout."""
     titles: dict[str, str] = {}
-    for family in reversed(FAMILIES):
-        titles.setdefault(f"layer.N.{family.linears['query']}", family.title)
+    for family in FAMILIES:
+        titles.setdefault(f"layer.N.{next(iter(family.linears.values()))}", family.title)
     ways = (f"{title}'s ({path}, …)" for path, title in titles.items())
     return f"an encoder laid out like {' or '.join(ways)}"

@@ -186,11 +186,18 @@ def _check_widths(path: Path, config: Mapping[str, Any], family: Family) -> None
     limits = dict(zip(WIDTHS, (heads, size, size, neurons), strict=True))
     for layer, width in widths.items():
         where = f"widths of layer {layer}"
-        ok = isinstance(width, dict) and set(width) == set(WIDTHS)
-        _require(ok, path, where, ", ".join(WIDTHS), width)
+        biased = family.compact is not None and family.compact.biased
+        needed = (*WIDTHS, "kept_heads") if biased else WIDTHS
+        ok = isinstance(width, dict) and set(width) == set(needed)
+        _require(ok, path, where, ", ".join(needed), width)
         for name, most in limits.items():
             ok = type(width[name]) is int and 1 <= width[name] <= most
             _require(ok, path, f"{where}: {name}", f"a whole number from 1 to {most}", width[name])
+        if biased:
+            left = width["kept_heads"]
+            ok = isinstance(left, list) and all(type(head) is int for head in left)
+            ok = ok and sorted({*left} & {*range(heads)}) == left and len(left) == width["heads"]
+            _require(ok, path, f"{where}: kept_heads", f"{width['heads']} of {heads} heads", left)
 
 
 def _check_index(folder: Path) -> None:

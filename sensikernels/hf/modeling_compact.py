@@ -4,8 +4,8 @@ This file is saved with every compact checkpoint and imports nothing of this pac
 ``from_pretrained(..., trust_remote_code=True)`` works where this package is not installed. Its
 classes are made of transformers' own: ``SkBertModel`` of ``BertModel``, when first asked for.
 
-``widths`` in a config: per layer ``heads, qk_head_size, vo_head_size, neurons``. ``parts``: where
-the parts of that kind of encoder are, and what the rows and columns of its linears are, query
+``widths`` in a config: per layer ``heads, qk_head_size, vo_head_size, neurons``, and which heads
+are left (``kept_heads``) where each has a bias of its own. ``parts``: where the parts of that kind of encoder are, and what the rows and columns of its linears are, query
 before key before value.
 """
 
@@ -122,6 +122,30 @@ class TrimmedAttention(nn.Module):
         return (getattr(self, self.closing)(out) if self.closing else out), weights
 
 
+class BiasedAttention(nn.Module):
+    """HuggingFace's self-attention with the heads that are left, each with its own bias."""
+
+    kept_heads: tuple[int, ...]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As stock; ``position_bias [batch, heads, queries, keys]`` is an untrimmed layer's."""
+        if position_bias is not None:
+            position_bias = position_bias[:, list(self.kept_heads)]
+        return super().forward(hidden_states, attention_mask, position_bias, **kwargs)
+
+
+@functools.cache
+def biased_attention(stock: type) -> type:
+    """The class with heads of its own of a stock class of attention."""
+    return _made(f"Trimmed{stock.__name__}", (BiasedAttention, stock), {})
+
+
 def trimmed_attention(stock: type, parts: Mapping[str, Any]) -> type:
     """The class with head sizes of its own of a stock class of attention."""
     inside = f"{parts['attention']}."
@@ -148,15 +172,17 @@ def _resize(model: Any, config: Any) -> None:
     layers = encoder.get_submodule(parts["layers"])
     for number, width in config.widths.items():
         layer = layers[int(number)]
-        linears = {path: layer.get_submodule(path) for path, _, _ in parts["linears"]}
-        full = {unit: linears[path].in_features for path, _, unit in parts["linears"] if unit}
+        here = dict(layer.named_modules())
+        present = [part for part in parts["linears"] if part[0] in here]
+        linears = {path: here[path] for path, _, _ in present}
+        full = {unit: linears[path].in_features for path, _, unit in present if unit}
         full["qk"] = full["vo"]
         kept = {
             "qk": width["heads"] * width["qk_head_size"],
             "vo": width["heads"] * width["vo_head_size"],
             "neurons": width["neurons"],
         }
-        for path, rows, columns in parts["linears"]:
+        for path, rows, columns in present:
             old = linears[path]
             across = kept[columns] if columns else old.in_features
             # A linear may hold several rows of each unit.
@@ -166,9 +192,12 @@ def _resize(model: Any, config: Any) -> None:
         for name, count in parts["counts"].items():
             setattr(attention, name, {**kept, **width}[count])
         sizes = {name: width[name] for name in ("qk_head_size", "vo_head_size")}
-        if set(sizes.values()) != {config.hidden_size // config.num_attention_heads}:
+        if set(sizes.values()) != {full["vo"] // config.num_attention_heads}:
             attention.__class__ = trimmed_attention(type(attention), parts)
             vars(attention).update(sizes)
+        if "kept_heads" in width:
+            attention.__class__ = biased_attention(type(attention))
+            vars(attention)["kept_heads"] = tuple(width["kept_heads"])
 
 
 def _made(name: str, bases: tuple[type, ...], own: Mapping[str, Any]) -> Any:

@@ -14,14 +14,13 @@ from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import UsageError
 from sensikernels.hf import optimizer as following
 from sensikernels.hf.aside import Exchange, check_linear, exchange, exchange_back, settle
-from sensikernels.hf.family import stock_class
 from sensikernels.hf.features import check_features, has_features, restore_features, use_features
 from sensikernels.hf.layers import encoder_layers, family_of
-from sensikernels.hf.modeling_compact import trimmed_attention
 from sensikernels.hf.moves import Move
 from sensikernels.hf.saving import stop_warning, warn_of_saving
-from sensikernels.hf.targets import attention_of, check_sizes
+from sensikernels.hf.targets import ATTENTION_LEFT, attention_left, attention_of, check_sizes
 from sensikernels.masks.plans import Plan
+from sensikernels.masks.structure import Coupling
 from sensikernels.nn import SelectiveLinear
 
 FORMS = ("compact", "masked")
@@ -36,7 +35,7 @@ class Swap:
     form: str
     replaced: tuple[str, ...]
     required_grad: Mapping[str, bool]
-    head_sizes: Mapping[str, tuple[type, Mapping[str, int]]] = field(default_factory=dict)
+    attentions: Mapping[str, tuple[type, Mapping[str, Any]]] = field(default_factory=dict)
     groups: Mapping[str, int] = field(default_factory=dict)
     report: tuple[str, ...] = ()
 
@@ -92,7 +91,7 @@ def apply(
     required = _requirements(model)
     with ExitStack() as undo:
         _exchange_all(model, changes, undo)
-        sizes = _resize_heads(model, plan, undo) if form == "compact" else {}
+        attentions = _resize_attention(model, plan, undo) if form == "compact" else {}
         undo.callback(_require_grad, model, _requirements(model))
         _freeze(model, plan)
         report = use_features(model, wanted)  # after freezing: a prefix cache asks what is frozen
@@ -107,7 +106,7 @@ def apply(
         form=form,
         replaced=tuple(change.name for change in changes),
         required_grad=required,
-        head_sizes=sizes,
+        attentions=attentions,
         groups=groups,
         report=(*report, *(f"{change.name}: {change.new}" for change in changes)),
     )
@@ -146,8 +145,8 @@ def _restore_plan(model: nn.Module, swap: Swap, optimizer: Optimizer | None) -> 
         if optimizer is not None:
             _follow(model, optimizer, moves, states, required, swap.groups, undo)
         undo.pop_all()
-    for name, (kind, sizes) in swap.head_sizes.items():
-        _set_head_sizes(model.get_submodule(name), kind, sizes)
+    for name, (kind, had) in swap.attentions.items():
+        _set_attention(model.get_submodule(name), kind, had, ATTENTION_LEFT)
     following.mark_replaced(move.old for move in moves)
     following.mark_replaced((move.new for move in moves), replaced=False)
     stop_warning(model)
@@ -266,33 +265,32 @@ def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _resize_heads(
+def _resize_attention(
     model: nn.Module, plan: Plan, undo: ExitStack
-) -> dict[str, tuple[type, Mapping[str, int]]]:
-    """Give attention modules trimmed by dimension their own head sizes; what they had before."""
-    by_dimension = [c for c in plan.couplings if c.kind in ("qk", "vo")]
-    if not by_dimension:
-        return {}
-    family = family_of(model)
-    parts = family.parts()
-    sizes: dict[str, dict[str, int]] = {}
-    for coupling in by_dimension:
-        kept = int(plan.kept_units(coupling).sum()) // coupling.heads
-        name = attention_of(coupling, family)
-        sizes.setdefault(name, {})[f"{coupling.kind}_head_size"] = kept
-    before: dict[str, tuple[type, Mapping[str, int]]] = {}
-    for name, size in sizes.items():
+) -> dict[str, tuple[type, Mapping[str, Any]]]:
+    """Give attention modules the counts, head sizes and heads that are left; what they had."""
+    trimmed: dict[str, dict[str, Coupling]] = {}
+    family = family_of(model) if plan.couplings else None
+    for coupling in plan.couplings:
+        if coupling.kind != "neurons" and family is not None:
+            trimmed.setdefault(attention_of(coupling, family), {})[coupling.kind] = coupling
+    before: dict[str, tuple[type, Mapping[str, Any]]] = {}
+    for name, couplings in trimmed.items():
+        assert family is not None
         attention = model.get_submodule(name)
-        had = {key: vars(attention)[key] for key in size if key in vars(attention)}
+        kept = {kind: plan.kept_units(coupling) for kind, coupling in couplings.items()}
+        kind, now = attention_left(attention, family, kept, couplings)
+        had = {key: vars(attention)[key] for key in now if key in vars(attention)}
         before[name] = type(attention), had
-        undo.callback(_set_head_sizes, attention, type(attention), had)
-        stock = stock_class(type(attention))
-        _set_head_sizes(attention, trimmed_attention(stock, parts), size)
+        undo.callback(_set_attention, attention, type(attention), had, now)
+        _set_attention(attention, kind, now)
     return before
 
 
-def _set_head_sizes(attention: nn.Module, kind: type, sizes: Mapping[str, int]) -> None:
-    for key in ("qk_head_size", "vo_head_size"):
+def _set_attention(
+    attention: nn.Module, kind: type, attributes: Mapping[str, Any], gone: Iterable[str] = ()
+) -> None:
+    for key in gone:
         vars(attention).pop(key, None)
     attention.__class__ = kind
-    vars(attention).update(sizes)
+    vars(attention).update(attributes)

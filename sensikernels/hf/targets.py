@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sensikernels._core.checks import require, require_one_of
 from sensikernels.hf.family import SIX_LINEARS, Couples, Family, stock_class
 from sensikernels.hf.layers import Layer, encoder_layers, family_of
+from sensikernels.hf.modeling_compact import biased_attention, trimmed_attention
 from sensikernels.hf.packed.step import packing_of
 from sensikernels.masks.plans import Plan
 from sensikernels.masks.structure import Coupling, Member, Structure
 
 GRANULARITIES = tuple(SIX_LINEARS)
+_READ_TOKENS = ("ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
+"""How the names of models end whose head reads every token."""
 
 
 def structure_of(model: nn.Module, granularity: str = "heads") -> Structure:
@@ -27,6 +30,10 @@ def structure_of(model: nn.Module, granularity: str = "heads") -> Structure:
     require_one_of(granularity, "granularity", GRANULARITIES)
     layers = encoder_layers(model)
     family = layers[0].family
+    able = granularity in family.couplings
+    require(
+        able, "granularity", f"one of {', '.join(family.couplings)} for {family.title}", granularity
+    )
     packing = packing_of(model)
     couplings: list[Coupling] = []
     for layer in layers:
@@ -48,8 +55,8 @@ def structure_of(model: nn.Module, granularity: str = "heads") -> Structure:
 def attention_of(coupling: Coupling, family: Family) -> str:
     """The module name of the attention that a coupling of dimensions is in."""
     rows = next(m.module for m in coupling.members if m.axis == 0)
-    role = "query" if coupling.kind == "qk" else "value"
-    return rows.removesuffix(family.linears[role]) + family.attention
+    path = next(path for path in family.linears.values() if rows.endswith(f".{path}"))
+    return rows.removesuffix(path) + family.attention
 
 
 def check_sizes(model: nn.Module, plan: Plan, coupling: Coupling) -> None:
@@ -80,8 +87,48 @@ def head_linears(model: nn.Module) -> tuple[str, ...]:
 
 def head_sizes(attention: Any) -> tuple[int, int]:
     """Dimensions of a head in query and key, and in value and output."""
-    full = attention.attention_head_size
+    named = ("attention_head_size", "head_dim")
+    full = next(getattr(attention, name) for name in named if hasattr(attention, name))
     return getattr(attention, "qk_head_size", full), getattr(attention, "vo_head_size", full)
+
+
+ATTENTION_LEFT = ("qk_head_size", "vo_head_size", "kept_heads")
+"""What ``attention_left`` adds to an attention that has none of it."""
+
+
+def attention_left(
+    attention: Any,
+    family: Family,
+    kept: Mapping[str, Tensor],
+    couplings: Mapping[str, Coupling],
+) -> tuple[type, dict[str, Any]]:
+    """The class and the attributes of an attention of which a plan keeps ``kept``, by kind."""
+    assert family.compact is not None
+    kind, (qk_size, vo_size) = type(attention), head_sizes(attention)
+    left: dict[str, Any] = {}
+    if "heads" in kept:
+        heads = int(kept["heads"].sum())
+        if family.compact.biased:
+            had = getattr(attention, "kept_heads", range(len(kept["heads"])))
+            pairs = zip(had, kept["heads"].tolist(), strict=True)
+            left["kept_heads"] = tuple(head for head, stays in pairs if stays)
+            kind = biased_attention(stock_class(kind))
+    else:
+        heads = next(iter(couplings.values())).heads
+        left = {f"{unit}_head_size": int(bits.sum()) // heads for unit, bits in kept.items()}
+        qk_size, vo_size = left.get("qk_head_size", qk_size), left.get("vo_head_size", vo_size)
+        kind = trimmed_attention(stock_class(kind), family.parts())
+    counts = {"heads": heads, "qk": heads * qk_size, "vo": heads * vo_size}
+    return kind, {**left, **{n: counts[c] for n, c in family.compact.counts.items()}}
+
+
+def attention_rows(layer: Layer) -> tuple[int, int]:
+    """Rows of query and of value, wherever the family keeps them."""
+    family, rows = layer.family, {}
+    for role, (unit, _) in family.units().items():
+        if unit in ("qk", "vo") and layer.has(role):
+            rows.setdefault(unit, shape_of(layer, role)[0] // family.repeats.get(role, 1))
+    return rows.get("qk", rows["vo"]), rows["vo"]
 
 
 def shape_of(layer: Layer, role: str) -> tuple[int, int]:
@@ -93,7 +140,7 @@ def shape_of(layer: Layer, role: str) -> tuple[int, int]:
 def _couplings(layer: Layer, granularity: str) -> Iterator[Coupling]:
     family = layer.family
     qk_size, vo_size = head_sizes(layer.attention)
-    query, value = (shape_of(layer, role)[0] for role in ("query", "value"))
+    query, value = attention_rows(layer)
     heads = query // qk_size
     require(
         query == heads * qk_size and value == heads * vo_size,
@@ -114,51 +161,65 @@ def _couplings(layer: Layer, granularity: str) -> Iterator[Coupling]:
 
 
 def _coupling(layer: Layer, couples: Couples, unit_size: int, heads: int) -> Coupling:
-    rows, width = shape_of(layer, couples.rows[0])
-    members = (
-        *(_member(layer, role, 0) for role in couples.rows),
-        *(_member(layer, role, 1) for role in couples.columns),
+    members = tuple(
+        _member(layer, role, axis)
+        for axis, roles in enumerate((couples.rows, couples.columns))
+        for role in roles
+        if layer.has(role)
     )
+    rows, width = members[0].shape
+    lines = sum(member.repeats for member in members)
+    tables = sum(layer.has(role) for role in couples.rows if role in layer.family.optional)
+    biases = sum(m.repeats for m in members if m.axis == 0 and layer.bias(m.module))
     return Coupling(
         name=f"layer.{layer.index}.{couples.kind}",
         kind=couples.kind,
         layer=layer.index,
-        units=rows // unit_size,
+        units=rows // unit_size // members[0].repeats,
         unit_size=unit_size,
         members=members,
-        linear_flops=2 * width * unit_size * len(members),
+        linear_flops=2 * width * unit_size * (lines - tables),
         attention_flops=couples.attention_flops * unit_size,
-        params=unit_size * (width * len(members) + len(couples.rows)),
+        params=unit_size * (width * lines + biases),
         heads=heads,
     )
 
 
 def _on_first_tokens(coupling: Coupling, layer: Layer) -> Coupling:
-    """One query per sequence: Q, output projection and FFN run once, K and V for every token."""
-    on_all = {layer.name("key"), layer.name("value")}
-    every = sum(m.module in on_all for m in coupling.members)
-    each = coupling.linear_flops / len(coupling.members)
+    """One query per sequence: Q, output projection and FFN run once, K and V for every token.
+
+    A linear of all three runs for every token.
+    """
+    on_all = {layer.name(role) for role in _ON_EVERY_TOKEN if layer.has(role)}
+    every = sum(m.repeats for m in coupling.members if m.module in on_all)
+    lines = sum(m.repeats for m in coupling.members)
+    each = coupling.linear_flops / lines
     return replace(
         coupling,
         linear_flops=each * every,
-        sequence_flops=each * (len(coupling.members) - every),
+        sequence_flops=each * (lines - every),
         attention_flops=0,
         key_flops=coupling.attention_flops,
     )
 
 
+_ON_EVERY_TOKEN = ("key", "value", "query_key_value")
+
+
 def _member(layer: Layer, role: str, axis: int) -> Member:
-    return Member(module=layer.name(role), axis=axis, shape=shape_of(layer, role))
+    repeats = layer.family.repeats.get(role, 1) if axis == 0 else 1
+    return Member(module=layer.name(role), axis=axis, shape=shape_of(layer, role), repeats=repeats)
 
 
 def _outside_flops(model: nn.Module, encoder: set[str], family: Family) -> tuple[int, int]:
     """Forward FLOPs of the linears outside the encoder: per token, per sequence."""
     per_token = per_sequence = 0
+    reads_tokens = type(model).__name__.endswith(_READ_TOKENS)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or any(name.startswith(f"{p}.") for p in encoder):
             continue
         flops = 2 * module.in_features * module.out_features
-        if family.pooler in name or name.startswith(family.classifier):
+        if not reads_tokens and (family.pooler in name or family.classifier in name.split(".")):
             per_sequence += flops
         else:
             per_token += flops

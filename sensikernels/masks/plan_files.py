@@ -58,6 +58,7 @@ def read_coupling(data: Any) -> Coupling:
     for member in made.members:
         _name(member.module, f"{where} module")
         whole_number(member.axis, f"{where} axis", 0, 1)
+        whole_number(member.repeats, f"{where} repeats", 1)
         _sizes(member.shape, f"{where} {member.module}")
     even = made.units % made.heads == 0
     require(even, f"{where} heads", f"a divisor of {made.units} units", made.heads)

@@ -256,7 +256,8 @@ def _assemble(
         kept = bits[coupling.name]
         for member in coupling.members:
             band = Mask.rows if member.axis == 0 else Mask.columns
-            masks[member.module] = band(kept, member.shape, **_size(member.axis, coupling))
+            lines = kept.repeat(member.repeats)
+            masks[member.module] = band(lines, member.shape, **_size(member.axis, coupling))
     counts = {name: int(kept.sum()) for name, kept in bits.items()}
     return Plan(
         method=method,

@@ -107,7 +107,7 @@ class Plan:
         mask = self.weight_masks.get(coupling.members[0].module)
         if mask is None:
             return torch.ones(coupling.units, dtype=torch.bool)
-        return mask.grid.flatten()
+        return mask.grid.flatten()[: coupling.units]
 
     def kept_counts(self) -> dict[str, int]:
         """Kept units by coupling name."""
@@ -246,7 +246,7 @@ def _require_same_units(
 ) -> None:
     """Raise UsageError unless ``mask`` keeps these bands of units of a member's weight."""
     where = f"plan: {coupling.name}: {member.module}"
-    sides = member.shape[member.axis], coupling.units * coupling.unit_size
+    sides = member.shape[member.axis], coupling.units * coupling.unit_size * member.repeats
     require(sides[0] == sides[1], where, f"{sides[1]} rows or columns of units", sides[0])
     if mask is None:
         require(bool(kept.all()), where, "the units that the others keep", "all units")
@@ -256,7 +256,7 @@ def _require_same_units(
     block = (size, width) if member.axis == 0 else (height, size)
     got = (mask.shape, mask.block_shape)
     require(got == (member.shape, block), where, f"bands {block} of {member.shape}", got)
-    same = torch.equal(mask.grid.flatten(), kept)
+    same = torch.equal(mask.grid.flatten(), kept.repeat(member.repeats))
     require(same, where, "the units that the coupling's others keep", "other ones")
 
 

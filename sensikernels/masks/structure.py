@@ -14,11 +14,15 @@ TRAIN_FACTOR = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One linear of a coupling: units are bands of its rows (axis 0) or columns (axis 1)."""
+    """One linear of a coupling: units are bands of its rows (axis 0) or columns (axis 1).
+
+    ``repeats``: how often all units follow each other, as in one linear of query, key and value.
+    """
 
     module: str
     axis: int
     shape: tuple[int, int]
+    repeats: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,21 +142,27 @@ _ON_EVERY_TOKEN = {"heads": 2, "qk": 1, "vo": 1}
 
 def _reading(coupling: Coupling, sequence_length: float) -> float:
     """Forward FLOPs per token and unit of the members that read the layer's input."""
-    readers = [m for m in coupling.members if m.axis == 0]
-    each = 2 * readers[0].shape[1] * coupling.unit_size
+    rows = [m.repeats for m in coupling.members if m.axis == 0]
+    readers, lines = sum(rows), sum(m.repeats for m in coupling.members)
+    each = 2 * coupling.members[0].shape[1] * coupling.unit_size
     if not coupling.key_flops:
-        return each * len(readers)
-    every = _ON_EVERY_TOKEN[coupling.kind]
+        return coupling.linear_flops - each * (lines - readers)
+    every = readers if max(rows) > 1 else _ON_EVERY_TOKEN[coupling.kind]
     once = coupling.linear(sequence_length) - each * every
-    return each * every + once * (len(readers) - every) / (len(coupling.members) - every)
+    return each * every + once * (readers - every) / (lines - every)
 
 
 def coupling_to_json(coupling: Coupling) -> dict[str, Any]:
     """A plain dictionary that ``coupling_from_json`` reads back."""
     return {
         **{k: v for k, v in vars(coupling).items() if k != "members"},
-        "members": [vars(m) | {"shape": list(m.shape)} for m in coupling.members],
+        "members": [_member_to_json(m) for m in coupling.members],
     }
+
+
+def _member_to_json(member: Member) -> dict[str, Any]:
+    once = {"repeats"} if member.repeats == 1 else set()
+    return {k: v for k, v in vars(member).items() if k not in once} | {"shape": list(member.shape)}
 
 
 def coupling_from_json(data: Mapping[str, Any]) -> Coupling:

@@ -27,7 +27,7 @@ STEPS = {
     "map a gradient": (aside, "_moved_grad"),
     "settle a layer": (swap, "settle"),
     "set a layer": (swap, "_set_submodule"),
-    "resize heads": (swap, "_set_head_sizes"),
+    "resize heads": (swap, "_set_attention"),
     "freeze": (swap, "_freeze"),
     "switch features on": (swap, "use_features"),
     "switch dropout on": (features, "use_counter_dropout"),

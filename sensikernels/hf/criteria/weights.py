@@ -39,7 +39,8 @@ def unit_sums(
         table=unit_table(couplings, weights) if table is None else table,
     )
     totals = {c.name: torch.zeros(c.units, dtype=torch.float64) for c in couplings}
-    for index, (coupling, _) in enumerate(members):
+    for index, (coupling, member) in enumerate(members):
         lines = sums.view(statistic, index).double().cpu()
-        totals[coupling.name] += lines.view(coupling.units, coupling.unit_size).sum(1)
+        bands = lines.view(member.repeats, coupling.units, coupling.unit_size)
+        totals[coupling.name] += bands.sum((0, 2))
     return totals

@@ -1,18 +1,13 @@
-"""BERT: names, layer walk and heads."""
+"""BERT, and what its relatives share with it: names, layer walk and heads."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import transformers
 from torch import Tensor
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertModel,
-)
-from transformers.models.bert import modeling_bert as bert
+from transformers.models.bert import modeling_bert
 
 from sensikernels.hf.family import (
     SIX_LINEARS,
@@ -25,18 +20,29 @@ from sensikernels.hf.family import (
     PackedStep,
 )
 
+_AROUND = {
+    "embeddings": "Embeddings",
+    "encoder": "Encoder",
+    "encoder.layer.N": "Layer",
+    "encoder.layer.N.attention": "Attention",
+    "encoder.layer.N.attention.self": "SelfAttention",
+    "encoder.layer.N.attention.output": "SelfOutput",
+    "encoder.layer.N.intermediate": "Intermediate",
+    "encoder.layer.N.output": "Output",
+}
+"""The modules whose forwards are not called, and how the names of their classes end."""
 
-def _home(model_type: str) -> str:
-    return f"transformers.models.{model_type}.modeling_{model_type}"
 
-
-def _embedding(encoder: Any) -> Embedding:
+def embedding(encoder: Any) -> Embedding:
+    """The modules of BERT's embeddings, and the linear after them where a relative has one."""
     block = encoder.embeddings
     tables = (block.word_embeddings, block.position_embeddings, block.token_type_embeddings)
-    return Embedding(tables, block.LayerNorm, block.dropout, around=(block,))
+    project = getattr(encoder, "embeddings_project", None)
+    return Embedding(tables, block.LayerNorm, block.dropout, around=(block,), project=project)
 
 
-def _block(layer: Any) -> Block:
+def block(layer: Any) -> Block:
+    """The modules of one of BERT's layers."""
     around, intermediate, output = layer.attention, layer.intermediate, layer.output
     attention, attended = around.self, around.output
     return Block(
@@ -50,56 +56,65 @@ def _block(layer: Any) -> Block:
     )
 
 
-def _logits(model: Any, hidden: Tensor) -> Tensor:
-    logits: Tensor = model.cls(hidden)
-    return logits
+def relative(
+    modeling: Any,
+    prefix: str,
+    title: str,
+    *,
+    logits: Callable[[Any, Tensor], Tensor],
+    positions: Callable[[Any, Tensor, Tensor | None], Tensor] | None = None,
+    **differences: Any,
+) -> Family:
+    """The family that transformers defines in ``modeling`` as it does BERT.
 
+    ``prefix``: how the names of its classes begin. ``logits`` and ``positions``: as in
+    ``LanguageHead`` and ``PackedStep``. ``differences``: fields of ``Family`` that are not BERT's.
+    """
 
-BERT = Family(
-    name="bert",
-    title="BERT",
-    attentions={
-        "BertSelfAttention": _home("bert"),
-        # Relatives with BERT's layers: trimmed with masks, as far as no family is their own.
-        "RobertaSelfAttention": _home("roberta"),
-        "XLMRobertaSelfAttention": _home("xlm_roberta"),
-        "CamembertSelfAttention": _home("camembert"),
-        "ElectraSelfAttention": _home("electra"),
-    },
-    encoder="bert",
-    layers="encoder.layer",
-    linears={
-        "query": "attention.self.query",
-        "key": "attention.self.key",
-        "value": "attention.self.value",
-        "attention_output": "attention.output.dense",
-        "intermediate": "intermediate.dense",
-        "output": "output.dense",
-    },
-    norms={"attention_norm": "attention.output.LayerNorm", "output_norm": "output.LayerNorm"},
-    attention="attention.self",
-    couplings=SIX_LINEARS,
-    packed=PackedStep(
-        encoder=BertModel,
-        around={
-            "embeddings": (bert.BertEmbeddings,),
-            "encoder": (bert.BertEncoder,),
-            "encoder.layer.N": (bert.BertLayer,),
-            "encoder.layer.N.attention": (bert.BertAttention,),
-            "encoder.layer.N.attention.self": (bert.BertSelfAttention,),
-            "encoder.layer.N.attention.output": (bert.BertSelfOutput,),
-            "encoder.layer.N.intermediate": (bert.BertIntermediate,),
-            "encoder.layer.N.output": (bert.BertOutput,),
+    def named(ending: str) -> Any:
+        return vars(modeling)[f"{prefix}{ending}"]
+
+    attention = named("SelfAttention")
+    config: Any = getattr(transformers, f"{prefix}Config")
+    names: Mapping[str, Any] = {
+        "encoder": named("PreTrainedModel").base_model_prefix,
+        "layers": "encoder.layer",
+        "linears": {
+            "query": "attention.self.query",
+            "key": "attention.self.key",
+            "value": "attention.self.value",
+            "attention_output": "attention.output.dense",
+            "intermediate": "intermediate.dense",
+            "output": "output.dense",
         },
-        embedding=_embedding,
-        block=_block,
-        first_token=(BertForSequenceClassification,),
-        by_row=(BertForQuestionAnswering,),
-        language=LanguageHead(model=BertForMaskedLM, logits=_logits),
-    ),
-    compact=Compact(
-        config=BertConfig,
-        attention=bert.BertSelfAttention,
-        counts={"num_attention_heads": "heads", "all_head_size": "qk"},
-    ),
-)
+        "norms": {
+            "attention_norm": "attention.output.LayerNorm",
+            "output_norm": "output.LayerNorm",
+        },
+        "attention": "attention.self",
+        "couplings": SIX_LINEARS,
+        "packed": PackedStep(
+            encoder=named("Model"),
+            around={path: (named(ending),) for path, ending in _AROUND.items()},
+            embedding=embedding,
+            block=block,
+            positions=positions,
+            first_token=(named("ForSequenceClassification"),),
+            by_row=(named("ForQuestionAnswering"),),
+            language=LanguageHead(model=named("ForMaskedLM"), logits=logits),
+        ),
+        "compact": Compact(
+            config=config,
+            attention=attention,
+            counts={"num_attention_heads": "heads", "all_head_size": "qk"},
+        ),
+    }
+    return Family(
+        name=config.model_type,
+        title=title,
+        attentions={attention.__name__: modeling.__name__},
+        **{**names, **differences},
+    )
+
+
+BERT = relative(modeling_bert, "Bert", "BERT", logits=lambda model, hidden: model.cls(hidden))

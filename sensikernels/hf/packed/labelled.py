@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch.nn.functional as F
@@ -18,37 +19,22 @@ IGNORED = -100  # HuggingFace's label of tokens that do not count
 class LabelledHead(Changed):
     """The mixin that ``use_labelled`` puts in front of a masked-language model's class."""
 
-    labelled_head: tuple[Family, int]
+    labelled_head: tuple[Family, int, tuple[str, ...]]
 
-    def forward(
-        self: Any,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **named: Any,
-    ) -> Any:
+    def forward(self: Any, *given: Any, labels: Tensor | None = None, **named: Any) -> Any:
         """HuggingFace's forward, but in training with ``labels``: head and loss on labelled tokens.
 
         Loss and gradients are those of all tokens; ``logits`` are then ``[labelled, vocabulary]``,
         in the order of the tokens, and the loss is float32.
         """
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-        }
-        inputs = {name: value for name, value in given.items() if value is not None}
+        family, multiple, names = self.labelled_head
+        inputs = {**dict(zip(names, given, strict=False)), **named}
+        labels = inputs.pop("labels", labels)
         if labels is None or not self.training:
-            return self.original.forward(self, **inputs, labels=labels, **named)
-        family, multiple = self.labelled_head
-        as_tuple = named.pop("return_dict", None) is False
+            return self.original.forward(self, **inputs, labels=labels)
+        as_tuple = inputs.pop("return_dict", None) is False
         encoder = getattr(self, family.encoder)
-        hidden = encoder(**inputs, return_dict=True, **named).last_hidden_state.flatten(0, 1)
+        hidden = encoder(**inputs, return_dict=True).last_hidden_state.flatten(0, 1)
         labels = labels.flatten()
         places = (labels != IGNORED).nonzero().flatten()
         count = len(places)
@@ -63,8 +49,9 @@ class LabelledHead(Changed):
 
 def use_labelled(model: nn.Module, family: Family, multiple: int) -> None:
     """Train ``model``'s head on labelled tokens; their number is rounded up to ``multiple``."""
+    names = tuple(signature(model.forward).parameters)
     change_class(model, LabelledHead)
-    object.__setattr__(model, "labelled_head", (family, multiple))
+    object.__setattr__(model, "labelled_head", (family, multiple, names))
 
 
 def restore_labelled(model: nn.Module) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from sensikernels._core.checks import expected, require
 from sensikernels._core.hooks import hooked
@@ -50,27 +51,28 @@ def use_packed(
             positions, an attention that is not known, or ``labelled_only`` without the family's
             masked-language model.
     """
-    family, step, encoder = _packable(model)
+    home = _packable(model)
+    family, step, encoder, owner = home
     require(multiple >= 1, "multiple", "at least 1", multiple)
     language = step.language
-    if labelled_only and (language is None or not isinstance(model, language.model)):
+    if labelled_only and (language is None or not isinstance(owner, language.model)):
         wanted = "a masked-language model" if language is None else f"a {language.model.__name__}"
-        raise expected("labelled_only", wanted, type(model).__name__)
-    first_read = isinstance(model, step.first_token)
+        raise expected("labelled_only", wanted, type(owner).__name__)
+    first_read = isinstance(owner, step.first_token)
     cls_only = cls_only and first_read
     packing = Packing(
         family=family,
         cls_only=cls_only,
         fused=fused,
         multiple=multiple,
-        repad=isinstance(model, step.by_row) and not cls_only,
+        repad=isinstance(owner, step.by_row) and not cls_only,
         first_read=first_read,
         labelled_only=labelled_only,
     )
     change_class(encoder, PackedEncoder)
     encoder.packing = packing
     if labelled_only:
-        use_labelled(model, family, multiple)
+        use_labelled(owner, family, multiple)
     report = ["tokens packed"]
     report += ["fused passes"] if fused else []
     report += ["last layer on first tokens"] if cls_only else []
@@ -80,10 +82,10 @@ def use_packed(
 
 def restore_packed(model: nn.Module) -> None:
     """Undo ``use_packed``. Raises UsageError if it is not in use."""
-    encoder = _encoder_of(model)[2]
+    _, _, encoder, owner = _home(model)
     if not isinstance(encoder, PackedEncoder):
         raise expected("model", "packed tokens", "padded ones")
-    restore_labelled(model)
+    restore_labelled(owner)
     change_back(encoder)
     del encoder.packing
     encoder.__dict__.pop("prefix_cache", None)
@@ -100,7 +102,7 @@ def cache_frozen_prefix(model: nn.Module, *, limit_mib: float = 1024.0) -> Froze
         UsageError: the model is not packed or nothing lowest is frozen; at a step, that something
             below trains or drops out after all.
     """
-    family, _, encoder = _encoder_of(model)
+    family, _, encoder, _ = _home(model)
     if not isinstance(encoder, PackedEncoder):
         raise expected("model", "packed tokens (use_packed)", "padded ones")
     layers = list(reach(encoder, family.layers))
@@ -148,23 +150,49 @@ def unpacked(model: nn.Module) -> Iterator[None]:
 
 def _packed_encoder(model: nn.Module) -> PackedEncoder | None:
     """The packed encoder that ``model`` holds or is."""
-    holders = (model, *(getattr(model, family.encoder, None) for family in FAMILIES))
-    return next((m for m in holders if isinstance(m, PackedEncoder)), None)
+    return next((m for m in model.modules() if isinstance(m, PackedEncoder)), None)
 
 
-def _encoder_of(model: nn.Module) -> tuple[Family, PackedStep, Any]:
-    """The family of ``model``, its packed step and its encoder. Raises UsageError: none known."""
-    for family in FAMILIES:
-        encoder = getattr(model, family.encoder, model)
-        if family.packed is not None and isinstance(encoder, family.packed.encoder):
-            return family, family.packed, encoder
-    titles = " or ".join(family.title for family in reversed(FAMILIES) if family.packed)
-    raise expected("model", f"a {titles}", type(model).__name__)
+class _Home(NamedTuple):
+    """An encoder inside a model, and the model with the head it has: itself where it has none."""
+
+    family: Family
+    step: PackedStep
+    encoder: Any
+    owner: nn.Module
 
 
-def _packable(model: nn.Module) -> tuple[Family, PackedStep, Any]:
+def _home(model: nn.Module) -> _Home:
+    """The encoder of ``model``, wherever it is wrapped. Raises UsageError: none known, or two."""
+    found = [
+        (name, module, family)
+        for name, module in model.named_modules()
+        for family in FAMILIES
+        if family.packed is not None and isinstance(module, family.packed.encoder)
+    ]
+    if not found:
+        titles = " or ".join(family.title for family in FAMILIES if family.packed)
+        raise expected("model", f"a {titles}", _without_packed_step(model))
+    require(len(found) == 1, "model", "one encoder", f"{len(found)} in {type(model).__name__}")
+    name, encoder, family = found[0]
+    assert family.packed is not None
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return _Home(family, family.packed, encoder, owner if name else encoder)
+
+
+def _without_packed_step(model: nn.Module) -> str:
+    """The model's class, and why its family runs on padded tokens alone."""
+    kind = type(model).__name__
+    if isinstance(model, PreTrainedModel):
+        named = [f for f in FAMILIES if f.name == stock_class(type(model.config)).model_type]
+        return f"{kind}, which has {named[0].padded_because}" if named else kind
+    return kind
+
+
+def _packable(model: nn.Module) -> _Home:
     """The encoder of ``model``. Raises UsageError unless packed tokens can run through it."""
-    family, step, encoder = _encoder_of(model)
+    home = _home(model)
+    _, step, encoder, _ = home
     require(not isinstance(encoder, PackedEncoder), "model", "padded tokens", "packed ones already")
     config: Any = encoder.config
     decodes = any(getattr(config, flag, False) for flag in ("is_decoder", "add_cross_attention"))
@@ -176,7 +204,7 @@ def _packable(model: nn.Module) -> tuple[Family, PackedStep, Any]:
     require(own, "model", f"{kind.__name__}'s own forward", f"that of {type(encoder).__name__}")
     for name, module in encoder.named_modules():
         _check_module(f"model: {name}", module, step.around.get(re.sub(r"\d+", "N", name)))
-    return family, step, encoder
+    return home
 
 
 def _check_module(name: str, module: nn.Module, kinds: tuple[type, ...] | None) -> None:
