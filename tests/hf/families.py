@@ -27,6 +27,9 @@ _SIZES = {
 }
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "bert": {},
+    "roberta": {"type_vocab_size": 1},
+    "xlm-roberta": {"type_vocab_size": 1},
+    "camembert": {"type_vocab_size": 1},
 }
 """By ``model_type``: the settings that are not BERT's."""
 
