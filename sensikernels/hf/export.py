@@ -111,9 +111,9 @@ def _grow_layer(
     for role, (rows, columns) in layer.family.units().items():
         if not layer.has(role):
             continue
-        for leaf in ("weight", "bias") if rows else ():
+        for leaf in ("weight", "bias"):
             name = f"{layer.name(role)}.{leaf}"
-            if name in state:
+            if rows and name in state:
                 state[name] = left[rows].grown(state[name], layer.family.repeats.get(role, 1))
         if columns:
             name = f"{layer.name(role)}.weight"

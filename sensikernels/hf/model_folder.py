@@ -187,9 +187,9 @@ def _check_widths(path: Path, config: Mapping[str, Any], family: Family) -> None
     for layer, width in widths.items():
         where = f"widths of layer {layer}"
         biased = family.compact is not None and family.compact.biased
-        needed = (*WIDTHS, "kept_heads") if biased else WIDTHS
-        ok = isinstance(width, dict) and set(width) == set(needed)
-        _require(ok, path, where, ", ".join(needed), width)
+        names = (*WIDTHS, "kept_heads") if biased else WIDTHS
+        ok = isinstance(width, dict) and set(width) == set(names)
+        _require(ok, path, where, ", ".join(names), width)
         for name, most in limits.items():
             ok = type(width[name]) is int and 1 <= width[name] <= most
             _require(ok, path, f"{where}: {name}", f"a whole number from 1 to {most}", width[name])

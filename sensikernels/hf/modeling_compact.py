@@ -5,8 +5,8 @@ This file is saved with every compact checkpoint and imports nothing of this pac
 classes are made of transformers' own: ``SkBertModel`` of ``BertModel``, when first asked for.
 
 ``widths`` in a config: per layer ``heads, qk_head_size, vo_head_size, neurons``, and which heads
-are left (``kept_heads``) where each has a bias of its own. ``parts``: where the parts of that kind of encoder are, and what the rows and columns of its linears are, query
-before key before value.
+are left (``kept_heads``) where each has a bias of its own. ``parts``: where the parts of that kind
+of encoder are, and what the rows and columns of its linears are, query before key before value.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class BiasedAttention(nn.Module):
 
 
 @functools.cache
-def biased_attention(stock: type) -> type:
+def biased_attention(stock: Any) -> type:
     """The class with heads of its own of a stock class of attention."""
     return _made(f"Trimmed{stock.__name__}", (BiasedAttention, stock), {})
 
@@ -196,7 +196,8 @@ def _resize(model: Any, config: Any) -> None:
             attention.__class__ = trimmed_attention(type(attention), parts)
             vars(attention).update(sizes)
         if "kept_heads" in width:
-            attention.__class__ = biased_attention(type(attention))
+            kind: Any = type(attention)
+            attention.__class__ = biased_attention(kind)
             vars(attention)["kept_heads"] = tuple(width["kept_heads"])
 
 

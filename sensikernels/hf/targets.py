@@ -124,10 +124,10 @@ def attention_left(
 
 def attention_rows(layer: Layer) -> tuple[int, int]:
     """Rows of query and of value, wherever the family keeps them."""
-    family, rows = layer.family, {}
-    for role, (unit, _) in family.units().items():
-        if unit in ("qk", "vo") and layer.has(role):
-            rows.setdefault(unit, shape_of(layer, role)[0] // family.repeats.get(role, 1))
+    rows: dict[str | None, int] = {}
+    for role, (unit, _) in layer.family.units().items():
+        if layer.has(role) and role not in layer.family.optional:
+            rows.setdefault(unit, shape_of(layer, role)[0] // layer.family.repeats.get(role, 1))
     return rows.get("qk", rows["vo"]), rows["vo"]
 
 

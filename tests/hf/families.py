@@ -30,6 +30,20 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "roberta": {"type_vocab_size": 1},
     "xlm-roberta": {"type_vocab_size": 1},
     "camembert": {"type_vocab_size": 1},
+    "electra": {"embedding_size": 24, "summary_last_dropout": 0.0},
+    "distilbert": dict.fromkeys(
+        ("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"), 0.0
+    ),
+    "mpnet": {"relative_attention_num_buckets": 32},
+    "deberta-v2": {
+        "type_vocab_size": 0,
+        "relative_attention": True,
+        "position_buckets": 8,
+        "pos_att_type": ["p2c", "c2p"],
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": False,
+        "conv_kernel_size": 3,
+    },
 }
 """By ``model_type``: the settings that are not BERT's."""
 
@@ -59,7 +73,9 @@ def heads_of(kind: str) -> list[str]:
     return sorted(stock_models(type(config_of(kind))))
 
 
-def draw(head: str, *, ragged: bool = True, rows: int = ROWS) -> dict[str, Tensor]:
+def draw(
+    head: str, kind: str = "bert", *, ragged: bool = True, rows: int = ROWS
+) -> dict[str, Tensor]:
     """A batch for that head: padded on the right, labels of padding not counted."""
     generator = torch.Generator().manual_seed(0)
 
@@ -85,7 +101,9 @@ def draw(head: str, *, ragged: bool = True, rows: int = ROWS) -> dict[str, Tenso
         "ForMultipleChoice": {"labels": ids(0, CHOICES, rows)},
         "ForNextSentencePrediction": {"labels": ids(0, 2, rows)},
         "ForMaskedLM": {"labels": masked},
-        "ForPreTraining": {"labels": masked, "next_sentence_label": ids(0, 2, rows)},
+        "ForPreTraining": {"labels": masked, "next_sentence_label": ids(0, 2, rows)}
+        if kind == "bert"
+        else {"labels": per_token.clamp(min=0)},
     }
     return {"input_ids": words, "attention_mask": mask, **labels[head]}
 

@@ -62,7 +62,6 @@ OTHERS: dict[str, dict[str, Any]] = {
         "decoder_attention_heads": 2,
     },
     "T5Model": {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_ff": 32, "vocab_size": 99},
-    "DistilBertModel": {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
     "AlbertModel": {
         "hidden_size": 32,
         "num_hidden_layers": 1,
@@ -71,8 +70,6 @@ OTHERS: dict[str, dict[str, Any]] = {
         "embedding_size": 16,
         "vocab_size": 99,
     },
-    "MPNetModel": SIZES,
-    "DebertaV2Model": SIZES,
     "RobertaPreLayerNormModel": SIZES,
 }
 

@@ -15,7 +15,6 @@ from sensikernels._core.errors import SensiError, UsageError
 from sensikernels.hf import apply, compact, export, modeling_compact, restore
 from sensikernels.hf import export as module_export
 from tests.hf.conftest import make_batch, make_model
-from tests.hf.test_attention import like_bert
 from tests.hf.test_module_state import FIRST, plans
 from tests.hf.test_swap import make_plan, outputs
 
@@ -129,19 +128,25 @@ def run(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_other_plans_and_other_families() -> None:
+def test_other_plans() -> None:
     model, batch = make_model().eval(), make_batch()
     apply(model, plans(model)["blocks"])
     got, wanted = outputs(export(model), batch)[1], outputs(model, batch)[1]
     torch.testing.assert_close(got, wanted)
-    relative = like_bert("CamembertForSequenceClassification")
-    apply(relative, make_plan(relative))
-    with pytest.raises(UsageError, match="expected one of BertFor.*, got CamembertForSequence"):
-        compact(relative)
-    ids = torch.randint(5, 99, (2, 7))
-    stock = export(relative)
-    assert type(stock) is transformers.CamembertForSequenceClassification
-    torch.testing.assert_close(stock(ids).logits, relative(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+class OwnHead(transformers.BertForSequenceClassification):  # type: ignore[misc]
+    """A class that transformers does not have."""
+
+
+def test_a_class_of_ones_own_is_exported_but_not_compacted() -> None:
+    model, batch = OwnHead(make_model().config).eval(), make_batch()
+    apply(model, make_plan(model))
+    with pytest.raises(UsageError, match="transformers' own class of BERT, .*, got OwnHead"):
+        compact(model)
+    stock = export(model)
+    assert type(stock) is OwnHead
+    torch.testing.assert_close(stock(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

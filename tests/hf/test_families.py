@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from sensikernels._core.errors import UsageError
 from sensikernels.hf import (
     apply,
     below_layers,
@@ -69,11 +68,10 @@ def test_names_of_norms_are_those_of_the_modules() -> None:
         assert is_norm(name) == (name.rpartition(".")[0] in norms)
 
 
-def test_relatives_have_berts_layers_but_are_not_packed() -> None:
+def test_relatives_have_berts_layers() -> None:
     model = like_bert("CamembertForSequenceClassification")
     assert family_of(model).linears == BERT.linears
-    with pytest.raises(UsageError, match="model: expected a BERT.*, got CamembertForSequence"):
-        use_packed(model)
+    assert family_of(model).title == "CamemBERT"
 
 
 def test_a_checkpoint_that_names_no_parts_loads(tmp_path: Path) -> None:

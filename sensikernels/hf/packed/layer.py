@@ -35,22 +35,34 @@ def embed(embedding: Embedding, tokens: Tokens, *, fused: bool) -> Tensor:
 def _can_fuse(embedding: Embedding) -> bool:
     return (
         _is_norm(embedding.norm)
-        and all(map(_is_table, embedding.tables))
+        and all(table is None or _is_table(table) for table in embedding.tables)
         and _is_dropout(embedding.dropout)
     )
 
 
 def _fused_sum(embedding: Embedding, tokens: Tokens) -> Tensor:
-    words, positions, types = (without_row(t.weight, t.padding_idx) for t in embedding.tables)
+    words, *others = embedding.tables
+    # One row of zeros where a table is absent: exact, and as fast as an operator of its own.
+    tables = [
+        words.weight.new_zeros(1, words.weight.shape[1])
+        if table is None
+        else without_row(table.weight, table.padding_idx)
+        for table in embedding.tables
+    ]
+    rows = (tokens.position_ids, tokens.token_type_ids)
+    positions, types = (
+        torch.zeros_like(ids) if table is None else ids
+        for table, ids in zip(others, rows, strict=True)
+    )
     norm = embedding.norm
     return embed_norm(
         tokens.input_ids,
-        tokens.position_ids,
-        tokens.token_type_ids,
-        *(words, positions, types, norm.weight, norm.bias),
+        positions,
+        types,
+        *(*tables, norm.weight, norm.bias),
         dropout=_rate(embedding.dropout),
         eps=norm.eps,
-        sparse=embedding.tables[0].sparse,
+        sparse=words.sparse,
     )
 
 

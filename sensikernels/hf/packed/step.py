@@ -184,7 +184,8 @@ def _without_packed_step(model: nn.Module) -> str:
     """The model's class, and why its family runs on padded tokens alone."""
     kind = type(model).__name__
     if isinstance(model, PreTrainedModel):
-        named = [f for f in FAMILIES if f.name == stock_class(type(model.config)).model_type]
+        config: Any = stock_class(type(model.config))
+        named = [f for f in FAMILIES if f.name == config.model_type]
         return f"{kind}, which has {named[0].padded_because}" if named else kind
     return kind
 
