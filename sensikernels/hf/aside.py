@@ -54,7 +54,8 @@ def check_linear(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Line
             f"plan: expected a model with a module {name}, got {type(model).__name__} without it"
         ) from None
     if type(module) is not nn.Linear:
-        raise UsageError(f"module {name}: expected an nn.Linear, got {type(module).__name__}")
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise UsageError(f"module {name}: expected an nn.Linear, got a {kind}")
     got = tuple(module._parameters)
     rest = [*module._buffers, *module._modules]
     if set(got) != {"weight", "bias"} or rest:

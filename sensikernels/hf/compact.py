@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sensikernels._core.checks import expected
+from sensikernels._core.checks import expected, require
 from sensikernels._core.errors import UsageError
 from sensikernels.hf.aside import user_attributes
 from sensikernels.hf.dropout import attention_before
 from sensikernels.hf.families import FAMILIES
 from sensikernels.hf.family import Family, stock_class
+from sensikernels.hf.inner import rewrapped, transformer_in
 from sensikernels.hf.layers import Layer, encoder_layers
 from sensikernels.hf.modeling_compact import compact_class, stock_models
 from sensikernels.hf.module_state import carry, class_of
@@ -29,7 +30,8 @@ def compact(model: nn.Module) -> nn.Module:
     Trimmed models become the compact classes of their family (registered with the Auto classes;
     their saved ``config.json`` carries every layer's widths), other plans come back as the original
     class with trained entries merged. ``save_pretrained`` then ``from_pretrained`` is bit-equal.
-    The given model is left as it is when trimmed, and restored when its shapes never changed.
+    The given model is left as it is when trimmed, and restored when its shapes never changed. What
+    is around a transformers model (SentenceTransformer) is copied around the compact one.
     Modes, ``requires_grad``, hooks, gradient checkpointing and the choice of attention carry over;
     no random number is drawn.
 
@@ -46,18 +48,24 @@ def compact(model: nn.Module) -> nn.Module:
     if swap.form != "compact":
         raise UsageError(f"model: expected a plan applied as 'compact', got {swap.form!r}")
     kind, family = check_compactable(model)
-    return built(kind, _config(model, kind, family), _plain_state(model), model)
+    inner = transformer_in(model)
+    small = built(kind, _config(model, kind, family), _plain_state(inner), inner)
+    return rewrapped(model, inner, small)
 
 
 def built(kind: Any, config: Any, state: Mapping[str, Tensor], model: nn.Module) -> nn.Module:
     """A ``kind(config)`` with copies of ``state`` and with all that users left on ``model``.
 
-    No random number is drawn, and every tensor keeps its dtype and device.
+    No random number is drawn, and every tensor keeps its dtype and device. Raises UsageError if
+    ``state`` has other names.
     """
     # The one choice of a model's constructor that its config does not hold.
     pooled = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
     with torch.device("meta"):
         made: Any = kind(config, **pooled)
+    strange = sorted(state.keys() ^ made.state_dict().keys())
+    wanted = "transformers' own modules alone (merge adapters first)"
+    require(not strange, "model", wanted, strange[:3])
     made.load_state_dict({k: v.detach().clone() for k, v in state.items()}, assign=True)
     for name, buffer in model.named_buffers():
         stem, _, leaf = name.rpartition(".")
@@ -78,7 +86,7 @@ def check_compactable(model: nn.Module) -> tuple[Any, Family]:
 
     Raises UsageError: there is none.
     """
-    made_of = class_of(model)
+    made_of = class_of(transformer_in(model))
     families = {
         stock: family
         for family in FAMILIES
@@ -114,7 +122,7 @@ _OF_A_STEP = ("_sensikernels", "packing", "prefix_cache", "labelled_head", "save
 
 
 def _config(model: nn.Module, kind: Any, family: Family) -> Any:
-    given: Any = model.config
+    given: Any = transformer_in(model).config
     widths = {str(layer.index): _widths(layer) for layer in encoder_layers(model)}
     plain = {k: v for k, v in given.to_dict().items() if k not in OURS}
     config = kind.config_class(widths=widths, parts=family.parts(), **plain)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from sensikernels._core.checks import require
 from sensikernels._core.errors import UsageError
+from sensikernels.hf.inner import transformer_in
 from sensikernels.hf.layers import all_layers
 from sensikernels.nn import CounterDropout
 from sensikernels.ops.dropout import dropout as counter_dropout
@@ -165,16 +165,13 @@ def attention_before(model: nn.Module) -> str:
 def set_attention(model: nn.Module, name: str) -> str:
     """Have ``model`` use the attention of that name; returns the name of the one before.
 
-    Raises UsageError for a model that transformers' switch is not on.
+    Raises UsageError where there is no transformers model.
     """
-    able = callable(getattr(model, "set_attn_implementation", None))
-    require(able, "model", "a transformers model", type(model).__name__)
     before = _attention(model)
-    model.set_attn_implementation(name)  # type: ignore[operator]
+    transformer_in(model).set_attn_implementation(name)
     return before
 
 
 def _attention(model: nn.Module) -> str:
-    config: Any = model.config
-    before: str = config._attn_implementation
+    before: str = transformer_in(model).config._attn_implementation
     return before

@@ -15,6 +15,7 @@ from sensikernels._core.files import writing
 from sensikernels.hf.compact import OURS, built, check_compactable, compact
 from sensikernels.hf.dropout import attention_before
 from sensikernels.hf.family import stock_class
+from sensikernels.hf.inner import rewrapped, transformer_in
 from sensikernels.hf.layers import Layer, encoder_layers
 from sensikernels.hf.module_state import class_of
 from sensikernels.hf.swap import applied
@@ -46,6 +47,8 @@ def export(model: nn.Module, path: Path | str | None = None, *, form: str = "sto
         require(free, "path", "a new or empty folder", target)
     made: Any = compact(model) if form == "compact" else _stock(model)
     if target is not None:
+        plain = transformer_in(made) is made
+        require(plain, "path", "none for a wrapped model, which saves itself", target)
         with writing(target) as folder:
             made.save_pretrained(folder)
             _compare(made, type(made).from_pretrained(folder), target)
@@ -54,16 +57,17 @@ def export(model: nn.Module, path: Path | str | None = None, *, form: str = "sto
 
 
 def _stock(model: nn.Module) -> nn.Module:
-    config: Any = getattr(model, "config", None)
+    inner = transformer_in(model)
     has_plan = applied(model) is not None
-    kind: Any = type(config)
+    kind: Any = type(inner.config)
     if stock_class(kind) is not kind:
         return _pad(compact(model) if has_plan else model)
     if not has_plan:
         raise UsageError("model: expected a plan applied or a compact model, got neither")
-    made = kind(**config.to_dict())
+    made = kind(**inner.config.to_dict())
     made._attn_implementation = attention_before(model)
-    return built(class_of(model), made, _whole_state(model), model)
+    stock = built(class_of(inner), made, _whole_state(inner), inner)
+    return rewrapped(model, inner, stock)
 
 
 def _whole_state(model: nn.Module) -> dict[str, Tensor]:
@@ -83,18 +87,19 @@ def _whole_state(model: nn.Module) -> dict[str, Tensor]:
 def _pad(small: nn.Module) -> nn.Module:
     """A compact model at full size: its own entries first in every layer, then zeros."""
     kind, family = check_compactable(small)
-    config: Any = small.config
+    inner = transformer_in(small)
+    config: Any = inner.config
     ours = (*OURS, "auto_map")
     plain = {k: v for k, v in config.to_dict().items() if k not in ours}
     stock = kind.config_class.stock_class(**plain)
     stock._attn_implementation = attention_before(small)
     sizes = ("num_attention_heads", "hidden_size", "intermediate_size")
     heads, hidden, neurons = (getattr(stock, family.config_name(size)) for size in sizes)
-    state = dict(small.state_dict())
-    for layer in encoder_layers(small):
+    state = dict(inner.state_dict())
+    for layer in encoder_layers(inner):
         had = config.widths[str(layer.index)]
         _grow_layer(state, layer, had, (heads, hidden // heads, neurons))
-    return built(kind.stock_class, stock, state, small)
+    return rewrapped(small, inner, built(kind.stock_class, stock, state, inner))
 
 
 def _grow_layer(

@@ -8,6 +8,7 @@ from torch import nn
 
 from sensikernels._core.checks import require, require_one_of
 from sensikernels.hf.dropout import restore_dropout, use_counter_dropout
+from sensikernels.hf.inner import transformer_in
 from sensikernels.hf.packed.step import cache_frozen_prefix, restore_packed, use_packed
 
 STEP_FEATURES = {
@@ -34,7 +35,7 @@ def check_features(model: nn.Module, features: Iterable[str]) -> frozenset[str]:
         require_one_of(feature, "features", tuple(STEP_FEATURES))
     require(not (wanted and has_features(model)), "features", "none in use (restore first)", "some")
     if "words" in wanted:
-        words = model.get_input_embeddings()  # type: ignore[operator]
+        words = transformer_in(model).get_input_embeddings()
         dense = isinstance(words, nn.Embedding) and not words.sparse
         require(dense, "model", "a word table with dense gradients", words)
     return frozenset(wanted)
@@ -92,5 +93,5 @@ def _take_back(model: nn.Module, done: Sequence[str]) -> None:
 
 
 def _words(model: nn.Module) -> nn.Embedding:
-    words: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+    words: nn.Embedding = transformer_in(model).get_input_embeddings()
     return words
