@@ -26,6 +26,17 @@ def test_every_backend_is_usable_or_says_why():
     assert doctor.backends()["native (CPU)"] == extension.why_not()
 
 
+def test_the_table_of_families_is_the_families() -> None:
+    pytest.importorskip("transformers")
+    from sensikernels.hf.families import FAMILIES
+
+    table = doctor.families()
+    assert table is not None
+    assert set(table) == {family.title for family in FAMILIES}
+    assert table["BERT"] == {"trim": None, "fast": None}
+    assert table["MPNet"] == {"trim": None, "fast": "relative positions inside attention"}
+
+
 def test_triton_is_either_compiled_or_interpreted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert doctor.backends()["triton"] == "TRITON_INTERPRET=1 is set"

@@ -23,8 +23,9 @@ def report() -> dict[str, Any]:
     """Versions, devices and backends, as plain values fit for JSON.
 
     ``backends`` maps each name to None if it is usable, else to the reason why it is not.
-    ``build`` says which build this is; ``extension`` is what the compiled library was built
-    from, None without one.
+    ``families``: each family of encoders, and why it cannot be trimmed or take the fast step; None
+    without transformers. ``build`` says which build this is; ``extension`` is what the compiled
+    library was built from, None without one.
     """
     return {
         "sensikernels": __version__,
@@ -39,6 +40,7 @@ def report() -> dict[str, Any]:
         },
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "backends": backends(),
+        "families": families(),
         "auto": environment.backend(),
         "extension": None if extension.why_not() else extension.build_info(),
     }
@@ -55,8 +57,26 @@ def backends() -> dict[str, str | None]:
     }
 
 
+def families() -> dict[str, dict[str, str | None]] | None:
+    """Each family of encoders: why it cannot be trimmed or take the fast step (None: it can).
+
+    None without transformers.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from sensikernels.hf.families import FAMILIES
+
+    return {
+        family.title: {
+            "trim": None if family.compact is not None else "it cannot be compacted",
+            "fast": None if family.packed is not None else family.padded_because,
+        }
+        for family in FAMILIES
+    }
+
+
 def show(facts: dict[str, Any]) -> None:
-    """Print a report: which build this is, on one line, and two tables."""
+    """Print a report: which build this is, on one line, and tables."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -71,6 +91,12 @@ def show(facts: dict[str, Any]) -> None:
     for name, reason in facts["backends"].items():
         usable.add_row(name, "no" if reason else "[green]yes[/green]", escape(reason or ""))
     console.print(usable)
+    if facts["families"] is not None:
+        known = Table("encoders", "trim", "fast", "why not")
+        for name, reasons in facts["families"].items():
+            can = ("no" if reason else "[green]yes[/green]" for reason in reasons.values())
+            known.add_row(name, *can, escape("; ".join(filter(None, reasons.values()))))
+        console.print(known)
 
 
 def main() -> None:

@@ -35,7 +35,10 @@ _SIZES: Mapping[str, int] = {
 }
 """Whole numbers of a config, with the largest that is taken for one."""
 _SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
-_HEADS = ("cls.", "classifier.", "qa_outputs.", "lm_head.", "generator_", "discriminator_")
+_HEADS = (
+    *("cls.", "classifier.", "qa_outputs.", "lm_head.", "generator_", "discriminator_"),
+    *("vocab_", "pre_classifier.", "lm_predictions.", "sequence_summary.", "pooler."),
+)
 """What a checkpoint may hold beside the encoder: heads of other tasks."""
 
 
@@ -89,7 +92,8 @@ def check_loaded(path: Path | str, model: Any, found: Mapping[str, Any]) -> None
     Raises:
         DataError: a weight is missing, unknown, of another size, or not finite.
     """
-    head = {name for name, _ in model.named_parameters() if name.startswith("classifier")}
+    encoder = f"{model.base_model_prefix}."
+    head = {name for name, _ in model.named_parameters() if not name.startswith(encoder)}
     sizes = {key for key, *_ in found["mismatched_keys"]}
     missing = set(found["missing_keys"])
     pooler = {name for name, _ in model.named_parameters() if ".pooler." in name}
@@ -104,8 +108,10 @@ def check_loaded(path: Path | str, model: Any, found: Mapping[str, Any]) -> None
         if names:
             raise DataError(f"model {path}: {what}: {_few(names)}")
     new = (sizes | missing) & head
-    if new and new != head:
-        raise DataError(f"model {path}: weights of half a classifier are missing: {_few(new)}")
+    for part in sorted({name.partition(".")[0] for name in new}):
+        half = {name for name in head - new if name.startswith(f"{part}.")}
+        if half and not sizes & head:
+            raise DataError(f"model {path}: weights of half a {part} are missing: {_few(new)}")
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise DataError(f"model {path}: weights that are not finite: {name}")
@@ -115,7 +121,8 @@ def _foreign(unexpected: Iterable[str]) -> set[str]:
     return {
         name
         for name in unexpected
-        if not name.startswith(_HEADS) and not name.endswith("position_ids")
+        if not name.startswith(_HEADS) and ".pooler." not in name
+        if not name.endswith("position_ids")
     }
 
 

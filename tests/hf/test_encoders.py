@@ -199,3 +199,18 @@ def test_token_types_that_a_family_ignores_are_ignored() -> None:
     wanted = model(**batch).logits
     apply(model, features=STEP)
     torch.testing.assert_close(model(**batch).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_documented_table_is_the_families() -> None:
+    page = Path(__file__).parents[2] / "ARCHITECTURE.md"
+    if not page.is_file():
+        pytest.skip("no repository around these tests")
+    lines = page.read_text().split("| encoders | trim | fast |")[1].split("\n\n")[0].splitlines()
+    said = {}
+    for line in lines[2:]:
+        titles, trimmed, fast = (cell.strip() for cell in line.split("|")[1:4])
+        said.update(dict.fromkeys(titles.split(", "), (trimmed, fast)))
+    able = {True: "yes", False: "no"}
+    assert said == {
+        f.title: (able[f.compact is not None], able[f.packed is not None]) for f in FAMILIES
+    }
