@@ -82,6 +82,31 @@ BatchSize = Annotated[int, _training()]
 Lr = Annotated[float | None, _training(help="Peak learning rate; default: the method's own.")]
 DenseLr = Annotated[float | None, _training(help="The baseline's; default: --lr, else 5e-5.")]
 Dtype = Annotated[str, _training(help="fp32, or bf16 with fp32 master weights.")]
+RateSchedule = Annotated[
+    str | None,
+    _training(
+        "--schedule",
+        help="Course of the learning rate, by transformers' name: linear, cosine, "
+        "cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt; default: "
+        "the method's own.",
+    ),
+]
+WarmupSteps = Annotated[
+    int,
+    _training(
+        help="Steps over which the learning rate rises (those before the trim: --method-option "
+        "warmup=…)."
+    ),
+]
+WarmupRatio = Annotated[float, _training(help="The same as a share of all steps.")]
+WeightDecay = Annotated[float, _training(help="Of weights, not of biases and norms.")]
+MaxGradNorm = Annotated[float, _training(help="Clip gradients to this norm; 0: do not clip.")]
+Accumulation = Annotated[
+    int,
+    _training(
+        "--gradient-accumulation-steps", help="Batches whose gradients make an optimizer step."
+    ),
+]
 Embeddings = Annotated[
     str, _training(help="Word table: sparse (only rows that occur move), frozen, or dense.")
 ]

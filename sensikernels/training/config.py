@@ -13,6 +13,7 @@ import torch
 from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import UsageError
 from sensikernels.data import get_task
+from sensikernels.hf.schedule import SCHEDULES
 from sensikernels.masks import Budget, Plan
 from sensikernels.methods import BASELINE, DEFAULT, METHODS, Method, method, options_of
 
@@ -31,6 +32,8 @@ _COUNTS = {
     "seed": (0, (1 << 63) - 1),
     "checkpoint_every": (0, 1 << 31),
     "max_length": (8, 1 << 20),
+    "warmup_steps": (0, 1 << 31),
+    "gradient_accumulation_steps": (1, 1 << 20),
 }
 _LARGEST = 1e30
 # What may differ between a run and its continuation.
@@ -52,6 +55,11 @@ class Settings:
     ``costs``: a table of ``sensikernels tune`` for a ``step_time`` budget, else measured anew.
     ``batch_size`` is that of all processes together; ``parallel`` says how several train: copies
     of the model (``ddp``) or shards of it (``fsdp``).
+
+    ``schedule``: transformers' name of the learning rate's course (None: the method's own), which
+    rises from zero over ``warmup_steps`` or ``warmup_ratio`` of the steps; the ``warmup`` of a
+    method is another, of the trim. ``max_grad_norm`` 0 clips nothing.
+    ``gradient_accumulation_steps`` batches make an optimizer step, as one big batch would.
     """
 
     task: str
@@ -83,6 +91,10 @@ class Settings:
     ranking_rows: int = 2048
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    schedule: str | None = None
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    gradient_accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
         task = get_task(self.task)
@@ -108,7 +120,7 @@ class Settings:
             value = getattr(self, name)
             ok = value is None or (math.isfinite(value) and 0 <= value <= _LARGEST)
             require(ok, name, f"a finite number of at least 0, at most {_LARGEST:g}", value)
-        require(self.max_grad_norm > 0, "max_grad_norm", "above 0", self.max_grad_norm)
+        self._check_schedule()
         require(
             task.folder is not None or self.data_dir is None,
             "data_dir",
@@ -116,6 +128,17 @@ class Settings:
             self.data_dir,
         )
         self._check_budget()
+
+    def _check_schedule(self) -> None:
+        steps, ratio = self.warmup_steps, self.warmup_ratio
+        share = isinstance(ratio, (int, float)) and 0 <= ratio <= 1
+        require(share, "warmup_ratio", "a share of the steps in [0, 1]", ratio)
+        require(not (steps and ratio), "warmup_ratio", "none beside warmup_steps", ratio)
+        if self.schedule is None:
+            return
+        require_one_of(self.schedule, "schedule", SCHEDULES)
+        fits = self.schedule != "constant" or not (steps or ratio)
+        require(fits, "schedule", "constant_with_warmup for a warm-up", "constant")
 
     def _check_budget(self) -> None:
         needs = METHODS[self.method].needs_budget

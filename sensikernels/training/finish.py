@@ -130,10 +130,12 @@ def _measure(session: Session, step_time: float | None) -> Measurements:
     batch = data.largest()
     return Measurements(
         flops=flops_per_token(runner.model, data),
-        peak=peak_mib(runner.model, runner.run.optimizer, batch),
+        peak=peak_mib(runner.model, runner.run.optimizer, batch, accumulate=data.accumulate),
         dense_peak=None
         if dense is None
-        else peak_mib(dense.model, dense.run.optimizer, data.padded(batch)),
+        else peak_mib(
+            dense.model, dense.run.optimizer, data.padded(batch), accumulate=data.accumulate
+        ),
         step_time=step_time,
     )
 

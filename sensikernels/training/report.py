@@ -78,6 +78,8 @@ def build(
         "failed": failed,
         "data": _data(session),
         "seed": settings.seed,
+        "schedule": _of_both(session, lambda one: one.schedule.to_json(session.max_steps)),
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "settings": settings.to_json(),
         "numerics": _numerics(session),
         "versions": versions(),
@@ -167,7 +169,7 @@ def _numerics(session: Session) -> dict[str, Any]:
             "planned": session.runner.learning_rate,
             "dense": None if session.dense is None else session.dense.learning_rate,
         },
-        "schedule": session.runner.method.schedule,
+        "schedule": session.runner.schedule.name,
         "optimizer": type(session.runner.run.optimizer).__name__,
         "method_options": {k: str(v) for k, v in session.runner.method.options().items()},
     }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,8 +23,9 @@ from sensikernels.methods import BASELINE, Method, Run
 from sensikernels.optim import SubsetAdamW
 from sensikernels.training.config import Settings
 from sensikernels.training.data import Data
-from sensikernels.training.distributed import require_same, whole, wrap
+from sensikernels.training.distributed import alone, require_same, whole, wrap
 from sensikernels.training.graph import GraphedStep
+from sensikernels.training.schedule import Schedule
 from sensikernels.world import ALONE, World
 
 
@@ -41,9 +42,11 @@ class Runner:
     run: Run
     method: Method
     learning_rate: float
+    schedule: Schedule
     max_grad_norm: float | None
     seed: int
     world: World = ALONE
+    accumulate: int = 1
     losses: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"rank": 0.0, "evaluate": 0.0})
@@ -71,11 +74,12 @@ class Runner:
         with self.own_random(), self._timed("rank"):
             self.method.begin(self.run)
 
-    def step(self, batch: Mapping[str, Tensor], weight: float = 1.0) -> float:
+    def step(self, *batches: Mapping[str, Tensor], weights: Sequence[float] = ()) -> float:
         """Forward, backward, update; returns the loss. Raises SensiError if it is not finite.
 
-        Each of several processes has its share of the batch, of this ``weight``
-        (``distributed.Share``); gradients and the loss are the whole batch's.
+        Several ``batches`` accumulate their gradients. Each of several processes has its share of
+        a batch, of this weight (``distributed.Share``; 1 if not given); gradients and the loss are
+        those of all rows.
         """
         run = self.run
         with self.own_random():
@@ -92,7 +96,7 @@ class Runner:
             start = time.perf_counter()
             self._together.train()
             self._set_rate()
-            loss = self._graphed(batch) if self._graphed else self._eager(batch, weight)
+            loss = self._graphed(*batches) if self._graphed else self._eager(batches, weights)
             value = self.world.mean(loss)
             synchronize(self.device)
             self.step_ms.append((time.perf_counter() - start) * 1e3)
@@ -106,22 +110,31 @@ class Runner:
 
     def _set_rate(self) -> None:
         run = self.run
-        rate = self.learning_rate * schedule(self.method.schedule, run.step, run.max_steps)
+        rate = self.schedule.rate(self.learning_rate, run.step, run.max_steps)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
 
-    def _eager(self, batch: Mapping[str, Tensor], weight: float) -> Tensor:
-        assert self._together is not None
+    def _eager(self, batches: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tensor:
         run = self.run
-        loss: Tensor = self._together(**batch).loss
-        loss = loss if weight == 1 else loss * weight
-        loss.backward()
+        losses = []
+        for place, batch in enumerate(batches):
+            last = place == len(batches) - 1
+            with nullcontext() if last else alone(self._together):
+                losses.append(self._backward(batch, weights[place] if weights else 1.0))
         self.world.average_rows(run.model)
         self.method.before_step(run)
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(run.model.parameters(), self.max_grad_norm)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _backward(self, batch: Mapping[str, Tensor], weight: float) -> Tensor:
+        """Add the gradients of a batch; its weighted loss."""
+        assert self._together is not None
+        loss: Tensor = self._together(**batch).loss
+        loss = loss if weight == 1 else loss * weight
+        loss.backward()
         return loss.detach()
 
     def _graphs(self) -> GraphedStep | None:
@@ -136,6 +149,8 @@ class Runner:
 
     def _needs_eager(self) -> str | None:
         """The reason why no graph can hold the step; None if one can."""
+        if self.accumulate > 1:
+            return f"a step adds up the gradients of {self.accumulate} batches"
         if self.world.size > 1:
             return f"{self.world.size} processes reduce gradients"
         if not isinstance(self.run.optimizer, SubsetAdamW):
@@ -248,7 +263,7 @@ def method_runner(settings: Settings, data: Data, model: nn.Module, max_steps: i
     rate = settings.learning_rate()
 
     def make_optimizer(trained: nn.Module) -> SubsetAdamW:
-        clip = settings.max_grad_norm
+        clip = settings.max_grad_norm or None
         return SubsetAdamW(groups(trained, settings.weight_decay), lr=rate, max_grad_norm=clip)
 
     run = _run(settings, data, model, make_optimizer(model), max_steps, settings.budget)
@@ -259,9 +274,11 @@ def method_runner(settings: Settings, data: Data, model: nn.Module, max_steps: i
         run=run,
         method=method,
         learning_rate=rate,
+        schedule=Schedule.of(settings, method.schedule),
         max_grad_norm=None,
         seed=settings.seed,
         world=data.world,
+        accumulate=settings.gradient_accumulation_steps,
     )
 
 
@@ -274,9 +291,11 @@ def dense_runner(settings: Settings, data: Data, model: nn.Module, max_steps: in
         run=_run(settings, data, model, optimizer, max_steps, None),
         method=BASELINE(),
         learning_rate=rate,
-        max_grad_norm=settings.max_grad_norm,
+        schedule=Schedule.of(settings, BASELINE.schedule),
+        max_grad_norm=settings.max_grad_norm or None,
         seed=settings.seed,
         world=replace(data.world, parallel="ddp"),
+        accumulate=settings.gradient_accumulation_steps,
     )
 
 
@@ -309,11 +328,6 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [p for _, p in named if id(p) not in bare], "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-
-
-def schedule(kind: str, step: int, max_steps: int) -> float:
-    """Factor of the learning rate for the 0-based step: ``linear`` to zero, or ``constant``."""
-    return 1.0 if kind == "constant" else max(0.0, 1 - step / max_steps)
 
 
 @torch.no_grad()

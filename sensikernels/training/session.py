@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -71,9 +71,9 @@ class Session:
     def train(self, watch: Watcher | None = None) -> None:
         """Every remaining epoch, with checkpoints on the way and one of the trained model."""
         for epoch in range(self.epoch, self.settings.epochs):
-            for share in self.data.shares(epoch, self.batch):
+            for parts in self.data.steps(epoch, self.batch):
                 plan = self.runner.run.plan
-                self._step(share)
+                self._step(parts)
                 if watch is not None:
                     watch(self._progress())
                 if self._checkpoint_is_due(plan):
@@ -82,13 +82,15 @@ class Session:
                 runner.evaluate(self.data)
             self.epoch, self.batch = epoch + 1, 0
 
-    def _step(self, share: Share) -> None:
+    def _step(self, parts: Sequence[Share]) -> None:
         # Whoever is second finds a warmer cache: take turns.
         order = self.runners if self.step % 2 == 0 else self.runners[::-1]
-        self.tokens.append(share.tokens)
+        self.tokens.append(sum(part.tokens for part in parts))
+        weights = [part.weight for part in parts]
         for runner in order:
-            batch = self.data.padded(share.batch) if runner is self.dense else share.batch
-            runner.step(batch, share.weight)
+            batches = (part.batch for part in parts)
+            padded = map(self.data.padded, batches) if runner is self.dense else batches
+            runner.step(*padded, weights=weights)
         self.batch += 1
 
     def _checkpoint_is_due(self, before: Plan | None) -> bool:
