@@ -110,6 +110,10 @@ def finetune(
     device: o.Device = "auto",
     parallel: o.Parallel = "ddp",
     compare_dense: o.Compare = False,
+    eval_steps: o.EvalSteps = 0,
+    early_stopping_patience: o.Patience = None,
+    early_stopping_threshold: o.Threshold = 0.0,
+    keep_best: o.KeepBest = False,
     resume: o.Resume = False,
     checkpoint_every: o.Every = 500,
 ) -> None:

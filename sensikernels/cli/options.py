@@ -138,5 +138,20 @@ Compare = Annotated[
     ),
 ]
 Resume = Annotated[bool, _run("--resume", help="Continue the run in --output.")]
+EvalSteps = Annotated[int, _run(help="Evaluate every so many steps besides each epoch's end.")]
+Patience = Annotated[
+    int | None,
+    _run(
+        "--early-stopping-patience",
+        help="Stop after so many evaluations without a better main metric; those before the trim "
+        "do not count.",
+    ),
+]
+Threshold = Annotated[
+    float, _run("--early-stopping-threshold", help="Better means by more than this share.")
+]
+KeepBest = Annotated[
+    bool, _run("--keep-best", help="Save the model of the best evaluation, not the last.")
+]
 Every = Annotated[int, _run(help="Steps between checkpoints; 0: none.")]
 Output = Annotated[Path, _run(help="A new or empty folder.")]

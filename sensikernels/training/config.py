@@ -34,7 +34,10 @@ _COUNTS = {
     "max_length": (8, 1 << 20),
     "warmup_steps": (0, 1 << 31),
     "gradient_accumulation_steps": (1, 1 << 20),
+    "eval_steps": (0, 1 << 31),
+    "early_stopping_patience": (1, 1 << 31),
 }
+_OPTIONAL = ("max_train_samples", "early_stopping_patience")
 _LARGEST = 1e30
 # What may differ between a run and its continuation.
 _FREE = ("output", "resume", "checkpoint_every", "data_dir", "device", "parallel")
@@ -60,6 +63,12 @@ class Settings:
     rises from zero over ``warmup_steps`` or ``warmup_ratio`` of the steps; the ``warmup`` of a
     method is another, of the trim. ``max_grad_norm`` 0 clips nothing.
     ``gradient_accumulation_steps`` batches make an optimizer step, as one big batch would.
+
+    Evaluations come after each epoch and, unless 0, every ``eval_steps`` steps. After
+    ``early_stopping_patience`` of them without a main metric above the best before by more than
+    ``early_stopping_threshold`` the run ends, the dense baseline's too. ``keep_best``: the model
+    of the best evaluation is saved, and both models' best metrics are reported. Evaluations before
+    the trim do not count for either: that was another model.
     """
 
     task: str
@@ -95,6 +104,10 @@ class Settings:
     warmup_steps: int = 0
     warmup_ratio: float = 0.0
     gradient_accumulation_steps: int = 1
+    eval_steps: int = 0
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
         task = get_task(self.task)
@@ -111,16 +124,19 @@ class Settings:
         require(fits, "parallel", whole, self.parallel)
         for name, (least, most) in _COUNTS.items():
             value = getattr(self, name)
-            if value is None and name == "max_train_samples":
+            if value is None and name in _OPTIONAL:
                 continue
             require(type(value) is int, name, "a whole number", f"{value!r:.40}")
             require(value >= least, name, f"at least {least}", value)
             require(value <= most, name, f"at most {most}", f"{value:.3g}")
-        for name in ("lr", "dense_lr", "weight_decay", "max_grad_norm"):
+        for name in ("lr", "dense_lr", "weight_decay", "max_grad_norm", "early_stopping_threshold"):
             value = getattr(self, name)
             ok = value is None or (math.isfinite(value) and 0 <= value <= _LARGEST)
             require(ok, name, f"a finite number of at least 0, at most {_LARGEST:g}", value)
         self._check_schedule()
+        lone = self.early_stopping_threshold > 0 and self.early_stopping_patience is None
+        wanted = "none without early_stopping_patience"
+        require(not lone, "early_stopping_threshold", wanted, self.early_stopping_threshold)
         require(
             task.folder is not None or self.data_dir is None,
             "data_dir",

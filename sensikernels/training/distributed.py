@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -156,6 +156,16 @@ def whole(world: World, model: nn.Module) -> dict[str, Tensor]:
     from sensikernels.training.sharded import whole
 
     return whole(values)
+
+
+def load_whole(world: World, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put a state dict that is not sharded into the model, whatever its form."""
+    if not shards(world, model):
+        model.load_state_dict(values)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, dict(values), options=StateDictOptions(full_state_dict=True))
 
 
 def wrap_anew(wrapper: Any) -> None:

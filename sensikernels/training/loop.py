@@ -75,7 +75,7 @@ def _kept(session: Session) -> Iterator[None]:
         yield
     except Exception as error:
         output = session.settings.output
-        where = checkpoint.latest(output) if session.step == session.max_steps else None
+        where = checkpoint.latest(output) if session.done else None
         if where is None:
             raise
         raise SensiError(

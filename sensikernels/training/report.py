@@ -43,7 +43,6 @@ def build(
     """
     runner, dense = session.runner, session.dense
     settings, task = session.settings, session.data.task
-    metric = task.main_metric
     steps = slice(runner.changed_at, None)
     ours = statistics.median(runner.step_ms[steps])
     theirs = None if dense is None else statistics.median(dense.step_ms[steps])
@@ -69,11 +68,14 @@ def build(
             "wall": session.wall(),
         },
         "metric": {
-            "name": metric,
-            "value": runner.epochs[-1][metric],
-            "dense_value": None if dense is None else dense.epochs[-1][metric],
+            "name": task.main_metric,
+            "value": _value(session, runner),
+            "dense_value": None if dense is None else _value(session, dense),
         },
         "metrics": _of_both(session, lambda one: one.epochs),
+        "evaluated_at": runner.evaluated_at,
+        "best": _of_both(session, lambda one: one.best.to_json()),
+        "stopped_early_at": session.stopped_at,
         "saved_model": {k: v for k, v in saved.items() if k != "trainable"},
         "failed": failed,
         "data": _data(session),
@@ -96,6 +98,13 @@ def _of_both(session: Session, fact: Callable[[Runner], Any]) -> dict[str, Any]:
         "planned": fact(session.runner),
         "dense": None if dense is None else fact(dense),
     }
+
+
+def _value(session: Session, runner: Runner) -> float | None:
+    """The main metric of the last evaluation, with ``keep_best`` of the best."""
+    if session.settings.keep_best:
+        return runner.best.value
+    return runner.epochs[-1][session.data.task.main_metric]
 
 
 def _budget(session: Session, measured: Measurements) -> dict[str, Any]:

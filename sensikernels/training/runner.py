@@ -26,6 +26,7 @@ from sensikernels.training.data import Data
 from sensikernels.training.distributed import alone, require_same, whole, wrap
 from sensikernels.training.graph import GraphedStep
 from sensikernels.training.schedule import Schedule
+from sensikernels.training.stopping import Best
 from sensikernels.world import ALONE, World
 
 
@@ -52,6 +53,8 @@ class Runner:
     seconds: dict[str, float] = field(default_factory=lambda: {"rank": 0.0, "evaluate": 0.0})
     changed_at: int = 0
     epochs: list[dict[str, float]] = field(default_factory=list)
+    evaluated_at: list[int] = field(default_factory=list)
+    best: Best = field(default_factory=Best)
     logits: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -90,8 +93,7 @@ class Runner:
                 self.changed_at = run.step
                 self._together = None
             if self._together is None:
-                settled = run.plan is not None or not self.method.needs_budget
-                self._together = wrap(self.world, run, settled=settled)
+                self._together = wrap(self.world, run, settled=self.settled)
             synchronize(self.device)
             start = time.perf_counter()
             self._together.train()
@@ -168,7 +170,13 @@ class Runner:
             self.logits, labels = predict(self.model, data, self.world)
         metrics = compute(data.task, self.logits, labels)
         self.epochs.append(metrics)
+        self.evaluated_at.append(self.run.step)
         return metrics
+
+    @property
+    def settled(self) -> bool:
+        """True once the model is the one that the run will save."""
+        return self.run.plan is not None or not self.method.needs_budget
 
     @contextmanager
     def own_random(self) -> Iterator[None]:
@@ -193,12 +201,13 @@ class Runner:
             "random": self.world.gather(self._random),
             "step": self.run.step,
             "events": list(self.run.events),
+            "best": self.best.state(),
             **{name: getattr(self, name) for name in _KEPT},
         }
 
     def check_state(self, state: Mapping[str, Any], step: int) -> None:
         """Raise UsageError unless ``state`` can be one of this runner after ``step`` steps."""
-        known = {"model", "optimizer", "method", "random", "step", "events", *_KEPT}
+        known = {"model", "optimizer", "method", "random", "step", "events", "best", *_KEPT}
         require(state.keys() == known, "state", sorted(known), sorted(state))
         for name in ("losses", "step_ms"):
             values = state[name]
@@ -212,6 +221,9 @@ class Runner:
         require(
             ok and state["seconds"].keys() == self.seconds.keys(), "seconds", "numbers", numbers
         )
+        at = state["evaluated_at"]
+        ok = len(at) == len(state["epochs"]) and all(type(n) is int and 0 < n <= step for n in at)
+        require(ok, "evaluated_at", "the step of each evaluation", at)
         for stream in state["random"]:
             for kind, now in self._random.items():
                 same = kind not in stream or (
@@ -234,6 +246,7 @@ class Runner:
         fresh = rank >= len(streams)
         self._random = _seeded(self.seed, self.device, rank, run.step) if fresh else streams[rank]
         run.events[:] = state["events"]
+        self.best.load_state(state["best"], run.step)
         for name in _KEPT:
             setattr(self, name, state[name])
 
@@ -247,7 +260,7 @@ class Runner:
             self.seconds[what] += time.perf_counter() - start
 
 
-_KEPT = ("losses", "step_ms", "seconds", "changed_at", "epochs")
+_KEPT = ("losses", "step_ms", "seconds", "changed_at", "epochs", "evaluated_at")
 
 
 def method_runner(settings: Settings, data: Data, model: nn.Module, max_steps: int) -> Runner:
@@ -279,6 +292,9 @@ def method_runner(settings: Settings, data: Data, model: nn.Module, max_steps: i
         seed=settings.seed,
         world=data.world,
         accumulate=settings.gradient_accumulation_steps,
+        best=Best(
+            patience=settings.early_stopping_patience, threshold=settings.early_stopping_threshold
+        ),
     )
 
 
