@@ -81,7 +81,9 @@ Epochs = Annotated[int, _training()]
 BatchSize = Annotated[int, _training()]
 Lr = Annotated[float | None, _training(help="Peak learning rate; default: the method's own.")]
 DenseLr = Annotated[float | None, _training(help="The baseline's; default: --lr, else 5e-5.")]
-Dtype = Annotated[str, _training(help="fp32, or bf16 with fp32 master weights.")]
+Dtype = Annotated[
+    str, _training(help="fp32, bf16 with fp32 master weights, or fp16: autocast and a scaled loss.")
+]
 RateSchedule = Annotated[
     str | None,
     _training(

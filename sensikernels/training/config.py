@@ -17,7 +17,10 @@ from sensikernels.hf.schedule import SCHEDULES
 from sensikernels.masks import Budget, Plan
 from sensikernels.methods import BASELINE, DEFAULT, METHODS, Method, method, options_of
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float32}
+"""What weights are stored in."""
+AUTOCAST = {"fp16": torch.float16}
+"""What products are computed in where that is narrower."""
 EMBEDDINGS = ("sparse", "frozen", "dense")
 DROPOUTS = ("counter", "torch")
 DEVICES = ("auto", "cpu", "cuda")
@@ -62,6 +65,7 @@ class Settings:
     ``schedule``: transformers' name of the learning rate's course (None: the method's own), which
     rises from zero over ``warmup_steps`` or ``warmup_ratio`` of the steps; the ``warmup`` of a
     method is another, of the trim. ``max_grad_norm`` 0 clips nothing.
+    ``dtype`` fp16: float32 weights, products in float16 under autocast, a scaled loss.
     ``gradient_accumulation_steps`` batches make an optimizer step, as one big batch would.
 
     Evaluations come after each epoch and, unless 0, every ``eval_steps`` steps. After
@@ -119,6 +123,11 @@ class Settings:
         require(fits, "dropout", "counter on packed tokens", self.dropout)
         require_one_of(self.device, "device", DEVICES)
         require_one_of(self.parallel, "parallel", PARALLELS)
+        narrow = self.dtype in AUTOCAST
+        fits = not narrow or self.parallel == "ddp"
+        require(fits, "parallel", "ddp for dtype fp16, as each shard would scale alone", "fsdp")
+        timed = self.budget is not None and self.budget.measure == "step_time"
+        require(not (narrow and timed), "dtype", "fp32 or bf16 for a step_time budget", "fp16")
         whole = f"ddp for {self.method}, which needs whole gradients"
         fits = self.parallel == "ddp" or not METHODS[self.method].needs_whole_gradients
         require(fits, "parallel", whole, self.parallel)

@@ -75,6 +75,7 @@ def build(
         "metrics": _of_both(session, lambda one: one.epochs),
         "evaluated_at": runner.evaluated_at,
         "best": _of_both(session, lambda one: one.best.to_json()),
+        "skipped_steps": _of_both(session, lambda one: one.amp.skipped),
         "stopped_early_at": session.stopped_at,
         "saved_model": {k: v for k, v in saved.items() if k != "trainable"},
         "failed": failed,

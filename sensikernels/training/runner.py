@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,10 +20,12 @@ from sensikernels.hf import is_norm, use_counter_dropout, use_packed
 from sensikernels.masks import Budget, StepCosts
 from sensikernels.methods import BASELINE, Method, Run
 from sensikernels.optim import SubsetAdamW
-from sensikernels.training.config import Settings
+from sensikernels.training.amp import Amp
+from sensikernels.training.config import AUTOCAST, Settings
 from sensikernels.training.data import Data
 from sensikernels.training.distributed import alone, require_same, whole, wrap
 from sensikernels.training.graph import GraphedStep
+from sensikernels.training.random import get_random, seeded, set_random
 from sensikernels.training.schedule import Schedule
 from sensikernels.training.stopping import Best
 from sensikernels.world import ALONE, World
@@ -55,10 +56,12 @@ class Runner:
     epochs: list[dict[str, float]] = field(default_factory=list)
     evaluated_at: list[int] = field(default_factory=list)
     best: Best = field(default_factory=Best)
+    autocast: torch.dtype | None = None
     logits: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._random = _seeded(self.seed, self.device, self.world.rank)
+        self.amp = Amp(self.device, self.autocast)
+        self._random = seeded(self.seed, self.device, self.world.rank)
         self._together: nn.Module | None = None
         self._graphed = self._graphs()
 
@@ -112,7 +115,7 @@ class Runner:
 
     def _set_rate(self) -> None:
         run = self.run
-        rate = self.schedule.rate(self.learning_rate, run.step, run.max_steps)
+        rate = self.schedule.rate(self.learning_rate, run.step - self.amp.skipped, run.max_steps)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
 
@@ -124,19 +127,21 @@ class Runner:
             with nullcontext() if last else alone(self._together):
                 losses.append(self._backward(batch, weights[place] if weights else 1.0))
         self.world.average_rows(run.model)
-        self.method.before_step(run)
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(run.model.parameters(), self.max_grad_norm)
-        run.optimizer.step()
+        if self.amp.unscale(run.optimizer):
+            self.method.before_step(run)
+            if self.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(run.model.parameters(), self.max_grad_norm)
+            run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _backward(self, batch: Mapping[str, Tensor], weight: float) -> Tensor:
         """Add the gradients of a batch; its weighted loss."""
         assert self._together is not None
-        loss: Tensor = self._together(**batch).loss
+        with self.amp.autocast():
+            loss: Tensor = self._together(**batch).loss
         loss = loss if weight == 1 else loss * weight
-        loss.backward()
+        self.amp.backward(loss)
         return loss.detach()
 
     def _graphs(self) -> GraphedStep | None:
@@ -151,6 +156,8 @@ class Runner:
 
     def _needs_eager(self) -> str | None:
         """The reason why no graph can hold the step; None if one can."""
+        if self.autocast is not None:
+            return "fp16 leaves steps out by what it finds in the gradients"
         if self.accumulate > 1:
             return f"a step adds up the gradients of {self.accumulate} batches"
         if self.world.size > 1:
@@ -167,7 +174,8 @@ class Runner:
         with self._timed("evaluate"):
             if isinstance(self.run.optimizer, SubsetAdamW):
                 self.run.optimizer.flush()
-            self.logits, labels = predict(self.model, data, self.world)
+            with self.amp.autocast():
+                self.logits, labels = predict(self.model, data, self.world)
         metrics = compute(data.task, self.logits, labels)
         self.epochs.append(metrics)
         self.evaluated_at.append(self.run.step)
@@ -181,13 +189,13 @@ class Runner:
     @contextmanager
     def own_random(self) -> Iterator[None]:
         """Draw from this runner's random stream inside the block."""
-        outside = _get_random(self.device)
-        _set_random(self._random, self.device)
+        outside = get_random(self.device)
+        set_random(self._random, self.device)
         try:
             yield
         finally:
-            self._random = _get_random(self.device)
-            _set_random(outside, self.device)
+            self._random = get_random(self.device)
+            set_random(outside, self.device)
 
     def state(self) -> dict[str, Any]:
         """All that a continuation needs, plan apart, as a tree of tensors and plain values.
@@ -202,12 +210,13 @@ class Runner:
             "step": self.run.step,
             "events": list(self.run.events),
             "best": self.best.state(),
+            "amp": self.amp.state(),
             **{name: getattr(self, name) for name in _KEPT},
         }
 
     def check_state(self, state: Mapping[str, Any], step: int) -> None:
         """Raise UsageError unless ``state`` can be one of this runner after ``step`` steps."""
-        known = {"model", "optimizer", "method", "random", "step", "events", "best", *_KEPT}
+        known = {"model", "optimizer", "method", "random", "step", "events", "best", "amp", *_KEPT}
         require(state.keys() == known, "state", sorted(known), sorted(state))
         for name in ("losses", "step_ms"):
             values = state[name]
@@ -244,9 +253,10 @@ class Runner:
         # A process that was not there before starts a stream of its own.
         streams, rank = state["random"], self.world.rank
         fresh = rank >= len(streams)
-        self._random = _seeded(self.seed, self.device, rank, run.step) if fresh else streams[rank]
+        self._random = seeded(self.seed, self.device, rank, run.step) if fresh else streams[rank]
         run.events[:] = state["events"]
         self.best.load_state(state["best"], run.step)
+        self.amp.load_state(state["amp"], run.step)
         for name in _KEPT:
             setattr(self, name, state[name])
 
@@ -292,6 +302,7 @@ def method_runner(settings: Settings, data: Data, model: nn.Module, max_steps: i
         seed=settings.seed,
         world=data.world,
         accumulate=settings.gradient_accumulation_steps,
+        autocast=AUTOCAST.get(settings.dtype),
         best=Best(
             patience=settings.early_stopping_patience, threshold=settings.early_stopping_threshold
         ),
@@ -312,6 +323,7 @@ def dense_runner(settings: Settings, data: Data, model: nn.Module, max_steps: in
         seed=settings.seed,
         world=replace(data.world, parallel="ddp"),
         accumulate=settings.gradient_accumulation_steps,
+        autocast=AUTOCAST.get(settings.dtype),
     )
 
 
@@ -367,26 +379,3 @@ def _word_embeddings(model: nn.Module) -> nn.Embedding:
     table = model.get_input_embeddings()  # type: ignore[operator]
     assert isinstance(table, nn.Embedding)
     return table
-
-
-def _seeded(seed: int, device: torch.device, rank: int, step: int = 0) -> dict[str, Tensor]:
-    if rank > 0:
-        words = np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)
-        seed = int(words[0] >> 1)
-    state = {"cpu": torch.Generator().manual_seed(seed).get_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
-    return state
-
-
-def _get_random(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random(state: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)

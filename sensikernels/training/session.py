@@ -125,7 +125,8 @@ class Session:
             load_whole(self.data.world, runner.model, best.weights or {})
             runner.run.events.append(f"step {self.step}: the model of step {best.step} is kept")
         if other or runner.logits is None:
-            runner.logits, _ = predict(runner.model, self.data, self.data.world)
+            with runner.amp.autocast():
+                runner.logits, _ = predict(runner.model, self.data, self.data.world)
 
     @property
     def done(self) -> bool:
