@@ -114,6 +114,7 @@ def finetune(
     early_stopping_patience: o.Patience = None,
     early_stopping_threshold: o.Threshold = 0.0,
     keep_best: o.KeepBest = False,
+    report_to: o.ReportTo = "",
     resume: o.Resume = False,
     checkpoint_every: o.Every = 500,
 ) -> None:
@@ -310,6 +311,8 @@ def _settings(kind: Any, given: dict[str, Any]) -> Any:
 
     fields = {name for name in kind.__dataclass_fields__ if name in given}
     plain = {name: given[name] for name in fields}
+    if "report_to" in plain:
+        plain["report_to"] = tuple(filter(None, plain["report_to"].replace(" ", "").split(",")))
     counts = None if given["units"] is None else parse_counts(given["units"])
     shares = {name: given[name] for name in ("flops", "params", "step_time")} | {"units": counts}
     asked = any(value is not None for value in shares.values())

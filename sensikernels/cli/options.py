@@ -155,5 +155,8 @@ Threshold = Annotated[
 KeepBest = Annotated[
     bool, _run("--keep-best", help="Save the model of the best evaluation, not the last.")
 ]
+ReportTo = Annotated[
+    str, _run(help="Trackers, separated by commas: tensorboard, wandb, mlflow; below --output.")
+]
 Every = Annotated[int, _run(help="Steps between checkpoints; 0: none.")]
 Output = Annotated[Path, _run(help="A new or empty folder.")]

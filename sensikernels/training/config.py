@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from sensikernels.data import get_task
 from sensikernels.hf.schedule import SCHEDULES
 from sensikernels.masks import Budget, Plan
 from sensikernels.methods import BASELINE, DEFAULT, METHODS, Method, method, options_of
+from sensikernels.training.trackers import check_trackers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float32}
 """What weights are stored in."""
@@ -43,7 +44,7 @@ _COUNTS = {
 _OPTIONAL = ("max_train_samples", "early_stopping_patience")
 _LARGEST = 1e30
 # What may differ between a run and its continuation.
-_FREE = ("output", "resume", "checkpoint_every", "data_dir", "device", "parallel")
+_FREE = ("output", "resume", "checkpoint_every", "data_dir", "device", "parallel", "report_to")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,8 @@ class Settings:
     ``early_stopping_patience`` of them without a main metric above the best before by more than
     ``early_stopping_threshold`` the run ends, the dense baseline's too. ``keep_best``: the model
     of the best evaluation is saved, and both models' best metrics are reported. Evaluations before
-    the trim do not count for either: that was another model.
+    the trim do not count for either: that was another model. ``report_to``: trackers that the run
+    logs to, below ``output``.
     """
 
     task: str
@@ -112,6 +114,7 @@ class Settings:
     early_stopping_patience: int | None = None
     early_stopping_threshold: float = 0.0
     keep_best: bool = False
+    report_to: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         task = get_task(self.task)
@@ -143,6 +146,7 @@ class Settings:
             ok = value is None or (math.isfinite(value) and 0 <= value <= _LARGEST)
             require(ok, name, f"a finite number of at least 0, at most {_LARGEST:g}", value)
         self._check_schedule()
+        check_trackers(self.report_to)
         lone = self.early_stopping_threshold > 0 and self.early_stopping_patience is None
         wanted = "none without early_stopping_patience"
         require(not lone, "early_stopping_threshold", wanted, self.early_stopping_threshold)
@@ -206,6 +210,7 @@ class Settings:
         plain = {k: v for k, v in vars(self).items() if k not in ("budget", "options")}
         paths = ("output", "data_dir", "plan", "costs")
         plain |= {k: None if plain[k] is None else str(plain[k]) for k in paths}
+        plain["report_to"] = list(self.report_to)
         plain["options"] = {k: _plain(v) for k, v in self.options.items()}
         plain["budget"] = None if self.budget is None else self.budget.to_json()
         return plain

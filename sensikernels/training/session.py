@@ -21,6 +21,7 @@ from sensikernels.training.data import Data, model_path
 from sensikernels.training.distributed import Share, load_whole, shards, whole
 from sensikernels.training.ready import check_labels
 from sensikernels.training.runner import Runner, method_runner, predict
+from sensikernels.training.trackers import Log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class Session:
     epoch: int = 0
     batch: int = 0
     stopped_at: int | None = None
+    log: Log = lambda values, step: None  # noqa: E731
     tokens: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"setup": 0.0, "wall": 0.0})
 
@@ -78,12 +80,13 @@ class Session:
             for parts in self.data.steps(epoch, self.batch):
                 plan = self.runner.run.plan
                 self._step(parts)
+                self._log_step(plan)
                 if watch is not None:
                     watch(self._progress())
                 if self._checkpoint_is_due(plan):
                     self.save()
                 self._evaluate_if_due()
-                if self.done:
+                if self.stopped_at is not None:
                     break
             else:
                 self.epoch, self.batch = epoch + 1, 0
@@ -100,6 +103,22 @@ class Session:
             runner.step(*padded, weights=weights)
         self.batch += 1
 
+    def _log_step(self, before: Plan | None) -> None:
+        plan = self.runner.run.plan
+        values: dict[str, float] = {}
+        for runner in self.runners:
+            kind = "train" if runner is self.runner else "dense_train"
+            values |= {
+                f"{kind}/loss": runner.losses[-1],
+                f"{kind}/learning_rate": float(runner.run.optimizer.param_groups[0]["lr"]),
+                f"{kind}/step_ms": runner.step_ms[-1],
+                f"{kind}/tokens_per_s": self.tokens[-1] / runner.step_ms[-1] * 1e3,
+            }
+        if plan is not None and plan is not before:
+            values["plan/flops_ratio"] = plan.flops_ratio
+            values["plan/params_ratio"] = plan.params_ratio
+        self.log(values, self.step)
+
     def _evaluate_if_due(self) -> None:
         """Evaluate at an epoch's end and every ``eval_steps``; once at a step."""
         every, step = self.settings.eval_steps, self.step
@@ -107,7 +126,10 @@ class Session:
         if not due or step == 0 or step in self.runner.evaluated_at[-1:]:
             return
         for runner in self.runners:
-            value = runner.evaluate(self.data)[self.data.task.main_metric]
+            metrics = runner.evaluate(self.data)
+            kind = "eval" if runner is self.runner else "dense_eval"
+            self.log({f"{kind}/{name}": v for name, v in metrics.items()}, step)
+            value = metrics[self.data.task.main_metric]
             better = runner.settled and runner.best.take(step, value)
             if better and runner is self.runner and self.settings.keep_best:
                 weights = whole(self.data.world, runner.model)
