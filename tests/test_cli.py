@@ -120,7 +120,7 @@ def test_plan_then_finetune_with_it(call, tmp_path):
         ("--method-option warmup=x", 2, "method-option warmup: expected a number, got 'x'"),
         ("--method-option warmup=2", 2, "warmup: expected a share of the steps"),
         ("--method-option criterion=luck", 2, "criterion: expected one of first-order"),
-        ("--dtype fp8", 2, "dtype: expected one of bf16, fp32"),
+        ("--dtype fp8", 2, "dtype: expected one of bf16, fp16, fp32"),
         ("--embeddings none", 2, "embeddings: expected one of"),
         ("--epochs 0", 2, "epochs: expected at least 1, got 0"),
         ("--batch-size 0", 2, "batch_size: expected at least 1"),

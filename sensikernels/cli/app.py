@@ -94,6 +94,12 @@ def finetune(
     batch_size: o.BatchSize = 32,
     lr: o.Lr = None,
     dense_lr: o.DenseLr = None,
+    schedule: o.RateSchedule = None,
+    warmup_steps: o.WarmupSteps = 0,
+    warmup_ratio: o.WarmupRatio = 0.0,
+    weight_decay: o.WeightDecay = 0.01,
+    max_grad_norm: o.MaxGradNorm = 1.0,
+    gradient_accumulation_steps: o.Accumulation = 1,
     dtype: o.Dtype = "fp32",
     embeddings: o.Embeddings = "sparse",
     dropout: o.Dropout = "counter",
@@ -104,6 +110,11 @@ def finetune(
     device: o.Device = "auto",
     parallel: o.Parallel = "ddp",
     compare_dense: o.Compare = False,
+    eval_steps: o.EvalSteps = 0,
+    early_stopping_patience: o.Patience = None,
+    early_stopping_threshold: o.Threshold = 0.0,
+    keep_best: o.KeepBest = False,
+    report_to: o.ReportTo = "",
     resume: o.Resume = False,
     checkpoint_every: o.Every = 500,
 ) -> None:
@@ -300,6 +311,8 @@ def _settings(kind: Any, given: dict[str, Any]) -> Any:
 
     fields = {name for name in kind.__dataclass_fields__ if name in given}
     plain = {name: given[name] for name in fields}
+    if "report_to" in plain:
+        plain["report_to"] = tuple(filter(None, plain["report_to"].replace(" ", "").split(",")))
     counts = None if given["units"] is None else parse_counts(given["units"])
     shares = {name: given[name] for name in ("flops", "params", "step_time")} | {"units": counts}
     asked = any(value is not None for value in shares.values())

@@ -81,7 +81,34 @@ Epochs = Annotated[int, _training()]
 BatchSize = Annotated[int, _training()]
 Lr = Annotated[float | None, _training(help="Peak learning rate; default: the method's own.")]
 DenseLr = Annotated[float | None, _training(help="The baseline's; default: --lr, else 5e-5.")]
-Dtype = Annotated[str, _training(help="fp32, or bf16 with fp32 master weights.")]
+Dtype = Annotated[
+    str, _training(help="fp32, bf16 with fp32 master weights, or fp16: autocast and a scaled loss.")
+]
+RateSchedule = Annotated[
+    str | None,
+    _training(
+        "--schedule",
+        help="Course of the learning rate, by transformers' name: linear, cosine, "
+        "cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt; default: "
+        "the method's own.",
+    ),
+]
+WarmupSteps = Annotated[
+    int,
+    _training(
+        help="Steps over which the learning rate rises (those before the trim: --method-option "
+        "warmup=…)."
+    ),
+]
+WarmupRatio = Annotated[float, _training(help="The same as a share of all steps.")]
+WeightDecay = Annotated[float, _training(help="Of weights, not of biases and norms.")]
+MaxGradNorm = Annotated[float, _training(help="Clip gradients to this norm; 0: do not clip.")]
+Accumulation = Annotated[
+    int,
+    _training(
+        "--gradient-accumulation-steps", help="Batches whose gradients make an optimizer step."
+    ),
+]
 Embeddings = Annotated[
     str, _training(help="Word table: sparse (only rows that occur move), frozen, or dense.")
 ]
@@ -113,5 +140,23 @@ Compare = Annotated[
     ),
 ]
 Resume = Annotated[bool, _run("--resume", help="Continue the run in --output.")]
+EvalSteps = Annotated[int, _run(help="Evaluate every so many steps besides each epoch's end.")]
+Patience = Annotated[
+    int | None,
+    _run(
+        "--early-stopping-patience",
+        help="Stop after so many evaluations without a better main metric; those before the trim "
+        "do not count.",
+    ),
+]
+Threshold = Annotated[
+    float, _run("--early-stopping-threshold", help="Better means by more than this share.")
+]
+KeepBest = Annotated[
+    bool, _run("--keep-best", help="Save the model of the best evaluation, not the last.")
+]
+ReportTo = Annotated[
+    str, _run(help="Trackers, separated by commas: tensorboard, wandb, mlflow; below --output.")
+]
 Every = Annotated[int, _run(help="Steps between checkpoints; 0: none.")]
 Output = Annotated[Path, _run(help="A new or empty folder.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,15 @@ import torch
 from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import UsageError
 from sensikernels.data import get_task
+from sensikernels.hf.schedule import SCHEDULES
 from sensikernels.masks import Budget, Plan
 from sensikernels.methods import BASELINE, DEFAULT, METHODS, Method, method, options_of
+from sensikernels.training.trackers import check_trackers
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float32}
+"""What weights are stored in."""
+AUTOCAST = {"fp16": torch.float16}
+"""What products are computed in where that is narrower."""
 EMBEDDINGS = ("sparse", "frozen", "dense")
 DROPOUTS = ("counter", "torch")
 DEVICES = ("auto", "cpu", "cuda")
@@ -31,10 +36,15 @@ _COUNTS = {
     "seed": (0, (1 << 63) - 1),
     "checkpoint_every": (0, 1 << 31),
     "max_length": (8, 1 << 20),
+    "warmup_steps": (0, 1 << 31),
+    "gradient_accumulation_steps": (1, 1 << 20),
+    "eval_steps": (0, 1 << 31),
+    "early_stopping_patience": (1, 1 << 31),
 }
+_OPTIONAL = ("max_train_samples", "early_stopping_patience")
 _LARGEST = 1e30
 # What may differ between a run and its continuation.
-_FREE = ("output", "resume", "checkpoint_every", "data_dir", "device", "parallel")
+_FREE = ("output", "resume", "checkpoint_every", "data_dir", "device", "parallel", "report_to")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +62,19 @@ class Settings:
     ``costs``: a table of ``sensikernels tune`` for a ``step_time`` budget, else measured anew.
     ``batch_size`` is that of all processes together; ``parallel`` says how several train: copies
     of the model (``ddp``) or shards of it (``fsdp``).
+
+    ``schedule``: transformers' name of the learning rate's course (None: the method's own), which
+    rises from zero over ``warmup_steps`` or ``warmup_ratio`` of the steps; the ``warmup`` of a
+    method is another, of the trim. ``max_grad_norm`` 0 clips nothing.
+    ``dtype`` fp16: float32 weights, products in float16 under autocast, a scaled loss.
+    ``gradient_accumulation_steps`` batches make an optimizer step, as one big batch would.
+
+    Evaluations come after each epoch and, unless 0, every ``eval_steps`` steps. After
+    ``early_stopping_patience`` of them without a main metric above the best before by more than
+    ``early_stopping_threshold`` the run ends, the dense baseline's too. ``keep_best``: the model
+    of the best evaluation is saved, and both models' best metrics are reported. Evaluations before
+    the trim do not count for either: that was another model. ``report_to``: trackers that the run
+    logs to, below ``output``.
     """
 
     task: str
@@ -83,6 +106,15 @@ class Settings:
     ranking_rows: int = 2048
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    schedule: str | None = None
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    gradient_accumulation_steps: int = 1
+    eval_steps: int = 0
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
+    keep_best: bool = False
+    report_to: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         task = get_task(self.task)
@@ -94,21 +126,30 @@ class Settings:
         require(fits, "dropout", "counter on packed tokens", self.dropout)
         require_one_of(self.device, "device", DEVICES)
         require_one_of(self.parallel, "parallel", PARALLELS)
+        narrow = self.dtype in AUTOCAST
+        fits = not narrow or self.parallel == "ddp"
+        require(fits, "parallel", "ddp for dtype fp16, as each shard would scale alone", "fsdp")
+        timed = self.budget is not None and self.budget.measure == "step_time"
+        require(not (narrow and timed), "dtype", "fp32 or bf16 for a step_time budget", "fp16")
         whole = f"ddp for {self.method}, which needs whole gradients"
         fits = self.parallel == "ddp" or not METHODS[self.method].needs_whole_gradients
         require(fits, "parallel", whole, self.parallel)
         for name, (least, most) in _COUNTS.items():
             value = getattr(self, name)
-            if value is None and name == "max_train_samples":
+            if value is None and name in _OPTIONAL:
                 continue
             require(type(value) is int, name, "a whole number", f"{value!r:.40}")
             require(value >= least, name, f"at least {least}", value)
             require(value <= most, name, f"at most {most}", f"{value:.3g}")
-        for name in ("lr", "dense_lr", "weight_decay", "max_grad_norm"):
+        for name in ("lr", "dense_lr", "weight_decay", "max_grad_norm", "early_stopping_threshold"):
             value = getattr(self, name)
             ok = value is None or (math.isfinite(value) and 0 <= value <= _LARGEST)
             require(ok, name, f"a finite number of at least 0, at most {_LARGEST:g}", value)
-        require(self.max_grad_norm > 0, "max_grad_norm", "above 0", self.max_grad_norm)
+        self._check_schedule()
+        check_trackers(self.report_to)
+        lone = self.early_stopping_threshold > 0 and self.early_stopping_patience is None
+        wanted = "none without early_stopping_patience"
+        require(not lone, "early_stopping_threshold", wanted, self.early_stopping_threshold)
         require(
             task.folder is not None or self.data_dir is None,
             "data_dir",
@@ -116,6 +157,17 @@ class Settings:
             self.data_dir,
         )
         self._check_budget()
+
+    def _check_schedule(self) -> None:
+        steps, ratio = self.warmup_steps, self.warmup_ratio
+        share = isinstance(ratio, (int, float)) and 0 <= ratio <= 1
+        require(share, "warmup_ratio", "a share of the steps in [0, 1]", ratio)
+        require(not (steps and ratio), "warmup_ratio", "none beside warmup_steps", ratio)
+        if self.schedule is None:
+            return
+        require_one_of(self.schedule, "schedule", SCHEDULES)
+        fits = self.schedule != "constant" or not (steps or ratio)
+        require(fits, "schedule", "constant_with_warmup for a warm-up", "constant")
 
     def _check_budget(self) -> None:
         needs = METHODS[self.method].needs_budget
@@ -158,6 +210,7 @@ class Settings:
         plain = {k: v for k, v in vars(self).items() if k not in ("budget", "options")}
         paths = ("output", "data_dir", "plan", "costs")
         plain |= {k: None if plain[k] is None else str(plain[k]) for k in paths}
+        plain["report_to"] = list(self.report_to)
         plain["options"] = {k: _plain(v) for k, v in self.options.items()}
         plain["budget"] = None if self.budget is None else self.budget.to_json()
         return plain

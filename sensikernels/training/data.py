@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from sensikernels.data import (
 from sensikernels.hf import load_tokenizer, to_padded
 from sensikernels.masks import Geometry
 from sensikernels.training.config import Settings
-from sensikernels.training.distributed import Share, shares, turns
+from sensikernels.training.distributed import Share, of_a_step, shares, turns
 from sensikernels.world import ALONE, World
 
 EVAL_BATCH = 64
@@ -43,6 +44,7 @@ class Data:
     geometry: Geometry
     device: torch.device
     world: World = ALONE
+    accumulate: int = 1
 
     @classmethod
     def load(cls, settings: Settings, device: torch.device, world: World = ALONE) -> Data:
@@ -60,13 +62,14 @@ class Data:
             geometry=_all_epochs(batches, settings.epochs),
             device=device,
             world=world,
+            accumulate=settings.gradient_accumulation_steps,
         )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of one epoch."""
+        """Optimizer steps of one epoch; its last may have fewer batches."""
         self.train.resume(epoch=0, start=0)
-        return len(self.train.order)
+        return -(-len(self.train.order) // self.accumulate)
 
     def padded(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The same rows as HuggingFace pads them; a padded batch as it is."""
@@ -80,6 +83,12 @@ class Data:
         self.train.resume(epoch=number, start=start)
         mine = shares(self.world, self.train)
         return (share._replace(batch=self._to_device(share.batch)) for share in mine)
+
+    def steps(self, number: int, start: int = 0) -> Iterator[tuple[Share, ...]]:
+        """The shares of one epoch from optimizer step ``start``, those of a step together."""
+        shares = self.shares(number, start * self.accumulate)
+        while parts := tuple(islice(shares, self.accumulate)):
+            yield of_a_step(parts)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         """The batches of ``shares``."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from sensikernels._core import environment
@@ -33,12 +34,13 @@ class Share(NamedTuple):
     """The rows of a global batch that one process takes.
 
     ``weight``: its mean loss times this, averaged over processes, is the global mean loss.
-    ``tokens``: real tokens of the whole batch.
+    ``tokens``, ``rows``: real tokens and rows of the whole batch.
     """
 
     batch: dict[str, Any]
     weight: float
     tokens: int
+    rows: int
 
 
 def join(settings: Settings) -> World:
@@ -76,7 +78,29 @@ def shares(world: World, batches: Batches) -> Iterator[Share]:
     mine = [rows[world.rank :: world.size] for rows in orders]
     taken = [own or rows[:1] for own, rows in zip(mine, orders, strict=True)]
     for batch, own, rows in zip(_loader(batches, taken), mine, orders, strict=True):
-        yield Share(batch, len(own) * world.size / len(rows), int(lengths[rows].sum()))
+        yield Share(batch, len(own) * world.size / len(rows), int(lengths[rows].sum()), len(rows))
+
+
+def of_a_step(parts: Sequence[Share]) -> tuple[Share, ...]:
+    """The batches of one optimizer step, weighted so that their gradients are one big batch's."""
+    total = sum(part.rows for part in parts)
+    return tuple(
+        part if part.rows == total else part._replace(weight=part.weight * part.rows / total)
+        for part in parts
+    )
+
+
+@contextmanager
+def alone(together: nn.Module | None) -> Iterator[None]:
+    """Keep gradients of the block in this process: a later backward averages their sum.
+
+    Shards are summed in every backward: whole gradients would not fit.
+    """
+    if not isinstance(together, DistributedDataParallel):
+        yield
+        return
+    with together.no_sync():
+        yield
 
 
 def turns(world: World, batches: Batches, *, even: bool = False) -> DataLoader[Any]:
@@ -132,6 +156,16 @@ def whole(world: World, model: nn.Module) -> dict[str, Tensor]:
     from sensikernels.training.sharded import whole
 
     return whole(values)
+
+
+def load_whole(world: World, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put a state dict that is not sharded into the model, whatever its form."""
+    if not shards(world, model):
+        model.load_state_dict(values)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, dict(values), options=StateDictOptions(full_state_dict=True))
 
 
 def wrap_anew(wrapper: Any) -> None:

@@ -60,7 +60,8 @@ def _check_room(session: Session) -> None:
     settings = session.settings
     weights = _bytes(session.runner.model)
     state = sum(_state_bytes(settings, runner) for runner in session.runners)
-    needed = 2 * state + weights
+    kept = weights if settings.keep_best else 0
+    needed = 2 * (state + kept) + weights
     held = sum(p.stat().st_size for p in settings.output.rglob("*") if p.is_file())
     free = shutil.disk_usage(settings.output).free + held
     if free < needed:

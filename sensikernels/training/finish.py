@@ -26,7 +26,7 @@ from sensikernels.hf.model_folder import write_digests
 from sensikernels.masks import Plan, Scores
 from sensikernels.methods.step_time import own_rows, time_ratio
 from sensikernels.training import checkpoint
-from sensikernels.training.config import DTYPES, Settings
+from sensikernels.training.config import AUTOCAST, DTYPES, Settings
 from sensikernels.training.flops import flops_per_token
 from sensikernels.training.memory import peak_mib
 from sensikernels.training.output import (
@@ -128,12 +128,16 @@ def _measure(session: Session, step_time: float | None) -> Measurements:
     data, runner, dense = session.data, session.runner, session.dense
     _fill_cache(session)
     batch = data.largest()
+    with runner.amp.autocast():
+        peak = peak_mib(runner.model, runner.run.optimizer, batch, accumulate=data.accumulate)
+        dense_peak = None
+        if dense is not None:
+            padded, held = data.padded(batch), dense.run.optimizer
+            dense_peak = peak_mib(dense.model, held, padded, accumulate=data.accumulate)
     return Measurements(
         flops=flops_per_token(runner.model, data),
-        peak=peak_mib(runner.model, runner.run.optimizer, batch),
-        dense_peak=None
-        if dense is None
-        else peak_mib(dense.model, dense.run.optimizer, data.padded(batch)),
+        peak=peak,
+        dense_peak=dense_peak,
         step_time=step_time,
     )
 
@@ -203,9 +207,11 @@ def _read_back(session: Session, small: Any, folder: Path, failed: list[str]) ->
     other = [name for name in {**ours, **theirs} if not _same(ours.get(name), theirs.get(name))]
     if other:
         failed.append(f"{folder}: expected the trained model's tensors, got others: {other[:3]}")
-    mine, labels = predict(small, data)
-    read, _ = predict(loaded.to(data.device), data)
-    gap, limit = _gap(mine, read), rounding(data.device, DTYPES[settings.dtype], mine)
+    with session.runner.amp.autocast():
+        mine, labels = predict(small, data)
+        read, _ = predict(loaded.to(data.device), data)
+    products = AUTOCAST.get(settings.dtype, DTYPES[settings.dtype])
+    gap, limit = _gap(mine, read), rounding(data.device, products, mine)
     if not gap <= limit:
         failed.append(
             f"{folder}: expected its logits within {limit:.2g} of the trained model's, "

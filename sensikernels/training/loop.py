@@ -27,6 +27,7 @@ from sensikernels.training.output import output_folder
 from sensikernels.training.ready import check_budget, check_model
 from sensikernels.training.runner import Runner, dense_runner, method_runner
 from sensikernels.training.session import Session, Watcher, fresh_model
+from sensikernels.training.trackers import tracking
 
 PRIMITIVES = 16384
 """Shapes oneDNN may keep compiled: a ranked plan needs more than its default of 1,024."""
@@ -61,6 +62,10 @@ def finetune(settings: Settings, watch: Watcher | None = None) -> dict[str, Any]
         else:
             session.runner.begin()
         session.seconds["setup"] += time.perf_counter() - start
+        names = settings.report_to if world.first else ()
+        config = settings.to_json()
+        tracked = tracking(names, settings.output, config, session.step)
+        agree(lambda: setattr(session, "log", stack.enter_context(tracked)))
         with _kept(session):
             session.train(watch if world.first else None)
             session.unshard()
@@ -75,7 +80,7 @@ def _kept(session: Session) -> Iterator[None]:
         yield
     except Exception as error:
         output = session.settings.output
-        where = checkpoint.latest(output) if session.step == session.max_steps else None
+        where = checkpoint.latest(output) if session.done else None
         if where is None:
             raise
         raise SensiError(

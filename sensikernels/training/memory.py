@@ -20,9 +20,19 @@ from torch.optim import Optimizer
 MIB = 2**20
 
 
-def peak_mib(model: nn.Module, optimizer: Optimizer, batch: Mapping[str, Tensor]) -> float:
-    """Peak memory of a step on ``batch``; gradients, mode and random state are not changed."""
-    step = _peak(model, lambda: model(**batch).loss.backward())
+def peak_mib(
+    model: nn.Module, optimizer: Optimizer, batch: Mapping[str, Tensor], *, accumulate: int = 1
+) -> float:
+    """Peak memory of a step on ``batch``; gradients, mode and random state are not changed.
+
+    Of a step that accumulates, the second backward has the gradients of the first beside it.
+    """
+
+    def work() -> None:
+        for _ in range(min(accumulate, 2)):
+            model(**batch).loss.backward()
+
+    step = _peak(model, work)
     return (resident_bytes(model, optimizer) + step) / MIB
 
 

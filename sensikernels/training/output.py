@@ -11,13 +11,14 @@ from pathlib import Path
 from sensikernels._core.checks import expected
 from sensikernels._core.errors import SensiError, UsageError
 from sensikernels._core.files import partial_name, remove, write_json, writing
+from sensikernels.training.trackers import FOLDER
 
 CHECKPOINTS = "checkpoint"
 UNFINISHED = ".unfinished"
 REPORT = "report.json"
 LOCK = ".run"
 """Held by the run under way; left behind, it says that a run was killed here."""
-_STARTED = (CHECKPOINTS, UNFINISHED, REPORT, LOCK)
+_STARTED = (CHECKPOINTS, UNFINISHED, REPORT, LOCK, FOLDER)
 _RESULTS = ("model", "plan.json", "plan.safetensors", "sensitivity.png", REPORT)
 
 __all__ = ["output_folder", "remove", "tidy", "write_json", "writing"]

@@ -43,7 +43,6 @@ def build(
     """
     runner, dense = session.runner, session.dense
     settings, task = session.settings, session.data.task
-    metric = task.main_metric
     steps = slice(runner.changed_at, None)
     ours = statistics.median(runner.step_ms[steps])
     theirs = None if dense is None else statistics.median(dense.step_ms[steps])
@@ -69,15 +68,21 @@ def build(
             "wall": session.wall(),
         },
         "metric": {
-            "name": metric,
-            "value": runner.epochs[-1][metric],
-            "dense_value": None if dense is None else dense.epochs[-1][metric],
+            "name": task.main_metric,
+            "value": _value(session, runner),
+            "dense_value": None if dense is None else _value(session, dense),
         },
         "metrics": _of_both(session, lambda one: one.epochs),
+        "evaluated_at": runner.evaluated_at,
+        "best": _of_both(session, lambda one: one.best.to_json()),
+        "skipped_steps": _of_both(session, lambda one: one.amp.skipped),
+        "stopped_early_at": session.stopped_at,
         "saved_model": {k: v for k, v in saved.items() if k != "trainable"},
         "failed": failed,
         "data": _data(session),
         "seed": settings.seed,
+        "schedule": _of_both(session, lambda one: one.schedule.to_json(session.max_steps)),
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "settings": settings.to_json(),
         "numerics": _numerics(session),
         "versions": versions(),
@@ -94,6 +99,13 @@ def _of_both(session: Session, fact: Callable[[Runner], Any]) -> dict[str, Any]:
         "planned": fact(session.runner),
         "dense": None if dense is None else fact(dense),
     }
+
+
+def _value(session: Session, runner: Runner) -> float | None:
+    """The main metric of the last evaluation, with ``keep_best`` of the best."""
+    if session.settings.keep_best:
+        return runner.best.value
+    return runner.epochs[-1][session.data.task.main_metric]
 
 
 def _budget(session: Session, measured: Measurements) -> dict[str, Any]:
@@ -167,7 +179,7 @@ def _numerics(session: Session) -> dict[str, Any]:
             "planned": session.runner.learning_rate,
             "dense": None if session.dense is None else session.dense.learning_rate,
         },
-        "schedule": session.runner.method.schedule,
+        "schedule": session.runner.schedule.name,
         "optimizer": type(session.runner.run.optimizer).__name__,
         "method_options": {k: str(v) for k, v in session.runner.method.options().items()},
     }

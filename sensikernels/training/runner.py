@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,10 +20,14 @@ from sensikernels.hf import is_norm, use_counter_dropout, use_packed
 from sensikernels.masks import Budget, StepCosts
 from sensikernels.methods import BASELINE, Method, Run
 from sensikernels.optim import SubsetAdamW
-from sensikernels.training.config import Settings
+from sensikernels.training.amp import Amp
+from sensikernels.training.config import AUTOCAST, Settings
 from sensikernels.training.data import Data
-from sensikernels.training.distributed import require_same, whole, wrap
+from sensikernels.training.distributed import alone, require_same, whole, wrap
 from sensikernels.training.graph import GraphedStep
+from sensikernels.training.random import get_random, seeded, set_random
+from sensikernels.training.schedule import Schedule
+from sensikernels.training.stopping import Best
 from sensikernels.world import ALONE, World
 
 
@@ -41,18 +44,24 @@ class Runner:
     run: Run
     method: Method
     learning_rate: float
+    schedule: Schedule
     max_grad_norm: float | None
     seed: int
     world: World = ALONE
+    accumulate: int = 1
     losses: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"rank": 0.0, "evaluate": 0.0})
     changed_at: int = 0
     epochs: list[dict[str, float]] = field(default_factory=list)
+    evaluated_at: list[int] = field(default_factory=list)
+    best: Best = field(default_factory=Best)
+    autocast: torch.dtype | None = None
     logits: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._random = _seeded(self.seed, self.device, self.world.rank)
+        self.amp = Amp(self.device, self.autocast)
+        self._random = seeded(self.seed, self.device, self.world.rank)
         self._together: nn.Module | None = None
         self._graphed = self._graphs()
 
@@ -71,11 +80,12 @@ class Runner:
         with self.own_random(), self._timed("rank"):
             self.method.begin(self.run)
 
-    def step(self, batch: Mapping[str, Tensor], weight: float = 1.0) -> float:
+    def step(self, *batches: Mapping[str, Tensor], weights: Sequence[float] = ()) -> float:
         """Forward, backward, update; returns the loss. Raises SensiError if it is not finite.
 
-        Each of several processes has its share of the batch, of this ``weight``
-        (``distributed.Share``); gradients and the loss are the whole batch's.
+        Several ``batches`` accumulate their gradients. Each of several processes has its share of
+        a batch, of this weight (``distributed.Share``; 1 if not given); gradients and the loss are
+        those of all rows.
         """
         run = self.run
         with self.own_random():
@@ -86,13 +96,12 @@ class Runner:
                 self.changed_at = run.step
                 self._together = None
             if self._together is None:
-                settled = run.plan is not None or not self.method.needs_budget
-                self._together = wrap(self.world, run, settled=settled)
+                self._together = wrap(self.world, run, settled=self.settled)
             synchronize(self.device)
             start = time.perf_counter()
             self._together.train()
             self._set_rate()
-            loss = self._graphed(batch) if self._graphed else self._eager(batch, weight)
+            loss = self._graphed(*batches) if self._graphed else self._eager(batches, weights)
             value = self.world.mean(loss)
             synchronize(self.device)
             self.step_ms.append((time.perf_counter() - start) * 1e3)
@@ -106,22 +115,33 @@ class Runner:
 
     def _set_rate(self) -> None:
         run = self.run
-        rate = self.learning_rate * schedule(self.method.schedule, run.step, run.max_steps)
+        rate = self.schedule.rate(self.learning_rate, run.step - self.amp.skipped, run.max_steps)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
 
-    def _eager(self, batch: Mapping[str, Tensor], weight: float) -> Tensor:
-        assert self._together is not None
+    def _eager(self, batches: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tensor:
         run = self.run
-        loss: Tensor = self._together(**batch).loss
-        loss = loss if weight == 1 else loss * weight
-        loss.backward()
+        losses = []
+        for place, batch in enumerate(batches):
+            last = place == len(batches) - 1
+            with nullcontext() if last else alone(self._together):
+                losses.append(self._backward(batch, weights[place] if weights else 1.0))
         self.world.average_rows(run.model)
-        self.method.before_step(run)
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(run.model.parameters(), self.max_grad_norm)
-        run.optimizer.step()
+        if self.amp.unscale(run.optimizer):
+            self.method.before_step(run)
+            if self.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(run.model.parameters(), self.max_grad_norm)
+            run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _backward(self, batch: Mapping[str, Tensor], weight: float) -> Tensor:
+        """Add the gradients of a batch; its weighted loss."""
+        assert self._together is not None
+        with self.amp.autocast():
+            loss: Tensor = self._together(**batch).loss
+        loss = loss if weight == 1 else loss * weight
+        self.amp.backward(loss)
         return loss.detach()
 
     def _graphs(self) -> GraphedStep | None:
@@ -136,6 +156,10 @@ class Runner:
 
     def _needs_eager(self) -> str | None:
         """The reason why no graph can hold the step; None if one can."""
+        if self.autocast is not None:
+            return "fp16 leaves steps out by what it finds in the gradients"
+        if self.accumulate > 1:
+            return f"a step adds up the gradients of {self.accumulate} batches"
         if self.world.size > 1:
             return f"{self.world.size} processes reduce gradients"
         if not isinstance(self.run.optimizer, SubsetAdamW):
@@ -150,21 +174,28 @@ class Runner:
         with self._timed("evaluate"):
             if isinstance(self.run.optimizer, SubsetAdamW):
                 self.run.optimizer.flush()
-            self.logits, labels = predict(self.model, data, self.world)
+            with self.amp.autocast():
+                self.logits, labels = predict(self.model, data, self.world)
         metrics = compute(data.task, self.logits, labels)
         self.epochs.append(metrics)
+        self.evaluated_at.append(self.run.step)
         return metrics
+
+    @property
+    def settled(self) -> bool:
+        """True once the model is the one that the run will save."""
+        return self.run.plan is not None or not self.method.needs_budget
 
     @contextmanager
     def own_random(self) -> Iterator[None]:
         """Draw from this runner's random stream inside the block."""
-        outside = _get_random(self.device)
-        _set_random(self._random, self.device)
+        outside = get_random(self.device)
+        set_random(self._random, self.device)
         try:
             yield
         finally:
-            self._random = _get_random(self.device)
-            _set_random(outside, self.device)
+            self._random = get_random(self.device)
+            set_random(outside, self.device)
 
     def state(self) -> dict[str, Any]:
         """All that a continuation needs, plan apart, as a tree of tensors and plain values.
@@ -178,12 +209,14 @@ class Runner:
             "random": self.world.gather(self._random),
             "step": self.run.step,
             "events": list(self.run.events),
+            "best": self.best.state(),
+            "amp": self.amp.state(),
             **{name: getattr(self, name) for name in _KEPT},
         }
 
     def check_state(self, state: Mapping[str, Any], step: int) -> None:
         """Raise UsageError unless ``state`` can be one of this runner after ``step`` steps."""
-        known = {"model", "optimizer", "method", "random", "step", "events", *_KEPT}
+        known = {"model", "optimizer", "method", "random", "step", "events", "best", "amp", *_KEPT}
         require(state.keys() == known, "state", sorted(known), sorted(state))
         for name in ("losses", "step_ms"):
             values = state[name]
@@ -197,6 +230,9 @@ class Runner:
         require(
             ok and state["seconds"].keys() == self.seconds.keys(), "seconds", "numbers", numbers
         )
+        at = state["evaluated_at"]
+        ok = len(at) == len(state["epochs"]) and all(type(n) is int and 0 < n <= step for n in at)
+        require(ok, "evaluated_at", "the step of each evaluation", at)
         for stream in state["random"]:
             for kind, now in self._random.items():
                 same = kind not in stream or (
@@ -217,8 +253,10 @@ class Runner:
         # A process that was not there before starts a stream of its own.
         streams, rank = state["random"], self.world.rank
         fresh = rank >= len(streams)
-        self._random = _seeded(self.seed, self.device, rank, run.step) if fresh else streams[rank]
+        self._random = seeded(self.seed, self.device, rank, run.step) if fresh else streams[rank]
         run.events[:] = state["events"]
+        self.best.load_state(state["best"], run.step)
+        self.amp.load_state(state["amp"], run.step)
         for name in _KEPT:
             setattr(self, name, state[name])
 
@@ -232,7 +270,7 @@ class Runner:
             self.seconds[what] += time.perf_counter() - start
 
 
-_KEPT = ("losses", "step_ms", "seconds", "changed_at", "epochs")
+_KEPT = ("losses", "step_ms", "seconds", "changed_at", "epochs", "evaluated_at")
 
 
 def method_runner(settings: Settings, data: Data, model: nn.Module, max_steps: int) -> Runner:
@@ -248,7 +286,7 @@ def method_runner(settings: Settings, data: Data, model: nn.Module, max_steps: i
     rate = settings.learning_rate()
 
     def make_optimizer(trained: nn.Module) -> SubsetAdamW:
-        clip = settings.max_grad_norm
+        clip = settings.max_grad_norm or None
         return SubsetAdamW(groups(trained, settings.weight_decay), lr=rate, max_grad_norm=clip)
 
     run = _run(settings, data, model, make_optimizer(model), max_steps, settings.budget)
@@ -259,9 +297,15 @@ def method_runner(settings: Settings, data: Data, model: nn.Module, max_steps: i
         run=run,
         method=method,
         learning_rate=rate,
+        schedule=Schedule.of(settings, method.schedule),
         max_grad_norm=None,
         seed=settings.seed,
         world=data.world,
+        accumulate=settings.gradient_accumulation_steps,
+        autocast=AUTOCAST.get(settings.dtype),
+        best=Best(
+            patience=settings.early_stopping_patience, threshold=settings.early_stopping_threshold
+        ),
     )
 
 
@@ -274,9 +318,12 @@ def dense_runner(settings: Settings, data: Data, model: nn.Module, max_steps: in
         run=_run(settings, data, model, optimizer, max_steps, None),
         method=BASELINE(),
         learning_rate=rate,
-        max_grad_norm=settings.max_grad_norm,
+        schedule=Schedule.of(settings, BASELINE.schedule),
+        max_grad_norm=settings.max_grad_norm or None,
         seed=settings.seed,
         world=replace(data.world, parallel="ddp"),
+        accumulate=settings.gradient_accumulation_steps,
+        autocast=AUTOCAST.get(settings.dtype),
     )
 
 
@@ -311,11 +358,6 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def schedule(kind: str, step: int, max_steps: int) -> float:
-    """Factor of the learning rate for the 0-based step: ``linear`` to zero, or ``constant``."""
-    return 1.0 if kind == "constant" else max(0.0, 1 - step / max_steps)
-
-
 @torch.no_grad()
 def predict(model: nn.Module, data: Data, world: World = ALONE) -> tuple[Tensor, Tensor]:
     """Logits float32 ``[rows, labels]`` and labels of the development rows, on the CPU.
@@ -337,26 +379,3 @@ def _word_embeddings(model: nn.Module) -> nn.Embedding:
     table = model.get_input_embeddings()  # type: ignore[operator]
     assert isinstance(table, nn.Embedding)
     return table
-
-
-def _seeded(seed: int, device: torch.device, rank: int, step: int = 0) -> dict[str, Tensor]:
-    if rank > 0:
-        words = np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)
-        seed = int(words[0] >> 1)
-    state = {"cpu": torch.Generator().manual_seed(seed).get_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
-    return state
-
-
-def _get_random(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random(state: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)

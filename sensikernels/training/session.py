@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,10 @@ from sensikernels.masks import Plan, Scores, Structure
 from sensikernels.training import checkpoint
 from sensikernels.training.config import DTYPES, Settings
 from sensikernels.training.data import Data, model_path
-from sensikernels.training.distributed import Share, shards
+from sensikernels.training.distributed import Share, load_whole, shards, whole
 from sensikernels.training.ready import check_labels
-from sensikernels.training.runner import Runner, method_runner
+from sensikernels.training.runner import Runner, method_runner, predict
+from sensikernels.training.trackers import Log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ class Session:
     start: float = field(default_factory=time.perf_counter)
     epoch: int = 0
     batch: int = 0
+    stopped_at: int | None = None
+    log: Log = lambda values, step: None  # noqa: E731
     tokens: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"setup": 0.0, "wall": 0.0})
 
@@ -70,26 +73,87 @@ class Session:
 
     def train(self, watch: Watcher | None = None) -> None:
         """Every remaining epoch, with checkpoints on the way and one of the trained model."""
+        self._evaluate_if_due()  # a kill may have come between checkpoint and evaluation
         for epoch in range(self.epoch, self.settings.epochs):
-            for share in self.data.shares(epoch, self.batch):
+            if self.done:
+                break
+            for parts in self.data.steps(epoch, self.batch):
                 plan = self.runner.run.plan
-                self._step(share)
+                self._step(parts)
+                self._log_step(plan)
                 if watch is not None:
                     watch(self._progress())
                 if self._checkpoint_is_due(plan):
                     self.save()
-            for runner in self.runners:
-                runner.evaluate(self.data)
-            self.epoch, self.batch = epoch + 1, 0
+                self._evaluate_if_due()
+                if self.stopped_at is not None:
+                    break
+            else:
+                self.epoch, self.batch = epoch + 1, 0
+        self._take_best()
 
-    def _step(self, share: Share) -> None:
+    def _step(self, parts: Sequence[Share]) -> None:
         # Whoever is second finds a warmer cache: take turns.
         order = self.runners if self.step % 2 == 0 else self.runners[::-1]
-        self.tokens.append(share.tokens)
+        self.tokens.append(sum(part.tokens for part in parts))
+        weights = [part.weight for part in parts]
         for runner in order:
-            batch = self.data.padded(share.batch) if runner is self.dense else share.batch
-            runner.step(batch, share.weight)
+            batches = (part.batch for part in parts)
+            padded = map(self.data.padded, batches) if runner is self.dense else batches
+            runner.step(*padded, weights=weights)
         self.batch += 1
+
+    def _log_step(self, before: Plan | None) -> None:
+        plan = self.runner.run.plan
+        values: dict[str, float] = {}
+        for runner in self.runners:
+            kind = "train" if runner is self.runner else "dense_train"
+            values |= {
+                f"{kind}/loss": runner.losses[-1],
+                f"{kind}/learning_rate": float(runner.run.optimizer.param_groups[0]["lr"]),
+                f"{kind}/step_ms": runner.step_ms[-1],
+                f"{kind}/tokens_per_s": self.tokens[-1] / runner.step_ms[-1] * 1e3,
+            }
+        if plan is not None and plan is not before:
+            values["plan/flops_ratio"] = plan.flops_ratio
+            values["plan/params_ratio"] = plan.params_ratio
+        self.log(values, self.step)
+
+    def _evaluate_if_due(self) -> None:
+        """Evaluate at an epoch's end and every ``eval_steps``; once at a step."""
+        every, step = self.settings.eval_steps, self.step
+        due = self.batch == self.data.steps_per_epoch or (every > 0 and step % every == 0)
+        if not due or step == 0 or step in self.runner.evaluated_at[-1:]:
+            return
+        for runner in self.runners:
+            metrics = runner.evaluate(self.data)
+            kind = "eval" if runner is self.runner else "dense_eval"
+            self.log({f"{kind}/{name}": v for name, v in metrics.items()}, step)
+            value = metrics[self.data.task.main_metric]
+            better = runner.settled and runner.best.take(step, value)
+            if better and runner is self.runner and self.settings.keep_best:
+                weights = whole(self.data.world, runner.model)
+                runner.best.weights = {n: v.detach().cpu().clone() for n, v in weights.items()}
+        if self.runner.best.exhausted and step < self.max_steps:
+            self.stopped_at = step
+            self.runner.run.events.append(f"step {step}: stopped early")
+            self.save()
+
+    def _take_best(self) -> None:
+        """Put the best evaluation's weights into the method's model; its logits are there then."""
+        runner, best = self.runner, self.runner.best
+        other = self.settings.keep_best and best.step != self.step
+        if other:
+            load_whole(self.data.world, runner.model, best.weights or {})
+            runner.run.events.append(f"step {self.step}: the model of step {best.step} is kept")
+        if other or runner.logits is None:
+            with runner.amp.autocast():
+                runner.logits, _ = predict(runner.model, self.data, self.data.world)
+
+    @property
+    def done(self) -> bool:
+        """True after the last step, which may be one of early stopping."""
+        return self.step == self.max_steps or self.stopped_at is not None
 
     def _checkpoint_is_due(self, before: Plan | None) -> bool:
         """At the trim and after the last step whatever was asked, so that none is done twice."""
@@ -112,6 +176,7 @@ class Session:
         state = {
             "epoch": self.epoch,
             "batch": self.batch,
+            "stopped_at": self.stopped_at,
             "tokens": self.tokens,
             "seconds": {**self.seconds, "wall": self.wall()},
             "runners": [runner.state() for runner in self.runners],
@@ -160,6 +225,7 @@ class Session:
                 runner.load_state(own)
             self.epoch, self.batch = state["epoch"], state["batch"]
             self.tokens, self.seconds = state["tokens"], state["seconds"]
+            self.stopped_at = state["stopped_at"]
         self.runner.run.events.append(f"step {self.step}: resumed")
 
     def _check_place(self, folder: Path, state: Any) -> None:
@@ -170,6 +236,7 @@ class Session:
         place = type(epoch) is type(batch) is int and 0 <= batch <= per_epoch
         at = epoch * per_epoch + batch if place and 0 <= epoch <= self.settings.epochs else None
         require(at == step <= self.max_steps, "step", step, at)
+        require(state["stopped_at"] in (None, step), "stopped_at", step, state["stopped_at"])
         require(len(state["tokens"]) == step, "tokens", step, len(state["tokens"]))
         require(
             all(type(n) is int and n > 0 for n in state["tokens"]), "tokens", "counts", "others"

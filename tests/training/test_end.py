@@ -131,8 +131,8 @@ def test_a_poisoned_step_is_not_saved_over_the_last_good_one(
     finetune(settings(output=tmp_path / "whole", **given))
     eager = Runner._eager
 
-    def poisoned(self, batch, weight):
-        loss = eager(self, batch, weight)
+    def poisoned(self, batches, weights):
+        loss = eager(self, batches, weights)
         if self.run.step == step:
             with torch.no_grad():
                 next(p for n, p in self.model.named_parameters() if "LayerNorm.weight" in n)[3] = (

@@ -15,7 +15,8 @@ from sensikernels.training.data import Data
 from sensikernels.training.flops import flops_per_token
 from sensikernels.training.loop import prepare
 from sensikernels.training.memory import MIB, activation_mib, peak_mib, resident_bytes
-from sensikernels.training.runner import groups, schedule
+from sensikernels.training.runner import groups
+from sensikernels.training.schedule import schedule
 from sensikernels.training.session import fresh_model
 
 
