@@ -351,10 +351,11 @@ def test_other_arguments(make: Any, named: dict[str, Any]) -> None:
 
 
 def test_an_encoder_that_cannot_be_ranked_is_refused_at_once(make: Any) -> None:
-    config = transformers.DistilBertConfig(
-        vocab_size=97, dim=32, n_layers=1, n_heads=2, hidden_dim=32
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.AlbertConfig(
+        vocab_size=97, embedding_size=16, intermediate_size=32, **sizes
     )
-    model = transformers.DistilBertForSequenceClassification(config)
+    model = transformers.AlbertForSequenceClassification(config)
     trainer = make(sensi(), model=model)
     with pytest.raises(UsageError, match="model: expected an encoder laid out like BERT's"):
         trainer.train()
