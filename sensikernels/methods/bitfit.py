@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from sensikernels._core.checks import require_one_of
-from sensikernels.hf import Family, apply, family_of, structure_of
+from sensikernels._core.checks import require, require_one_of
+from sensikernels.hf import (
+    Family,
+    apply,
+    below_layers,
+    encoder_layers,
+    family_of,
+    structure_of,
+)
 from sensikernels.masks import Plan
 from sensikernels.methods.base import Method, Run, option
 
@@ -58,11 +65,15 @@ class BitFit(Method):
         self.subsets = tuple(self.subsets)
 
     def begin(self, run: Run) -> None:
-        """Freeze before the first step, so that no weight gradient is ever computed."""
+        """Freeze before the first step, so that no weight gradient is ever computed.
+
+        Raises UsageError where nothing but the head would train, unless ``frozen`` asks for it.
+        """
         structure = structure_of(run.model).at(run.geometry)
         length = run.geometry.mean_length
         names = (name for name, _ in run.model.named_parameters())
         trainable = select(names, self.subsets, family_of(run.model))
+        self._require_biases(run.model, trainable)
         run.plan = Plan(
             method=self.name,
             trainable=trainable,
@@ -76,6 +87,16 @@ class BitFit(Method):
         )
         apply(run.model, run.plan, optimizer=run.optimizer)
         run.events.append(f"step 0: {len(trainable)} parameters train, the rest is frozen")
+
+    def _require_biases(self, model: nn.Module, trainable: Sequence[str]) -> None:
+        """Raise UsageError where subsets ask for biases and the encoder has none of them."""
+        layers = (layer.prefix for layer in encoder_layers(model))
+        inside = tuple(f"{name}." for name in (*below_layers(model), *layers))
+        found = set(self.subsets) == {"frozen"} or any(n.startswith(inside) for n in trainable)
+        wanted = f"a model with biases of {', '.join(self.subsets)} in its encoder"
+        require(
+            found, "subsets", wanted, f"{type(model).__name__} without, whose head alone trains"
+        )
 
     def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
         """Freezing needs nothing but the names."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Tokens:
     Rows after the last sequence fill the count up to a multiple. They repeat the first token, so
     every row of a table that they use is used anyway; what becomes of them is not read.
     ``places``: where each row lies in the flattened ``[rows, length]`` batch of ``shape``; rows
-    of no sequence one past its end.
+    of no sequence one past its end. ``rotations``: as a family's ``PackedStep`` makes them.
     """
 
     input_ids: Tensor
@@ -35,6 +35,7 @@ class Tokens:
     max_length: int
     places: Tensor
     shape: tuple[int, int]
+    rotations: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def first(self) -> Tensor:
@@ -46,6 +47,10 @@ class Tokens:
         rows, length = self.shape
         flat = hidden.new_zeros(rows * length + 1, hidden.shape[-1])
         return flat.index_copy(0, self.places, hidden)[:-1].view(rows, length, -1)
+
+    def averaged(self, hidden: Tensor) -> Tensor:
+        """``[tokens, hidden]`` as ``[rows, hidden]``: the mean of each sequence's tokens."""
+        return self.padded(hidden).sum(1) / self.cu_seqlens.diff()[:, None]
 
 
 def unpadded(
