@@ -129,6 +129,7 @@ class PackedStep:
     ``cu_seqlens``) and ``cu_seqlens`` to position ids of the same shape; None: counted from 0.
     ``rotations``: from the encoder, hidden states and position ids ``[tokens]`` to cos and sin
     ``[tokens, head_dim / 2]`` by name, once a step; None where positions are not rotated.
+    ``windowed``: some layers see near keys alone, so no padding may lie between tokens.
     ``closing``: the path in the encoder to a norm after the last layer.
     ``first_token``: heads that read first tokens alone, unless ``averages`` says of their config
     that they average all tokens of a sequence. ``by_row``: heads that read the hidden states as
@@ -141,6 +142,7 @@ class PackedStep:
     block: Callable[[Any], Block | GatedBlock]
     positions: Callable[[Any, Tensor, Tensor | None], Tensor] | None = None
     rotations: Callable[[Any, Tensor, Tensor], Mapping[str, tuple[Tensor, Tensor]]] | None = None
+    windowed: bool = False
     closing: str = ""
     first_token: tuple[type, ...] = ()
     averages: Callable[[Any], bool] | None = None

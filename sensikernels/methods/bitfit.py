@@ -38,10 +38,15 @@ def select(names: Iterable[str], subsets: Sequence[str], family: Family) -> tupl
     """The parameters that BitFit trains, of all ``names`` of a model of ``family``.
 
     The task head always trains, the pooler's bias too unless the subset is ``frozen`` alone.
+    Raises UsageError for a subset that is unknown, or of linears that the family has not.
     """
     for subset in subsets:
         require_one_of(subset, "subsets", SUBSETS)
     paths = {**family.linears, **family.norms}
+    able = [name for name, roles in SUBSETS.items() if all(role in paths for role in roles)]
+    for subset in subsets:
+        known = f"one of {', '.join(able)} for {family.title}"
+        require(subset in able, "subsets", known, subset)
     patterns = [f"{paths[role]}.bias" for subset in subsets for role in SUBSETS[subset]]
     patterns += ["bias"] if "all" in subsets else []
     patterns += [] if set(subsets) == {"frozen"} else [f"{family.pooler_linear}.bias"]
@@ -93,10 +98,9 @@ class BitFit(Method):
         layers = (layer.prefix for layer in encoder_layers(model))
         inside = tuple(f"{name}." for name in (*below_layers(model), *layers))
         found = set(self.subsets) == {"frozen"} or any(n.startswith(inside) for n in trainable)
-        wanted = f"a model with biases of {', '.join(self.subsets)} in its encoder"
-        require(
-            found, "subsets", wanted, f"{type(model).__name__} without, whose head alone trains"
-        )
+        wanted = "biases in the encoder (frozen trains the head alone)"
+        got = f"none of {', '.join(self.subsets)} in {type(model).__name__}"
+        require(found, "subsets", wanted, got)
 
     def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
         """Freezing needs nothing but the names."""

@@ -1,4 +1,4 @@
-"""ModernBERT: norms before each half of a layer, rotated positions, sliding windows, a gated FFN."""
+"""ModernBERT: norms come first, positions are rotated, windows slide, the FFN is gated."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _block(layer: Any) -> GatedBlock:
 def _rotations(
     encoder: Any, hidden: Tensor, positions: Tensor
 ) -> Mapping[str, tuple[Tensor, Tensor]]:
-    """Cos and sin of every type of layer; transformers' hold each half of a head, twice the same."""
+    """Cos and sin of every type of layer; transformers' hold the same twice, for both halves."""
     made = {}
     for kind in encoder.rotary_emb.layer_types:
         tables = encoder.rotary_emb(hidden, positions[None], kind)
@@ -109,6 +109,7 @@ MODERNBERT = Family(
         embedding=_embedding,
         block=_block,
         rotations=_rotations,
+        windowed=True,
         closing="final_norm",
         first_token=(
             modeling.ModernBertForSequenceClassification,

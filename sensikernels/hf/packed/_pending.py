@@ -1,4 +1,4 @@
-"""Stand-ins in plain PyTorch for operators that do not exist yet; each goes when its operator comes.
+"""Stand-ins in plain PyTorch for operators to come; each goes when its operator is there.
 
 ``geglu``, ``rotary``, and ``window`` of ``varlen_attention``: signatures and results are theirs.
 """

@@ -7,7 +7,8 @@ sequence classifier runs on first tokens alone, which changes nothing that its h
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,9 +74,9 @@ class PackedEncoder(Changed):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        *others: Any,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        *,
         cu_seqlens: Tensor | None = None,
         max_length: int | None = None,
         **named: Any,
@@ -84,7 +85,8 @@ class PackedEncoder(Changed):
 
         Packed: ``input_ids``, ``token_type_ids`` and ``position_ids`` are ``[1, tokens]``,
         ``cu_seqlens`` int32 ``[rows + 1]``, ``max_length`` a Python int at least as long as the
-        longest sequence; nothing then waits for the device.
+        longest sequence; nothing then waits for the device. ``others``: arguments of stock's
+        forward, in its order.
 
         Returns:
             HuggingFace's output. ``last_hidden_state`` is ``[rows, 1, hidden]`` with ``cls_only``;
@@ -95,6 +97,10 @@ class PackedEncoder(Changed):
         Raises:
             UsageError: inputs that packed tokens have no use for, or that disagree.
         """
+        if others:
+            named |= dict(zip(_names_after_mask(self.original), others, strict=False))
+            token_type_ids = named.pop("token_type_ids", token_type_ids)
+            position_ids = named.pop("position_ids", position_ids)
         self._refuse(input_ids, named)
         assert input_ids is not None
         packing, pooler = self.packing, getattr(self, self.packing.family.pooler, None)
@@ -108,6 +114,7 @@ class PackedEncoder(Changed):
                 position_ids,
                 multiple=packing.multiple,
                 pooled=pooler is not None or packing.first_read,
+                windowed=packing.step.windowed,
             )
         else:
             require(attention_mask is None, "attention_mask", "none beside cu_seqlens", "one")
@@ -172,6 +179,13 @@ class PackedEncoder(Changed):
         for name in _REFUSED:
             value = named.get(name, getattr(self.config, name, None) if "output" in name else None)
             require(value is None or value is False, name, "none on packed tokens", "one")
+
+
+@cache
+def _names_after_mask(encoder: Any) -> tuple[str, ...]:
+    """The names of the arguments of stock's forward after the attention mask."""
+    names = tuple(signature(encoder.forward).parameters)
+    return names[names.index("attention_mask") + 1 :]
 
 
 def below(encoder: Any, family: Family) -> list[nn.Module]:

@@ -61,11 +61,13 @@ def unpadded(
     *,
     multiple: int,
     pooled: bool,
+    windowed: bool = False,
 ) -> Tokens:
     """Tokens of HuggingFace's inputs ``[rows, length]``; reads the mask's sum on the host once.
 
-    Raises UsageError for a mask that is not ``[rows, length]``, or whose rows do not begin with a
-    token where a first token is wanted (``pooled``).
+    Raises UsageError for a mask that is not ``[rows, length]``, whose rows do not begin with a
+    token where a first token is wanted (``pooled``), or with padding between tokens where their
+    distance counts (``windowed``).
     """
     require(input_ids.ndim == 2, "input_ids", "[rows, length]", list(input_ids.shape))
     rows, length = input_ids.shape
@@ -82,6 +84,10 @@ def unpadded(
         mask = attention_mask != 0
         begun = not pooled or bool(mask[:, 0].all())
         require(begun, "attention_mask", "a token at the start of every row", "padding there")
+        if windowed:
+            runs = mask[:, 0] + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+            between = bool((runs > 1).any())
+            require(not between, "attention_mask", "no padding between tokens", "some")
         places = mask.flatten().nonzero().flatten()
         require(len(places) > 0, "input_ids", some, "padding alone")
         lengths = mask.sum(1)
