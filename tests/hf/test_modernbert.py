@@ -140,7 +140,7 @@ def test_every_rate_of_dropout_drops(features: tuple[str, ...]) -> None:
     for rate in RATES:
         model = built(**{rate: 0.5})
         apply(model, features=features)
-        losses = {float(model(**drawn()).loss) for _ in range(3)}
+        losses = {model(**drawn()).loss.item() for _ in range(3)}
         assert len(losses) == 3, rate
     same_on_average(built(**RATES), drawn(), lambda model: apply(model, features=features))
 
