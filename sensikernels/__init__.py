@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sensikernels.ops.dropout import dropout as dropout
     from sensikernels.ops.dropout_add_norm import dropout_add_norm as dropout_add_norm
     from sensikernels.ops.embed_norm import embed_norm as embed_norm
+    from sensikernels.ops.geglu import geglu as geglu
     from sensikernels.ops.group_reduce import group_reduce as group_reduce
     from sensikernels.ops.masked_linear import masked_linear as masked_linear
     from sensikernels.ops.select_kept import select_chain as select_chain
@@ -60,6 +61,7 @@ _HOMES = {
     "dropout_add_norm": "ops.dropout_add_norm",
     "embed_norm": "ops.embed_norm",
     "export": "hf",
+    "geglu": "ops.geglu",
     "group_reduce": "ops.group_reduce",
     "masked_linear": "ops.masked_linear",
     "plan": "masks",

@@ -22,6 +22,14 @@ def test_bias_gelu(rows: int, width: int, dtype: torch.dtype, biased: bool):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", [2, 100, 2304, 5248])
+@pytest.mark.parametrize("biased", [True, False])
+def test_geglu(rows: int, width: int, dtype: torch.dtype, biased: bool):
+    checks.check_geglu((rows, width), dtype, "cuda", biased=biased)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("hidden", [17, 100, 384, 768, 1000, 1024, 4096])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_dropout_add_norm(rows: int, hidden: int, dtype: torch.dtype, p: float):

@@ -12,6 +12,7 @@ from sensikernels.ops.bias_gelu import bias_gelu
 from sensikernels.ops.dropout import dropout
 from sensikernels.ops.dropout_add_norm import dropout_add_norm
 from sensikernels.ops.embed_norm import embed_norm
+from sensikernels.ops.geglu import geglu
 from tests.tolerance import assert_close_to_reference
 
 Run = Callable[..., Tensor]
@@ -46,6 +47,18 @@ def check_bias_gelu(
         return F.gelu(x if bias is None else x + bias)
 
     check(lambda *a: bias_gelu(*a, backend="triton"), parts, leaves, dy)
+
+
+def check_geglu(shape: tuple[int, ...], dtype: torch.dtype, device: str, *, biased: bool) -> None:
+    n = shape[-1] // 2
+    x, dy = (torch.randn(*shape[:-1], size, device=device).to(dtype) for size in (2 * n, n))
+    leaves = [2 * x, torch.randn(2 * n, device=device)] if biased else [2 * x]
+
+    def parts(x: Tensor, bias: Tensor | None = None) -> Tensor:
+        z = x if bias is None else x + bias
+        return F.gelu(z[..., :n]) * z[..., n:]
+
+    check(lambda *a: geglu(*a, backend="triton"), parts, leaves, dy)
 
 
 def _seed(device: str) -> Tensor:
