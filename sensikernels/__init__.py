@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sensikernels.ops.geglu import geglu as geglu
     from sensikernels.ops.group_reduce import group_reduce as group_reduce
     from sensikernels.ops.masked_linear import masked_linear as masked_linear
+    from sensikernels.ops.rotary import rotary as rotary
     from sensikernels.ops.select_kept import select_chain as select_chain
     from sensikernels.ops.select_kept import select_kept as select_kept
     from sensikernels.ops.selective_linear import selective_linear as selective_linear
@@ -66,6 +67,7 @@ _HOMES = {
     "masked_linear": "ops.masked_linear",
     "plan": "masks",
     "restore": "hf",
+    "rotary": "ops.rotary",
     "select_chain": "ops.select_kept",
     "select_kept": "ops.select_kept",
     "selective_linear": "ops.selective_linear",

@@ -29,6 +29,14 @@ def test_geglu(rows: int, width: int, dtype: torch.dtype, biased: bool):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", ROWS)
+@pytest.mark.parametrize(("heads", "size"), [(1, 2), (3, 34), (12, 64), (8, 128), (2, 300)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_rotary(tokens: int, heads: int, size: int, dtype: torch.dtype, fused: bool):
+    checks.check_rotary((tokens, heads, size), dtype, "cuda", fused=fused)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("hidden", [17, 100, 384, 768, 1000, 1024, 4096])
 @pytest.mark.parametrize("p", [0.0, 0.1])
