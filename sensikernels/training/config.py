@@ -12,7 +12,8 @@ import torch
 
 from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import UsageError
-from sensikernels.data import get_task
+from sensikernels.data import Task, get_task, kind_of
+from sensikernels.data.sources import SUFFIXES
 from sensikernels.masks import Budget, Plan
 from sensikernels.methods import BASELINE, DEFAULT, METHODS, Method, method, options_of
 
@@ -31,7 +32,9 @@ _COUNTS = {
     "seed": (0, (1 << 63) - 1),
     "checkpoint_every": (0, 1 << 31),
     "max_length": (8, 1 << 20),
+    "doc_stride": (0, 1 << 20),
 }
+_OPTIONAL = ("max_train_samples", "doc_stride")
 _LARGEST = 1e30
 # What may differ between a run and its continuation.
 _FREE = ("output", "resume", "checkpoint_every", "data_dir", "device", "parallel")
@@ -52,6 +55,12 @@ class Settings:
     ``costs``: a table of ``sensikernels tune`` for a ``step_time`` budget, else measured anew.
     ``batch_size`` is that of all processes together; ``parallel`` says how several train: copies
     of the model (``ddp``) or shards of it (``fsdp``).
+
+    ``data_dir``: the folder of GLUE, ``ner`` or ``squad``; ``train_file`` and ``dev_file`` those of
+    task ``file``; the columns name what its rows, and those of ``hub:`` and ``given`` data, hold
+    where that is not clear. ``max_length`` and ``doc_stride``, the tokens that neighbouring windows
+    of a long context share, default to the kind of task. ``predict``: a file for the predictions of
+    the development rows.
     """
 
     task: str
@@ -79,13 +88,22 @@ class Settings:
     dropout: str = "counter"
     packed: bool = True
     pad_to_multiple: int = 8
-    max_length: int = 128
+    max_length: int | None = None
     ranking_rows: int = 2048
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    # Data of one's own, and what is written about them.
+    train_file: Path | None = None
+    dev_file: Path | None = None
+    text_column: str | None = None
+    pair_column: str | None = None
+    label_column: str | None = None
+    doc_stride: int | None = None
+    predict: Path | None = None
 
     def __post_init__(self) -> None:
         task = get_task(self.task)
+        self._fill_cut(task)
         require_one_of(self.method, "method", METHODS)
         require_one_of(self.dtype, "dtype", DTYPES)
         require_one_of(self.embeddings, "embeddings", EMBEDDINGS)
@@ -99,7 +117,7 @@ class Settings:
         require(fits, "parallel", whole, self.parallel)
         for name, (least, most) in _COUNTS.items():
             value = getattr(self, name)
-            if value is None and name == "max_train_samples":
+            if value is None and name in _OPTIONAL:
                 continue
             require(type(value) is int, name, "a whole number", f"{value!r:.40}")
             require(value >= least, name, f"at least {least}", value)
@@ -109,13 +127,43 @@ class Settings:
             ok = value is None or (math.isfinite(value) and 0 <= value <= _LARGEST)
             require(ok, name, f"a finite number of at least 0, at most {_LARGEST:g}", value)
         require(self.max_grad_norm > 0, "max_grad_norm", "above 0", self.max_grad_norm)
-        require(
-            task.folder is not None or self.data_dir is None,
-            "data_dir",
-            f"none, as {task.name} is generated",
-            self.data_dir,
-        )
+        self._check_places(task)
         self._check_budget()
+
+    def _fill_cut(self, task: Task) -> None:
+        """The kind's own lengths where none are given; a stride only where there are windows."""
+        cut = kind_of(task).cut
+        if self.max_length is None:
+            object.__setattr__(self, "max_length", cut.max_length)
+        if cut.doc_stride is None:
+            wanted = f"none for task {task.name}, which has no windows"
+            require(self.doc_stride is None, "doc_stride", wanted, self.doc_stride)
+        elif self.doc_stride is None:
+            object.__setattr__(self, "doc_stride", cut.doc_stride)
+
+    def _check_places(self, task: Task) -> None:
+        """Each task has its own rows from its own place, and no other."""
+        name, source = task.name, task.source
+        if source == "folder":
+            held = " and ".join(task.files(split)[0] for split in ("train", "dev"))
+            require(self.data_dir is not None, "data_dir", f"the folder that holds {held}", "none")
+        elif source != "glue":
+            why = f"none, as {name} is generated" if source == "generated" else f"none for {name}"
+            require(self.data_dir is None, "data_dir", why, self.data_dir)
+        for option in ("train_file", "dev_file"):
+            path = getattr(self, option)
+            if source == "files":
+                require(path is not None, option, f"a file for task {name}", "none")
+                known = path.suffix.lower() in SUFFIXES
+                require(known, option, f"a file that ends in {', '.join(SUFFIXES)}", path)
+            else:
+                require(path is None, option, f"none for task {name}, but for task file", path)
+        columns = source in ("files", "hub", "given")
+        for option in ("text_column", "pair_column", "label_column"):
+            column = getattr(self, option)
+            require(columns or column is None, option, f"none for task {name}", column)
+        if self.predict is not None:
+            kind_of(task).check_file(task, self.predict)
 
     def _check_budget(self) -> None:
         needs = METHODS[self.method].needs_budget
@@ -156,7 +204,7 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """Every setting, plain."""
         plain = {k: v for k, v in vars(self).items() if k not in ("budget", "options")}
-        paths = ("output", "data_dir", "plan", "costs")
+        paths = ("output", "data_dir", "plan", "costs", "train_file", "dev_file", "predict")
         plain |= {k: None if plain[k] is None else str(plain[k]) for k in paths}
         plain["options"] = {k: _plain(v) for k, v in self.options.items()}
         plain["budget"] = None if self.budget is None else self.budget.to_json()

@@ -74,9 +74,14 @@ def shares(world: World, batches: Batches) -> Iterator[Share]:
     lengths = batches.order.lengths
     orders = list(batches.order)
     mine = [rows[world.rank :: world.size] for rows in orders]
+    encoded: Any = batches.dataset
+    weights = encoded.weights
     taken = [own or rows[:1] for own, rows in zip(mine, orders, strict=True)]
     for batch, own, rows in zip(_loader(batches, taken), mine, orders, strict=True):
-        yield Share(batch, len(own) * world.size / len(rows), int(lengths[rows].sum()))
+        terms = (len(own), len(rows))
+        if weights is not None:
+            terms = (int(weights[own].sum()), int(weights[rows].sum()))
+        yield Share(batch, terms[0] * world.size / terms[1], int(lengths[rows].sum()))
 
 
 def turns(world: World, batches: Batches, *, even: bool = False) -> DataLoader[Any]:

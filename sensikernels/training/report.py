@@ -14,7 +14,7 @@ import torch
 from sensikernels.training.runner import Runner
 from sensikernels.training.session import Session
 
-PACKAGES = ("sensikernels", "torch", "transformers", "accelerate", "triton", "numpy")
+PACKAGES = ("sensikernels", "torch", "transformers", "accelerate", "triton", "numpy", "datasets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,12 @@ def build(
     return {
         "task": task.name,
         "task_title": task.title,
+        "labels": {
+            "kind": task.kind,
+            "problem": task.problem or "single_label_classification",
+            "names": list(task.label_names),
+            "inferred": list(session.data.notes),
+        },
         "method": runner.name,
         "budget": _budget(session, measured),
         "flops_per_token": {

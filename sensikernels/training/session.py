@@ -143,7 +143,7 @@ class Session:
             for name in ("plan", "scores", "costs"):
                 setattr(new.run, name, getattr(old.run, name))
             new.load_state(state)
-            new.logits = old.logits
+            new.logits, new.truth = old.logits, old.truth
             self.runner = new
 
     def load(self, folder: Path) -> None:
@@ -182,11 +182,15 @@ class Session:
 
 
 def fresh_model(settings: Settings, data: Data) -> nn.Module:
-    """The pre-trained model with a new classifier, the same at every call."""
+    """The pre-trained model with a new head for the task, the same at every call."""
     with torch.random.fork_rng([]):
         torch.manual_seed(settings.seed)
         model: Any = load_model(
-            model_path(settings.model), labels=data.task.num_labels, dtype=DTYPES[settings.dtype]
+            model_path(settings.model),
+            labels=data.task.num_labels,
+            dtype=DTYPES[settings.dtype],
+            head=data.task.kind,
+            problem=data.task.problem,
         )
     check_labels(settings, model, data)
     names = dict(enumerate(data.task.label_names))
