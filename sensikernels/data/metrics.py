@@ -45,7 +45,7 @@ def score_labels(
 
 def require_finite(scores: Array) -> None:
     """Raise SensiError, with their number, for rows of scores that are not finite."""
-    finite: Array = np.isfinite(scores).all(axis=1)
+    finite = np.asarray(np.isfinite(scores).all(axis=1))
     if not finite.all():
         raise SensiError(
             f"logits: expected finite values, got {len(finite) - int(finite.sum())} of "

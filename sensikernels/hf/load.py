@@ -14,7 +14,6 @@ from sensikernels._core.checks import require_one_of
 from sensikernels._core.errors import DataError
 from sensikernels.hf.model_folder import CONFIG, check_folder, check_loaded
 
-
 HEADS = {
     "sequences": "AutoModelForSequenceClassification",
     "tokens": "AutoModelForTokenClassification",

@@ -50,12 +50,7 @@ def build(
     return {
         "task": task.name,
         "task_title": task.title,
-        "labels": {
-            "kind": task.kind,
-            "problem": task.problem or "single_label_classification",
-            "names": list(task.label_names),
-            "inferred": list(session.data.notes),
-        },
+        "labels": _labels(session),
         "method": runner.name,
         "budget": _budget(session, measured),
         "flops_per_token": {
@@ -145,6 +140,18 @@ def _seconds(runner: Runner) -> dict[str, float]:
     """``to_finish``: all that this model cost once data and weights were in memory."""
     own = {"train": sum(runner.step_ms) / 1e3, **runner.seconds}
     return {**own, "to_finish": sum(own.values())}
+
+
+def _labels(session: Session) -> dict[str, Any]:
+    """What is labelled and how, and the lines that say what was inferred from the rows."""
+    task = session.data.task
+    problem = "single_label_classification" if task.kind == "sequences" else None
+    return {
+        "kind": task.kind,
+        "problem": task.problem or problem,
+        "names": list(task.label_names),
+        "inferred": list(session.data.notes),
+    }
 
 
 def _data(session: Session) -> dict[str, Any]:

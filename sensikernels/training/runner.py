@@ -145,7 +145,7 @@ class Runner:
 
     @torch.no_grad()
     def evaluate(self, data: Data) -> dict[str, float]:
-        """The task's metrics on the development rows; keeps the logits, and what they are held to."""
+        """The task's metrics on the development rows; keeps the logits and their truth."""
         from sensikernels.data import compute
 
         with self._timed("evaluate"):
