@@ -378,3 +378,47 @@ def test_a_command_replaces_what_it_wrote_itself(tmp_path, monkeypatch):
         assert main(command) == 0
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {"a.json", "a.provenance.json", "a.png"}
+
+
+def test_every_setting_has_an_option_and_reaches_the_report(call, tmp_path):
+    from dataclasses import fields
+    from inspect import signature
+
+    from sensikernels.cli.app import finetune
+    from sensikernels.data import load
+    from sensikernels.training import Settings
+
+    made_of = {"budget": {"flops", "params", "step_time", "units", "scope"}}
+    made_of["options"] = {"method_option"}
+    options = set(signature(finetune).parameters)
+    for name in (field.name for field in fields(Settings)):
+        assert made_of.get(name, {name}) <= options, name
+        options -= made_of.get(name, {name})
+    assert not options
+    code, _, err = call(
+        "--schedule cosine --warmup-ratio 0.25 --weight-decay 0.02 --max-grad-norm 0.5 "
+        "--gradient-accumulation-steps 2 --eval-steps 1 --early-stopping-patience 9 "
+        "--early-stopping-threshold 0.01 --keep-best --report-to tensorboard --dtype bf16 "
+        f"--predict {tmp_path / 'made.tsv'}"
+    )
+    assert (code, err) == (0, "")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(report["settings"]) == {field.name for field in fields(Settings)}
+    asked = {
+        "schedule": "cosine",
+        "warmup_ratio": 0.25,
+        "weight_decay": 0.02,
+        "max_grad_norm": 0.5,
+        "gradient_accumulation_steps": 2,
+        "eval_steps": 1,
+        "early_stopping_patience": 9,
+        "early_stopping_threshold": 0.01,
+        "keep_best": True,
+        "report_to": ["tensorboard"],
+        "dtype": "bf16",
+    }
+    assert {name: report["settings"][name] for name in asked} == asked
+    assert report["evaluated_at"] == [1, 2]
+    made = (tmp_path / "made.tsv").read_text().splitlines()
+    assert made[0] == "row\tlabel\tprediction\tnegative\tpositive"
+    assert len(made) == 1 + len(load("demo", split="dev"))
