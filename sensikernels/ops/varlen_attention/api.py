@@ -51,9 +51,8 @@ def varlen_attention(
         dropout: probability in [0, 1].
         scale: 1 / sqrt(qk_size) if absent.
         seed: int64 ``[]`` on query's device; drawn from torch's generator of it if absent.
-        window: a query meets the keys of its sequence at most so many places before or after it,
-            both counted from the sequence's start; None: all. It is transformers'
-            ``config.sliding_window`` of a ModernBERT (half of ``local_attention``), inclusive.
+        window: a query meets keys at most so many places of its sequence away; None: all. It is
+            transformers' ``config.sliding_window`` of a ModernBERT (half of ``local_attention``).
         backend: "auto" (``explain`` says what), "reference", "native", "flash" or "buckets".
 
     Returns:
@@ -75,16 +74,10 @@ def varlen_attention(
     drops = threshold < DRAWS
     apart = window is not None and cu_seqlens_query is not None
     chosen = serving(query, value, backend, seeded=drops and seed is not None, apart=apart)
-    if seed is None:
-        drawn = drops and chosen != "flash"
-        seed = new_seed(query.device) if drawn else cu_seqlens.new_zeros((), dtype=torch.int64)
+    seed = _seed(cu_seqlens, drops and chosen != "flash") if seed is None else seed
     scale = (query.shape[2] or 1) ** -0.5 if scale is None else scale
     places = (cu_seqlens_query, cu_seqlens, seed, *lengths)
-    arguments = (query, key, value, *places, threshold, scale, window, chosen)
-    if casts:
-        with torch.autocast(query.device.type, enabled=False):
-            return _run(*arguments)
-    return _run(*arguments)
+    return _run(casts, query, key, value, *places, threshold, scale, window, chosen)
 
 
 def _lengths(keys: int, cu_query: Tensor | None, queries: int | None) -> tuple[int, int]:
@@ -110,7 +103,14 @@ def _of_one_dtype(
     return query, key, value
 
 
-def _run(*arguments: Any) -> Tensor:
+def _seed(cu_seqlens: Tensor, drawn: bool) -> Tensor:
+    return new_seed(cu_seqlens.device) if drawn else cu_seqlens.new_zeros((), dtype=torch.int64)
+
+
+def _run(casts: bool, *arguments: Any) -> Tensor:
+    if casts:
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return _run(False, *arguments)
     *call, backend = arguments
     if backend == "reference":
         return reference.varlen_attention(call_of(*call))
