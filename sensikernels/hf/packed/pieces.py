@@ -11,8 +11,8 @@ from transformers.activations import GELUActivation
 
 from sensikernels._core.errors import UsageError
 from sensikernels._core.hooks import bare, hooked
-from sensikernels.hf.packed._pending import varlen_attention
 from sensikernels.hf.packed.tokens import Tokens
+from sensikernels.ops.varlen_attention import varlen_attention
 
 
 def attend(

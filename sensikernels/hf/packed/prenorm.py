@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from sensikernels.hf.family import GatedBlock
-from sensikernels.hf.packed._pending import geglu, rotary
 from sensikernels.hf.packed.pieces import attend, is_exact_gelu
 from sensikernels.hf.packed.tokens import Tokens
+from sensikernels.ops.geglu import geglu
+from sensikernels.ops.rotary import rotary
 
 
 def run_gated(

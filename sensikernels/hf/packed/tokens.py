@@ -179,7 +179,9 @@ def to_padded(
     for name, value in batch.items():
         if name in ("cu_seqlens", "max_length"):
             continue
-        if name in PER_TOKEN or value.numel() == count != len(lengths):
+        # Several labels a row are floats, and may be as many as the tokens.
+        by_row = value.is_floating_point() and value.shape[:1] == lengths.shape
+        if name in PER_TOKEN or (value.numel() == count != len(lengths) and not by_row):
             filler = {"labels": -100, "input_ids": pad_token_id}.get(name, 0)
             padded = value.new_full(mask.shape, filler)
             padded[mask] = value.flatten()[:real]
