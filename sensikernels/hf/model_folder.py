@@ -38,6 +38,7 @@ _SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dr
 _HEADS = (
     *("cls.", "classifier.", "qa_outputs.", "lm_head.", "generator_", "discriminator_"),
     *("vocab_", "pre_classifier.", "lm_predictions.", "sequence_summary.", "pooler."),
+    *("head.", "decoder."),
 )
 """What a checkpoint may hold beside the encoder: heads of other tasks."""
 
