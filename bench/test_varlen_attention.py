@@ -13,7 +13,13 @@ from bench.contest import COMPILED, OURS, contestants, forward_backward, measure
 from sensikernels import varlen_attention
 
 HEADS, SIZE = 12, 64
-LENGTHS = {"sst2": (5, 9, 12, 14, 18, 22, 27, 40) * 4, "full": (128,) * 8}
+LENGTHS = {
+    "sst2": (5, 9, 12, 14, 18, 22, 27, 40) * 4,
+    "full": (128,) * 8,
+    "window": (512, 1024),
+}
+WINDOWS = {"window": 64}
+"""A ModernBERT's: 128 tokens of local attention."""
 
 
 @contestants("torch-padded", COMPILED)
@@ -28,9 +34,13 @@ def test_varlen_attention(
     inputs = [normal(tokens, HEADS, SIZE, dtype=dtype, device=device) for _ in range(3)]
     real = (torch.arange(longest) < lengths[:, None]).to(device)
     place = real.flatten().nonzero().flatten()
+    window, mask = WINDOWS.get(case), real[:, None, None]
+    if window is not None:
+        at = torch.arange(longest, device=device)
+        mask = mask & ((at[:, None] - at).abs() <= window)
 
     def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return varlen_attention(query, key, value, bounds, max_length=longest)
+        return varlen_attention(query, key, value, bounds, max_length=longest, window=window)
 
     def padded(x: Tensor) -> Tensor:
         full = x.new_zeros(len(lengths) * longest, HEADS, SIZE).index_copy(0, place, x)
@@ -38,7 +48,7 @@ def test_varlen_attention(
 
     def theirs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = functional.scaled_dot_product_attention(
-            padded(query), padded(key), padded(value), attn_mask=real[:, None, None]
+            padded(query), padded(key), padded(value), attn_mask=mask
         )
         return out.transpose(1, 2).flatten(0, 1).index_select(0, place)
 

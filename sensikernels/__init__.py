@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from sensikernels.ops.dropout import dropout as dropout
     from sensikernels.ops.dropout_add_norm import dropout_add_norm as dropout_add_norm
     from sensikernels.ops.embed_norm import embed_norm as embed_norm
+    from sensikernels.ops.geglu import geglu as geglu
     from sensikernels.ops.group_reduce import group_reduce as group_reduce
     from sensikernels.ops.masked_linear import masked_linear as masked_linear
+    from sensikernels.ops.rotary import rotary as rotary
     from sensikernels.ops.select_kept import select_chain as select_chain
     from sensikernels.ops.select_kept import select_kept as select_kept
     from sensikernels.ops.selective_linear import selective_linear as selective_linear
@@ -60,10 +62,12 @@ _HOMES = {
     "dropout_add_norm": "ops.dropout_add_norm",
     "embed_norm": "ops.embed_norm",
     "export": "hf",
+    "geglu": "ops.geglu",
     "group_reduce": "ops.group_reduce",
     "masked_linear": "ops.masked_linear",
     "plan": "masks",
     "restore": "hf",
+    "rotary": "ops.rotary",
     "select_chain": "ops.select_kept",
     "select_kept": "ops.select_kept",
     "selective_linear": "ops.selective_linear",

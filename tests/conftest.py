@@ -27,6 +27,9 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--glue-data", metavar="DIR", help="folder that holds SST-2/, MRPC/, …")
+    parser.addoption("--squad-data", metavar="DIR", help="folder of SQuAD's train.json, dev.json")
+    parser.addoption("--ner-data", metavar="DIR", help="folder of WNUT 17's train and dev.conll")
+    parser.addoption("--model-packages", metavar="DIR", help="where sapiens and rxnmapper lie")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

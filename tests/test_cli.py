@@ -294,87 +294,45 @@ def test_as_a_program(tmp_path):
     assert done.stdout == ""
 
 
-def write_png(path):
-    path.write_bytes(b"\x89PNG\r\n\x1a\n")
+def test_every_setting_has_an_option_and_reaches_the_report(call, tmp_path):
+    from dataclasses import fields
+    from inspect import signature
 
+    from sensikernels.cli.app import finetune
+    from sensikernels.data import load
+    from sensikernels.training import Settings
 
-STRANGERS = [
-    ("plan --task demo --flops 0.5 --output {}/plan.json", "plan.json"),
-    ("plan --task demo --flops 0.5 --output {}/plan.json", "plan.safetensors"),
-    ("plan --task demo --flops 0.5 --output {}/x/plan.json", "x"),
-    ("tune --device cpu --output {}/table.json", "table.json"),
-    ("tune --device cpu --costs {}/costs.json", "costs.json"),
-    ("bench linear --json {}/rows.json", "rows.json"),
-    ("bench linear --json {}/rows.json", "rows.jsonl"),
-    ("bench linear --json {}/rows.json", "rows.jsonl.old"),
-    ("bench linear --json {}/rows.json", "rows.provenance.json"),
-    ("bench linear --picture {}/roofline.png", "roofline.png"),
-]
-
-
-@pytest.mark.parametrize(("command", "name"), STRANGERS, ids=[f"{c} {n}" for c, n in STRANGERS])
-def test_no_command_overwrites_a_strangers_file(tmp_path, capsys, monkeypatch, command, name):
-    """Nor does it begin its work: whatever would be loaded or timed is not."""
-    for place in (
-        "sensikernels.training.loop.prepare",
-        "sensikernels.nn.tune._break_even",
-        "sensikernels.bench.linear.run",
-    ):
-        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("work began"))
-    for content in (b"precious", b"{}", b"[1]", b""):
-        (tmp_path / name).write_bytes(content)
-        assert main(command.format(tmp_path).split()) == 2
-        captured = capsys.readouterr()
-        assert "expected" in one_line(captured.err)
-        assert captured.out == ""
-        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {name: content}
-
-
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        ("plan --task demo --flops 0.5 --output {}/p.safetensors", "another file than output's"),
-        ("plan --task demo --flops 0.5 --output {}", "expected a file, got the folder"),
-        ("bench linear --json {}/a.jsonl", "another file than json's"),
-        ("bench linear --json {}/a.json --picture {}/a.json", "another file than --json"),
-        ("bench linear --json {}/a.json --picture {}/b/../a.jsonl", "another file than --json"),
-        ("bench linear --json /proc/none/a.json", "expected a folder that can be written to"),
-        ("bench linear --seconds nan", "--seconds"),
-        ("bench linear --seconds inf", "seconds: expected a finite number"),
-        ("bench linear --rounds 0", "--rounds"),
-        ("bench linear --rounds 99999999999", "--rounds"),
-        ("bench finetune --seeds -1", "--seeds"),
-        ("bench finetune --samples 1e9", "--samples"),
-        ("bench linear --device tpu", "device: expected cpu or cuda"),
-    ],
-)
-def test_outputs_and_numbers_that_cannot_be(tmp_path, capsys, monkeypatch, command, said):
-    monkeypatch.setattr("sensikernels.bench.linear.run", lambda **_: pytest.fail("work began"))
-    if "/proc/none" in command:
-        monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
-    assert main(command.format(tmp_path, tmp_path).split()) == 2
-    assert said in one_line(capsys.readouterr().err)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_command_replaces_what_it_wrote_itself(tmp_path, monkeypatch):
-    from sensikernels.bench.rows import Row
-
-    made = Row(
-        suite="linear",
-        case="c",
-        candidate="a",
-        baseline="b",
-        candidate_ms=1.0,
-        baseline_ms=2.0,
-        ratio=2.0,
-        spread=0.1,
-        n=3,
+    made_of = {"budget": {"flops", "params", "step_time", "units", "scope"}}
+    made_of["options"] = {"method_option"}
+    options = set(signature(finetune).parameters)
+    for name in (field.name for field in fields(Settings)):
+        assert made_of.get(name, {name}) <= options, name
+        options -= made_of.get(name, {name})
+    assert not options
+    code, _, err = call(
+        "--schedule cosine --warmup-ratio 0.25 --weight-decay 0.02 --max-grad-norm 0.5 "
+        "--gradient-accumulation-steps 2 --eval-steps 1 --early-stopping-patience 9 "
+        "--early-stopping-threshold 0.01 --keep-best --report-to tensorboard --dtype bf16 "
+        f"--predict {tmp_path / 'made.tsv'}"
     )
-    monkeypatch.setattr("sensikernels.bench.linear.run", lambda **_: [made])
-    monkeypatch.setattr("sensikernels.bench.roofline.draw", lambda rows, path: write_png(path))
-    command = f"bench linear --json {tmp_path}/a.json --picture {tmp_path}/a.png".split()
-    for _ in range(2):
-        assert main(command) == 0
-    names = {p.name for p in tmp_path.iterdir()}
-    assert names == {"a.json", "a.provenance.json", "a.png"}
+    assert (code, err) == (0, "")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(report["settings"]) == {field.name for field in fields(Settings)}
+    asked = {
+        "schedule": "cosine",
+        "warmup_ratio": 0.25,
+        "weight_decay": 0.02,
+        "max_grad_norm": 0.5,
+        "gradient_accumulation_steps": 2,
+        "eval_steps": 1,
+        "early_stopping_patience": 9,
+        "early_stopping_threshold": 0.01,
+        "keep_best": True,
+        "report_to": ["tensorboard"],
+        "dtype": "bf16",
+    }
+    assert {name: report["settings"][name] for name in asked} == asked
+    assert report["evaluated_at"] == [1, 2]
+    made = (tmp_path / "made.tsv").read_text().splitlines()
+    assert made[0] == "row\tlabel\tprediction\tnegative\tpositive"
+    assert len(made) == 1 + len(load("demo", split="dev"))

@@ -30,6 +30,8 @@ HOMES = {
     "datasets": ("data/",),
     "sklearn": ("data/",),
     "scipy": ("data/",),
+    "seqeval": ("data/",),
+    "torchmetrics": ("data/",),
     "matplotlib": ("bench/", "training/picture.py"),
     "typer": ("cli/",),
     "rich": ("cli/", "_core/progress.py", "bench/"),

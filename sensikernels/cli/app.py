@@ -70,6 +70,12 @@ sensikernels finetune --task sst2 --data-dir glue --model bert-base-uncased --fl
 
 sensikernels finetune --task mrpc --data-dir glue --method bitfit --epochs 3 --output runs/bitfit
 
+sensikernels finetune --task ner --data-dir wnut17 --flops 0.5 --output runs/ner
+--predict tags.conll
+
+sensikernels finetune --task file --train-file train.csv --dev-file dev.csv --flops 0.5
+--output runs/mine
+
 sensikernels finetune --task demo --units heads=36,neurons=4608 --method-option warmup=0.2
 --output runs/units""",
 )
@@ -78,6 +84,12 @@ def finetune(
     output: o.Output,
     task: o.Task = "demo",
     data_dir: o.DataDir = None,
+    train_file: o.TrainFile = None,
+    dev_file: o.DevFile = None,
+    text_column: o.TextColumn = None,
+    pair_column: o.PairColumn = None,
+    label_column: o.LabelColumn = None,
+    doc_stride: o.DocStride = None,
     model: o.Model = "minilm",
     max_train_samples: o.MaxTrain = None,
     method: o.MethodName = None,
@@ -105,7 +117,7 @@ def finetune(
     dropout: o.Dropout = "counter",
     packed: o.Packed = True,
     pad_to_multiple: o.Padding = 8,
-    max_length: o.MaxLength = 128,
+    max_length: o.MaxLength = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     parallel: o.Parallel = "ddp",
@@ -117,6 +129,7 @@ def finetune(
     report_to: o.ReportTo = "",
     resume: o.Resume = False,
     checkpoint_every: o.Every = 500,
+    predict: o.Predict = None,
 ) -> None:
     """Fine-tune at a budget: warm up, rank, trim, go on, compact, save, and say what it cost."""
 
@@ -155,6 +168,12 @@ sensikernels finetune --task demo --plan plan.json --output runs/planned""",
 def make_plan(
     task: o.Task = "demo",
     data_dir: o.DataDir = None,
+    train_file: o.TrainFile = None,
+    dev_file: o.DevFile = None,
+    text_column: o.TextColumn = None,
+    pair_column: o.PairColumn = None,
+    label_column: o.LabelColumn = None,
+    doc_stride: o.DocStride = None,
     model: o.Model = "minilm",
     max_train_samples: o.MaxTrain = None,
     flops: o.Flops = None,
@@ -168,7 +187,7 @@ def make_plan(
     batch_size: o.BatchSize = 32,
     dtype: o.Dtype = "fp32",
     pad_to_multiple: o.Padding = 8,
-    max_length: o.MaxLength = 128,
+    max_length: o.MaxLength = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     output: Annotated[Path | None, typer.Option(help="Write the plan here (plan.json).")] = None,
@@ -262,9 +281,15 @@ def tune(
     ] = None,
     task: o.Task = "demo",
     data_dir: o.DataDir = None,
+    train_file: o.TrainFile = None,
+    dev_file: o.DevFile = None,
+    text_column: o.TextColumn = None,
+    pair_column: o.PairColumn = None,
+    label_column: o.LabelColumn = None,
+    doc_stride: o.DocStride = None,
     model: o.Model = "minilm",
     batch_size: o.BatchSize = 32,
-    max_length: o.MaxLength = 128,
+    max_length: o.MaxLength = None,
     dtype: o.Dtype = "fp32",
 ) -> None:
     """Measure on this device from which density on dense is faster; takes a few minutes."""
@@ -300,8 +325,8 @@ def _measure_costs(path: Path, given: dict[str, Any]) -> None:
     from sensikernels.training import Settings, step_costs
 
     require_writable({"costs": path}, StepCosts.load)
-    names = ("task", "data_dir", "model", "batch_size", "max_length", "dtype", "device")
-    asked = Settings(method=BASELINE.name, output=Path(), **{name: given[name] for name in names})
+    fields = {n: v for n, v in given.items() if n in Settings.__dataclass_fields__}
+    asked = Settings(**fields | {"method": BASELINE.name, "output": Path(), "costs": None})
     with progress_lines() as progress:
         step_costs(asked, progress).save(path)
     typer.echo(f"wrote {path}")

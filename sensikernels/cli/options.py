@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ class MethodCommand(TyperCommand):
     """A command whose help lists tasks, methods and their options, read when it is asked for."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        from sensikernels.data import TASKS
+        from sensikernels.data import FORMS, TASKS
         from sensikernels.methods import METHODS, options_of
 
         methods = "; ".join(f"{name}: {m.summary}" for name, m in METHODS.items())
@@ -23,11 +24,16 @@ class MethodCommand(TyperCommand):
             for name, options in ((name, options_of(name)) for name in METHODS)
             if options
         )
-        lists = {"task": ", ".join(TASKS), "method": methods, "method_option": settings}
+        lists = {"task": _tasks([*TASKS, *FORMS]), "method": methods, "method_option": settings}
         for option in self.params:
             if option.name in lists:
                 option.help = f"{option.help} {lists[option.name]}."  # type: ignore[attr-defined]
         super().format_help(ctx, formatter)
+
+
+def _tasks(names: Sequence[str]) -> str:
+    """The tasks that a command can take; given rows are Python's."""
+    return ", ".join([*(name for name in names if name != "given"), "hub:NAME"])
 
 
 _task = partial(typer.Option, rich_help_panel="Task and model")
@@ -39,11 +45,35 @@ Task = Annotated[str, _task(help="The task, demo embedded:")]
 DataDir = Annotated[
     Path | None,
     _task(
-        help="Folder that holds SST-2/, MRPC/, … in GLUE's own layout; default: download from the "
-        "hub."
+        help="Folder that holds SST-2/, MRPC/, … in GLUE's own layout (default: download from the "
+        "hub), ner's train.conll and dev.conll, or squad's train.json and dev.json."
     ),
 ]
 Model = Annotated[str, _task(help="minilm (embedded weights), a folder, or a hub name.")]
+TrainFile = Annotated[
+    Path | None, _task(help="Training rows of task file: CSV, TSV, JSON Lines or Parquet.")
+]
+DevFile = Annotated[Path | None, _task(help="Its development rows.")]
+TextColumn = Annotated[
+    str | None, _task(help="The text's column (file, hub:NAME); default: the one that can be.")
+]
+PairColumn = Annotated[str | None, _task(help="The second text's column.")]
+LabelColumn = Annotated[
+    str | None,
+    _task(help="The label's column: classes, numbers to regress on, or lists of labels."),
+]
+DocStride = Annotated[
+    int | None,
+    _task(help="Tokens that neighbouring windows of a long context share (squad); default 128."),
+]
+Predict = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel="Run",
+        help="Write predictions of the development rows: .tsv or .jsonl, .conll for ner, .json for "
+        "squad.",
+    ),
+]
 MaxTrain = Annotated[int | None, _task(help="Train on this many rows, drawn by --seed.")]
 
 MethodName = Annotated[str | None, _budget("--method", help="How to train at a budget.")]
@@ -125,7 +155,12 @@ Padding = Annotated[
         "--pad-to-multiple", help="Batch lengths are multiples of this, so that shapes repeat."
     ),
 ]
-MaxLength = Annotated[int, _training(help="Longer rows are cut.")]
+MaxLength = Annotated[
+    int | None,
+    _training(
+        help="Longer rows are cut, contexts of answers into windows; default 128, squad 384."
+    ),
+]
 Seed = Annotated[int, _training()]
 
 Device = Annotated[str, _run(help="auto, cpu or cuda.")]

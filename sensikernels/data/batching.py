@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from sensikernels._core.checks import require
 from sensikernels.data.packing import MULTIPLE, collate_packed, round_up
-from sensikernels.data.rows import Encoded, TokenRow
+from sensikernels.data.rows import IGNORED, Encoded, Per, TokenRow, labels_of
 from sensikernels.data.sampling import LengthBucketSampler, Order, TokenBudgetSampler
 from sensikernels.masks.geometry import Geometry, count_shapes
 
@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 
 
 def collate(
-    rows: Sequence[TokenRow], *, pad_token_id: int, pad_to_multiple: int = 8
+    rows: Sequence[TokenRow], *, pad_token_id: int, pad_to_multiple: int = 8, per: Per = "row"
 ) -> dict[str, torch.Tensor]:
     """One batch, padded to its longest row rounded up to ``pad_to_multiple``.
 
     ``input_ids``, ``token_type_ids`` (if the tokenizer gives them) and ``attention_mask`` are
-    int64 ``[rows, length]``; ``labels`` is ``[rows]``, int64 classes or float32 scores.
+    int64 ``[rows, length]``; ``labels`` is ``[rows]``, int64 classes or float32 scores, or
+    float32 ``[rows, names]``; ``per`` token int64 ``[rows, length]``, -100 at padding; ``per`` span
+    ``start_positions`` and ``end_positions``, int64 ``[rows]``, take its place.
     """
     length = round_up(max(len(row.input_ids) for row in rows), pad_to_multiple)
     ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
@@ -46,8 +48,14 @@ def collate(
         for i, row in enumerate(rows):
             types[i, : len(row.input_ids)] = row.token_type_ids
         batch["token_type_ids"] = torch.from_numpy(types)
-    batch["labels"] = torch.from_numpy(np.asarray([row.label for row in rows]))
-    return batch
+
+    def padded(labels: Sequence[Any]) -> torch.Tensor:
+        line = np.full_like(ids, IGNORED)
+        for i, row in enumerate(labels):
+            line[i, : len(row)] = row
+        return torch.from_numpy(line)
+
+    return batch | labels_of(rows, per, padded)
 
 
 class Batches(DataLoader[Any]):
@@ -94,7 +102,7 @@ class Batches(DataLoader[Any]):
         super().__init__(
             encoded,
             batch_sampler=self.order,
-            collate_fn=partial(together, pad_token_id=encoded.pad_token_id),
+            collate_fn=partial(together, pad_token_id=encoded.pad_token_id, per=encoded.per),
             generator=torch.Generator(),
         )
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from sensikernels._core.checks import require
-from sensikernels.data.rows import TokenRow
+from sensikernels.data.rows import IGNORED, Per, TokenRow, labels_of
 
 MULTIPLE = 64
 """Token counts are rounded up to multiples of this, so that shapes repeat."""
@@ -20,26 +20,27 @@ LENGTHS = 16
 """``max_length`` is rounded up to multiples of this: a CUDA graph is captured for each."""
 
 _LABELS = {"label": "labels", "label_ids": "labels"}
-_IGNORED = -100  # HuggingFace's losses skip it
 
 
 def collate_packed(
-    rows: Sequence[TokenRow], *, pad_token_id: int, multiple: int = MULTIPLE
+    rows: Sequence[TokenRow], *, pad_token_id: int, multiple: int = MULTIPLE, per: Per = "row"
 ) -> dict[str, Any]:
     """One packed batch, as ``use_packed`` models take it.
 
     ``input_ids`` and ``token_type_ids`` (if the tokenizer gives them): int64 ``[1, tokens]``,
     rounded up to ``multiple``; row ``i`` is ``cu_seqlens[i]`` up to ``cu_seqlens[i + 1]`` (int32
-    ``[rows + 1]``), ``max_length`` a Python int not below the longest row's length, ``labels``
-    ``[rows]``, int64 classes or float32 scores. What follows the last row belongs to none.
-    Positions are the encoder's to count: families begin at different ones.
+    ``[rows + 1]``), ``max_length`` a Python int not below the longest row's length. What follows
+    the last row belongs to none. ``labels`` as in ``batching.collate``; ``per`` token they are
+    ``[1, tokens]``, -100 after the last row. Positions are the encoder's to count: families begin
+    at different ones.
     """
     batch = _together([row.input_ids for row in rows], pad_token_id, multiple)
     if rows[0].token_type_ids is not None:
         types = [row.token_type_ids for row in rows]
         batch["token_type_ids"] = _line(types, batch["input_ids"].numel(), 0)
-    labels = torch.from_numpy(np.asarray([row.label for row in rows]))
-    return {"labels": labels, **batch, "max_length": round_up(batch["max_length"], LENGTHS)}
+    count = batch["input_ids"].numel()
+    labels = labels_of(rows, per, lambda given: _line(given, count, IGNORED))
+    return {**labels, **batch, "max_length": round_up(batch["max_length"], LENGTHS)}
 
 
 @dataclass(kw_only=True)
@@ -72,7 +73,7 @@ class DataCollatorPacked:
                 continue
             known = name in ("token_type_ids", "labels")
             require(known, "features", "tokens, token types and labels", repr(given))
-            filler = _IGNORED if name == "labels" else 0
+            filler = IGNORED if name == "labels" else 0
             at = [_at(v, keep) for v, keep in zip(values, kept, strict=True)]
             (labels if name == "labels" else batch)[name] = _line(at, tokens, filler)
         # Labels come first: accelerate takes the first tensor's length for the number of rows.

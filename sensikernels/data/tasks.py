@@ -1,7 +1,8 @@
 """The tasks: where each one's rows lie, what its columns mean, how it is scored.
 
 GLUE is Wang et al., ICLR 2019; column names are those of its original files. ``demo`` is this
-package's own task (``demo.py``) and no part of GLUE.
+package's own task (``demo.py``) and no part of GLUE. ``FORMS`` are tasks of any data of a form:
+their labels are known when the training rows have been read.
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
-from sensikernels._core.checks import require_one_of
+from sensikernels._core.checks import expected, require
 
 Split = Literal["train", "dev"]
 SPLITS: Final = ("train", "dev")
+KindName = Literal["sequences", "tokens", "answers"]
+"""What is labelled: a whole text or pair, each word of it, a span of it that answers a question.
+``hf.load_model`` takes the same names for heads; ``data.kinds`` has a module of each."""
+Source = Literal["glue", "generated", "folder", "files", "hub", "given"]
+HUB: Final = "hub:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +30,9 @@ class Task:
     ``dev_files`` are tried in order. ``label_values[i]`` is what the file writes for class ``i``
     (the names, unless given). ``columns`` names a headerless file's columns. A regression task
     has a ``label_range`` and no names. ``short_rows`` allows for truncated lines in the original
-    files: so many are dropped with a warning, one more is an error.
+    files: so many are dropped with a warning, one more is an error. ``source``: GLUE's folders, a
+    ``folder`` of the task's own files, two ``files``, the ``hub``, or rows ``given`` in Python.
+    ``multi_label``: a row has any number of the names.
     """
 
     name: str
@@ -35,8 +43,11 @@ class Task:
     label_names: tuple[str, ...] = ()
     label_values: tuple[str, ...] = ()
     label_range: tuple[float, float] | None = None
+    kind: KindName = "sequences"
+    source: Source = "glue"
+    multi_label: bool = False
     folder: str | None = None
-    train_file: str = "train.tsv"
+    train_files: tuple[str, ...] = ("train.tsv",)
     dev_files: tuple[str, ...] = ("dev.tsv",)
     columns: tuple[str, ...] | None = None
     short_rows: int = 0
@@ -51,8 +62,17 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the classifier: classes, or 1 for regression."""
+        """Outputs of the head: classes, 1 for regression, 2 (start and end) for answers."""
+        if self.kind == "answers":
+            return 2
         return 1 if self.regression else len(self.label_names)
+
+    @property
+    def problem(self) -> str | None:
+        """HuggingFace's ``problem_type`` where it is not what its labels say anyway."""
+        if self.multi_label:
+            return "multi_label_classification"
+        return "regression" if self.regression else None
 
     @property
     def main_metric(self) -> str:
@@ -66,7 +86,7 @@ class Task:
 
     def files(self, split: Split) -> tuple[str, ...]:
         """File names to try, in order, inside ``folder``."""
-        return (self.train_file,) if split == "train" else self.dev_files
+        return self.train_files if split == "train" else self.dev_files
 
 
 _PAIR = ("sentence1", "sentence2")
@@ -179,6 +199,7 @@ _ALL: Final = (
     Task(
         name="demo",
         title="demo (generated, not GLUE)",
+        source="generated",
         label_names=("negative", "positive"),
         metrics=("accuracy",),
     ),
@@ -187,9 +208,44 @@ _ALL: Final = (
 TASKS: Final[Mapping[str, Task]] = MappingProxyType({task.name: task for task in _ALL})
 
 
+_FORMS: Final = (
+    Task(
+        name="ner",
+        title="named entities",
+        kind="tokens",
+        source="folder",
+        metrics=("f1", "precision", "recall"),
+        train_files=("train.conll", "train.txt"),
+        dev_files=("dev.conll", "dev.txt", "valid.conll", "valid.txt"),
+    ),
+    Task(
+        name="squad",
+        title="SQuAD",
+        kind="answers",
+        source="folder",
+        metrics=("f1", "exact_match"),
+        train_files=("train.json", "train-v1.1.json", "train-v2.0.json"),
+        dev_files=("dev.json", "dev-v1.1.json", "dev-v2.0.json"),
+    ),
+    Task(name="file", title="files", source="files", metrics=("accuracy",)),
+    Task(name="given", title="given rows", source="given", metrics=("accuracy",)),
+)
+
+FORMS: Final[Mapping[str, Task]] = MappingProxyType({task.name: task for task in _FORMS})
+
+
 def get_task(task: str | Task) -> Task:
-    """The ``Task`` of that command-line name. Raises UsageError listing the known names."""
+    """The ``Task`` of that command-line name. Raises UsageError listing the known names.
+
+    ``hub:NAME`` is any data set of the hub, or a local folder laid out as one.
+    """
     if isinstance(task, Task):
         return task
-    require_one_of(task, "task", TASKS)
-    return TASKS[task]
+    if task.startswith(HUB):
+        require(len(task) > len(HUB), "task", f"{HUB}NAME or {HUB}NAME/CONFIG", repr(task))
+        return Task(name=task, title=task.removeprefix(HUB), source="hub", metrics=("accuracy",))
+    known = {**TASKS, **FORMS}
+    if task not in known:
+        names = ", ".join(sorted([*known, f"{HUB}NAME"]))
+        raise expected("task", f"one of {names}", repr(task))
+    return known[task]

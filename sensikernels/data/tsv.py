@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sensikernels._core.errors import DataError
+from sensikernels.data.labels import Coding
 from sensikernels.data.tasks import Split, Task
 
 log = logging.getLogger(__name__)
@@ -26,12 +27,15 @@ _BOM = b"\xef\xbb\xbf"
 class Examples:
     """Rows of one split, in file order.
 
-    ``texts_b`` is None for single sentences. ``labels`` is int64 classes or float32 scores.
+    ``texts_b`` is None for single sentences. ``labels`` is ``[rows]``, int64 classes or float32
+    scores, or float32 ``[rows, names]`` of 0 and 1 for several labels a row; ``coding`` says what
+    they were in the data, and is None where the task knows it.
     """
 
     texts_a: Sequence[str]
     texts_b: Sequence[str] | None
     labels: npt.NDArray[np.generic]
+    coding: Coding | None = None
 
     def __len__(self) -> int:
         return len(self.texts_a)
@@ -42,6 +46,7 @@ class Examples:
             texts_a=[self.texts_a[i] for i in rows],
             texts_b=None if self.texts_b is None else [self.texts_b[i] for i in rows],
             labels=self.labels[rows],
+            coding=self.coding,
         )
 
 
@@ -52,13 +57,13 @@ def read_split(task: Task, data_dir: str | Path, split: Split) -> Examples:
 
 def find(task: Task, data_dir: str | Path, split: Split) -> Path:
     """The split's file. Raises DataError naming what is missing."""
-    root = Path(data_dir)
+    root, names = Path(data_dir), task.files(split)
+    held = names[0] if task.folder is None else f"{task.folder}/"
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; expected the one that holds {task.folder}/")
-    folder = root / str(task.folder)
+        raise DataError(f"{root}: no such folder; expected the one that holds {held}")
+    folder = root if task.folder is None else root / task.folder
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {task.title} is read from {folder}/")
-    names = task.files(split)
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -105,6 +110,14 @@ def read(task: Task, path: Path) -> Examples:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    return ((number, line.split("\t")) for number, line in text_lines(path))
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line of a UTF-8 file, split at line feeds alone.
+
+    Raises DataError naming the file, and the line that is not UTF-8.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -114,7 +127,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         lines.pop()
     for number, line in enumerate(lines, start=1):
         try:
-            yield number, line.removesuffix(b"\r").decode("utf-8").split("\t")
+            yield number, line.removesuffix(b"\r").decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}:{number}: not UTF-8 at byte {error.start}") from error
 

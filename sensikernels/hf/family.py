@@ -67,12 +67,39 @@ class Block(NamedTuple):
     around: tuple[nn.Module, ...]
 
 
+class GatedBlock(NamedTuple):
+    """The modules of one layer whose norms come first, with rotated positions and a gated FFN.
+
+    ``h + dropout(attended(attention(norm(h))))`` is the new ``h`` of
+    ``h + output(inner_dropout(activation(a) * b))``, where a and b are the halves of
+    ``intermediate(ffn_norm(h))``. ``projection``: the one linear of query, key and value. Of
+    attention: ``head_size``, its ``rate`` of dropout now, its ``scale``, the name of its
+    ``rotation`` in ``Tokens.rotations``, and how far away a key is seen: ``window``, None for any.
+    """
+
+    norm: Any
+    projection: Any
+    attended: Any
+    dropout: Any
+    ffn_norm: Any
+    intermediate: Any
+    activation: Any
+    inner_dropout: Any
+    output: Any
+    head_size: int
+    rate: float
+    scale: float
+    rotation: str
+    window: int | None
+    around: tuple[nn.Module, ...]
+
+
 class Embedding(NamedTuple):
     """The modules that make hidden states of token ids.
 
-    ``tables``: of words, positions and token types; None where there are no types. ``around``:
-    modules whose forwards are not called. ``project``: a linear from the width of the tables to
-    the hidden width, where they differ.
+    ``tables``: of words, positions and token types; None where there are no positions or types.
+    ``around``: modules whose forwards are not called. ``project``: a linear from the width of the
+    tables to the hidden width, where they differ.
     """
 
     tables: tuple[Any, Any, Any]
@@ -100,16 +127,25 @@ class PackedStep:
     ``embedding`` and ``block``: the modules of the encoder's embeddings and of one layer.
     ``positions``: from the encoder, ``input_ids`` (``[rows, length]``, or ``[1, tokens]`` with
     ``cu_seqlens``) and ``cu_seqlens`` to position ids of the same shape; None: counted from 0.
-    ``first_token``: heads that read first tokens alone. ``by_row``: heads that read the hidden
-    states as ``[rows, length, hidden]``.
+    ``rotations``: from the encoder, hidden states and position ids ``[tokens]`` to cos and sin
+    ``[tokens, head_dim / 2]`` by name, once a step; None where positions are not rotated.
+    ``windowed``: some layers see near keys alone, so no padding may lie between tokens.
+    ``closing``: the path in the encoder to a norm after the last layer.
+    ``first_token``: heads that read first tokens alone, unless ``averages`` says of their config
+    that they average all tokens of a sequence. ``by_row``: heads that read the hidden states as
+    ``[rows, length, hidden]``.
     """
 
     encoder: type[nn.Module]
     around: Mapping[str, tuple[type, ...]]
     embedding: Callable[[Any], Embedding]
-    block: Callable[[Any], Block]
+    block: Callable[[Any], Block | GatedBlock]
     positions: Callable[[Any, Tensor, Tensor | None], Tensor] | None = None
+    rotations: Callable[[Any, Tensor, Tensor], Mapping[str, tuple[Tensor, Tensor]]] | None = None
+    windowed: bool = False
+    closing: str = ""
     first_token: tuple[type, ...] = ()
+    averages: Callable[[Any], bool] | None = None
     by_row: tuple[type, ...] = ()
     language: LanguageHead | None = None
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import sensikernels.ops.varlen_attention as _registered  # noqa: F401
 from sensikernels._core.errors import UsageError
 from sensikernels.masks import Plan, tokens_of
+from sensikernels.ops.varlen_attention.ops import pairs_of
 
 aten = torch.ops.aten
 
@@ -37,10 +37,8 @@ def _attention_backward(
 
 def _packed_backward(*arguments: Any, **_: Any) -> int:
     """Of (out's gradient, out, logsumexp, state, query, key, value, boundaries of queries, …)."""
-    query, _key, value, cu_seqlens_query, cu_seqlens = arguments[4:9]
-    queries = cu_seqlens if cu_seqlens_query is None else cu_seqlens_query
-    pairs = int((queries.long().diff() * cu_seqlens.long().diff()).sum())
-    return 4 * pairs * int(query.shape[1]) * int(query.shape[2] + value.shape[2])
+    query, _key, value, *_rest = call = arguments[4:]
+    return 4 * pairs_of(call) * int(query.shape[1]) * int(query.shape[2] + value.shape[2])
 
 
 _packed_backward._get_raw = True  # type: ignore[attr-defined]

@@ -10,8 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from sensikernels._core.checks import require_one_of
 from sensikernels._core.errors import DataError
 from sensikernels.hf.model_folder import CONFIG, check_folder, check_loaded
+
+HEADS = {
+    "sequences": "AutoModelForSequenceClassification",
+    "tokens": "AutoModelForTokenClassification",
+    "answers": "AutoModelForQuestionAnswering",
+}
+"""The head of a model, by what it labels, and transformers' class for it."""
 
 
 def load_model(
@@ -20,40 +28,51 @@ def load_model(
     labels: int,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    head: str = "sequences",
+    problem: str | None = None,
 ) -> nn.Module:
-    """A sequence-classification model: a hub name, or a folder with ``config.json``.
+    """A model with a head of ``HEADS``: a hub name, or a folder with ``config.json``.
 
-    ``labels=1`` is regression. A head for other labels is not loaded but made anew; every other
-    weight comes from the folder. Code of the folder runs only with ``trust_remote_code``.
+    ``head`` labels ``sequences`` (``labels=1`` is regression), ``tokens``, or the first and last
+    token of ``answers``; ``problem`` is HuggingFace's ``problem_type``, as for several labels a
+    sequence. A head for other labels is not loaded but made anew; every other weight comes from the
+    folder. Code of the folder runs only with ``trust_remote_code``.
 
     Raises:
         DataError: the model cannot be loaded, naming the file and what is wrong with it: a config
             that cannot be, weights missing, left over, of another size, not finite or damaged.
     """
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
     import sensikernels.hf.families  # noqa: F401  registers the compact classes
 
-    problem = {"problem_type": "regression"} if labels == 1 else {}
+    require_one_of(head, "head", HEADS)
+    if problem is None and head == "sequences" and labels == 1:
+        problem = "regression"
     if (folder := Path(path)).is_dir():
         check_folder(folder)
     model, found = _load(
-        AutoModelForSequenceClassification,
+        getattr(transformers, HEADS[head]),
         path,
         num_labels=labels,
         dtype=dtype,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         trust_remote_code=trust_remote_code,
-        **problem,
+        **({} if problem is None else {"problem_type": problem}),
     )
     check_loaded(path, model, found)
     trained: nn.Module = model
     return trained
 
 
-def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    path: Path | str, *, trust_remote_code: bool = False, words: bool = False
+) -> Any:
     """The tokenizer of a model: a hub name, or a folder with its vocabulary.
+
+    ``words``: it will be given single words; one that tells words by the blank before them then
+    puts one before the first, too.
 
     Raises:
         DataError: it cannot be loaded, or the folder holds no vocabulary: an empty one is made up
@@ -62,6 +81,10 @@ def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     made = _load(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+    if words and getattr(made, "add_prefix_space", None) is False:
+        made = _load(
+            AutoTokenizer, path, trust_remote_code=trust_remote_code, add_prefix_space=True
+        )
     names = sorted(set(made.vocab_files_names.values()))
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).is_file() for name in names):

@@ -38,6 +38,7 @@ _SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dr
 _HEADS = (
     *("cls.", "classifier.", "qa_outputs.", "lm_head.", "generator_", "discriminator_"),
     *("vocab_", "pre_classifier.", "lm_predictions.", "sequence_summary.", "pooler."),
+    *("head.", "decoder."),
 )
 """What a checkpoint may hold beside the encoder: heads of other tasks."""
 
@@ -97,13 +98,16 @@ def check_loaded(path: Path | str, model: Any, found: Mapping[str, Any]) -> None
     sizes = {key for key, *_ in found["mismatched_keys"]}
     missing = set(found["missing_keys"])
     pooler = {name for name, _ in model.named_parameters() if ".pooler." in name}
+    unexpected = set(found["unexpected_keys"])
+    if not pooler:  # a head of tokens has no use for one
+        unexpected = {name for name in unexpected if ".pooler." not in f".{name}"}
     if head | pooler <= missing and pooler:
         logging.getLogger("sensikernels").warning("model %s: no pooler: a new one is trained", path)
         missing -= pooler
     for names, what in (
         (sizes - head, "weights of another size than its config says"),
         (missing - head, "weights are missing"),
-        (_foreign(found["unexpected_keys"]), "weights that its config has no place for"),
+        (_foreign(unexpected), "weights that its config has no place for"),
     ):
         if names:
             raise DataError(f"model {path}: {what}: {_few(names)}")

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from sensikernels._core.checks import require_one_of
-from sensikernels.hf import Family, apply, family_of, structure_of
+from sensikernels._core.checks import require, require_one_of
+from sensikernels.hf import (
+    Family,
+    apply,
+    below_layers,
+    encoder_layers,
+    family_of,
+    structure_of,
+)
 from sensikernels.masks import Plan
 from sensikernels.methods.base import Method, Run, option
 
@@ -31,10 +38,15 @@ def select(names: Iterable[str], subsets: Sequence[str], family: Family) -> tupl
     """The parameters that BitFit trains, of all ``names`` of a model of ``family``.
 
     The task head always trains, the pooler's bias too unless the subset is ``frozen`` alone.
+    Raises UsageError for a subset that is unknown, or of linears that the family has not.
     """
     for subset in subsets:
         require_one_of(subset, "subsets", SUBSETS)
     paths = {**family.linears, **family.norms}
+    able = [name for name, roles in SUBSETS.items() if all(role in paths for role in roles)]
+    for subset in subsets:
+        known = f"one of {', '.join(able)} for {family.title}"
+        require(subset in able, "subsets", known, subset)
     patterns = [f"{paths[role]}.bias" for subset in subsets for role in SUBSETS[subset]]
     patterns += ["bias"] if "all" in subsets else []
     patterns += [] if set(subsets) == {"frozen"} else [f"{family.pooler_linear}.bias"]
@@ -58,11 +70,15 @@ class BitFit(Method):
         self.subsets = tuple(self.subsets)
 
     def begin(self, run: Run) -> None:
-        """Freeze before the first step, so that no weight gradient is ever computed."""
+        """Freeze before the first step, so that no weight gradient is ever computed.
+
+        Raises UsageError where nothing but the head would train, unless ``frozen`` asks for it.
+        """
         structure = structure_of(run.model).at(run.geometry)
         length = run.geometry.mean_length
         names = (name for name, _ in run.model.named_parameters())
         trainable = select(names, self.subsets, family_of(run.model))
+        self._require_biases(run.model, trainable)
         run.plan = Plan(
             method=self.name,
             trainable=trainable,
@@ -76,6 +92,15 @@ class BitFit(Method):
         )
         apply(run.model, run.plan, optimizer=run.optimizer)
         run.events.append(f"step 0: {len(trainable)} parameters train, the rest is frozen")
+
+    def _require_biases(self, model: nn.Module, trainable: Sequence[str]) -> None:
+        """Raise UsageError where subsets ask for biases and the encoder has none of them."""
+        layers = (layer.prefix for layer in encoder_layers(model))
+        inside = tuple(f"{name}." for name in (*below_layers(model), *layers))
+        found = set(self.subsets) == {"frozen"} or any(n.startswith(inside) for n in trainable)
+        wanted = "biases in the encoder (frozen trains the head alone)"
+        got = f"none of {', '.join(self.subsets)} in {type(model).__name__}"
+        require(found, "subsets", wanted, got)
 
     def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
         """Freezing needs nothing but the names."""

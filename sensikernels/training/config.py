@@ -12,7 +12,8 @@ import torch
 
 from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import UsageError
-from sensikernels.data import get_task
+from sensikernels.data import Task, get_task, kind_of
+from sensikernels.data.sources import SUFFIXES
 from sensikernels.hf.schedule import SCHEDULES
 from sensikernels.masks import Budget, Plan
 from sensikernels.methods import BASELINE, DEFAULT, METHODS, Method, method, options_of
@@ -40,8 +41,9 @@ _COUNTS = {
     "gradient_accumulation_steps": (1, 1 << 20),
     "eval_steps": (0, 1 << 31),
     "early_stopping_patience": (1, 1 << 31),
+    "doc_stride": (0, 1 << 20),
 }
-_OPTIONAL = ("max_train_samples", "early_stopping_patience")
+_OPTIONAL = ("max_train_samples", "early_stopping_patience", "doc_stride")
 _LARGEST = 1e30
 # What may differ between a run and its continuation.
 _FREE = ("output", "resume", "checkpoint_every", "data_dir", "device", "parallel", "report_to")
@@ -62,6 +64,12 @@ class Settings:
     ``costs``: a table of ``sensikernels tune`` for a ``step_time`` budget, else measured anew.
     ``batch_size`` is that of all processes together; ``parallel`` says how several train: copies
     of the model (``ddp``) or shards of it (``fsdp``).
+
+    ``data_dir``: the folder of GLUE, ``ner`` or ``squad``; ``train_file`` and ``dev_file`` those of
+    task ``file``; the columns name what its rows, and those of ``hub:`` and ``given`` data, hold
+    where that is not clear. ``max_length`` and ``doc_stride``, the tokens that neighbouring windows
+    of a long context share, default to the kind of task. ``predict``: a file for the predictions of
+    the development rows.
 
     ``schedule``: transformers' name of the learning rate's course (None: the method's own), which
     rises from zero over ``warmup_steps`` or ``warmup_ratio`` of the steps; the ``warmup`` of a
@@ -102,7 +110,7 @@ class Settings:
     dropout: str = "counter"
     packed: bool = True
     pad_to_multiple: int = 8
-    max_length: int = 128
+    max_length: int | None = None
     ranking_rows: int = 2048
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -115,9 +123,18 @@ class Settings:
     early_stopping_threshold: float = 0.0
     keep_best: bool = False
     report_to: Sequence[str] = ()
+    # Data of one's own, and what is written about them.
+    train_file: Path | None = None
+    dev_file: Path | None = None
+    text_column: str | None = None
+    pair_column: str | None = None
+    label_column: str | None = None
+    doc_stride: int | None = None
+    predict: Path | None = None
 
     def __post_init__(self) -> None:
         task = get_task(self.task)
+        self._fill_cut(task)
         require_one_of(self.method, "method", METHODS)
         require_one_of(self.dtype, "dtype", DTYPES)
         require_one_of(self.embeddings, "embeddings", EMBEDDINGS)
@@ -150,12 +167,7 @@ class Settings:
         lone = self.early_stopping_threshold > 0 and self.early_stopping_patience is None
         wanted = "none without early_stopping_patience"
         require(not lone, "early_stopping_threshold", wanted, self.early_stopping_threshold)
-        require(
-            task.folder is not None or self.data_dir is None,
-            "data_dir",
-            f"none, as {task.name} is generated",
-            self.data_dir,
-        )
+        self._check_places(task)
         self._check_budget()
 
     def _check_schedule(self) -> None:
@@ -168,6 +180,41 @@ class Settings:
         require_one_of(self.schedule, "schedule", SCHEDULES)
         fits = self.schedule != "constant" or not (steps or ratio)
         require(fits, "schedule", "constant_with_warmup for a warm-up", "constant")
+
+    def _fill_cut(self, task: Task) -> None:
+        """The kind's own lengths where none are given; a stride only where there are windows."""
+        cut = kind_of(task).cut
+        if self.max_length is None:
+            object.__setattr__(self, "max_length", cut.max_length)
+        if cut.doc_stride is None:
+            wanted = f"none for task {task.name}, which has no windows"
+            require(self.doc_stride is None, "doc_stride", wanted, self.doc_stride)
+        elif self.doc_stride is None:
+            object.__setattr__(self, "doc_stride", cut.doc_stride)
+
+    def _check_places(self, task: Task) -> None:
+        """Each task has its own rows from its own place, and no other."""
+        name, source = task.name, task.source
+        if source == "folder":
+            held = " and ".join(task.files(split)[0] for split in ("train", "dev"))
+            require(self.data_dir is not None, "data_dir", f"the folder that holds {held}", "none")
+        elif source != "glue":
+            why = f"none, as {name} is generated" if source == "generated" else f"none for {name}"
+            require(self.data_dir is None, "data_dir", why, self.data_dir)
+        for option in ("train_file", "dev_file"):
+            path = getattr(self, option)
+            if source == "files":
+                require(path is not None, option, f"a file for task {name}", "none")
+                known = path.suffix.lower() in SUFFIXES
+                require(known, option, f"a file that ends in {', '.join(SUFFIXES)}", path)
+            else:
+                require(path is None, option, f"none for task {name}, but for task file", path)
+        columns = source in ("files", "hub", "given")
+        for option in ("text_column", "pair_column", "label_column"):
+            column = getattr(self, option)
+            require(columns or column is None, option, f"none for task {name}", column)
+        if self.predict is not None:
+            kind_of(task).check_file(task, self.predict)
 
     def _check_budget(self) -> None:
         needs = METHODS[self.method].needs_budget
@@ -208,7 +255,7 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """Every setting, plain."""
         plain = {k: v for k, v in vars(self).items() if k not in ("budget", "options")}
-        paths = ("output", "data_dir", "plan", "costs")
+        paths = ("output", "data_dir", "plan", "costs", "train_file", "dev_file", "predict")
         plain |= {k: None if plain[k] is None else str(plain[k]) for k in paths}
         plain["report_to"] = list(self.report_to)
         plain["options"] = {k: _plain(v) for k, v in self.options.items()}

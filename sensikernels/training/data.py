@@ -16,13 +16,15 @@ from torch import Tensor
 from sensikernels._core.errors import DataError
 from sensikernels.data import (
     Batches,
+    Columns,
     Encoded,
+    Places,
     Task,
     embedded_model_path,
-    encode,
-    get_task,
-    load,
+    kind_of,
+    load_splits,
 )
+from sensikernels.data.kinds import Cut, Kind
 from sensikernels.hf import load_tokenizer, to_padded
 from sensikernels.masks import Geometry
 from sensikernels.training.config import Settings
@@ -34,7 +36,10 @@ EVAL_BATCH = 64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Data:
-    """Batches of one run; ``geometry`` covers all its epochs, of all processes together."""
+    """Batches of one run; ``geometry`` covers all its epochs, of all processes together.
+
+    ``task`` has the labels of the rows; ``notes``: lines that say what was inferred from them.
+    """
 
     task: Task
     tokenizer: Any
@@ -45,25 +50,57 @@ class Data:
     device: torch.device
     world: World = ALONE
     accumulate: int = 1
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, settings: Settings, device: torch.device, world: World = ALONE) -> Data:
-        """Read, tokenise and order everything the run will see."""
-        task = get_task(settings.task)
-        tokenizer = load_tokenizer(model_path(settings.model))
-        train = _encoded(settings, tokenizer, "train")
+    def load(
+        cls,
+        settings: Settings,
+        device: torch.device,
+        world: World = ALONE,
+        given: Mapping[str, Any] | None = None,
+    ) -> Data:
+        """Read, tokenise and order everything the run will see; ``given``: its rows, in Python."""
+        settled = load_splits(
+            settings.task,
+            _places(settings, given),
+            max_train_samples=settings.max_train_samples,
+            seed=settings.seed,
+        )
+        task = settled.task
+        tokenizer = load_tokenizer(model_path(settings.model), words=task.kind == "tokens")
+        train, dev = (
+            kind_of(task).encode(task, rows, tokenizer, _cut(settings), train=rows is settled.train)
+            for rows in (settled.train, settled.dev)
+        )
         batches = _batches(train, settings, seed=settings.seed, packed=settings.packed)
         return cls(
             task=task,
             tokenizer=tokenizer,
             train=batches,
-            dev=_batches(_encoded(settings, tokenizer, "dev"), settings, size=EVAL_BATCH),
+            dev=_batches(dev, settings, size=EVAL_BATCH),
             ranking=_ranking(train, settings),
             geometry=_all_epochs(batches, settings.epochs),
             device=device,
             world=world,
             accumulate=settings.gradient_accumulation_steps,
+            notes=settled.notes,
         )
+
+    @property
+    def kind(self) -> Kind:
+        """How the task's rows are scored and written."""
+        return kind_of(self.task)
+
+    @property
+    def dev_order(self) -> np.ndarray[Any, Any]:
+        """int64 ``[rows]``: the development rows in the order of their batches."""
+        return np.concatenate([np.asarray(rows, np.int64) for rows in self.dev.order])
+
+    def truth(self) -> Any:
+        """What the development rows are scored by, in the order of their batches."""
+        encoded: Any = self.dev.dataset
+        return encoded.truth.take(self.dev_order)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -122,6 +159,8 @@ class Data:
         encoded: Any = self.train.dataset
         for array in (encoded.input_ids, encoded.offsets, encoded.labels):
             digest.update(np.ascontiguousarray(array).tobytes())
+        if self.notes:  # of labels that the data name, their names
+            digest.update("\n".join(self.task.label_names).encode())
         return digest.hexdigest()
 
     def _moved(self, batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -148,16 +187,22 @@ def model_path(name: str) -> Path | str:
     return name
 
 
-def _encoded(settings: Settings, tokenizer: Any, split: Any) -> Encoded:
-    rows = settings.max_train_samples if split == "train" else None
-    examples = load(
-        settings.task,
-        data_dir=settings.data_dir,
-        split=split,
-        max_samples=rows,
-        seed=settings.seed,
+def _places(settings: Settings, given: Mapping[str, Any] | None) -> Places:
+    columns = Columns(
+        text=settings.text_column, pair=settings.pair_column, label=settings.label_column
     )
-    return encode(examples, tokenizer, max_length=settings.max_length)
+    return Places(
+        data_dir=settings.data_dir,
+        train_file=settings.train_file,
+        dev_file=settings.dev_file,
+        columns=columns,
+        given=given,
+    )
+
+
+def _cut(settings: Settings) -> Cut:
+    assert settings.max_length is not None
+    return Cut(max_length=settings.max_length, doc_stride=settings.doc_stride)
 
 
 def _batches(
@@ -180,22 +225,8 @@ def _batches(
 
 def _ranking(train: Encoded, settings: Settings) -> Batches:
     rows = np.random.default_rng(settings.seed).permutation(len(train))
-    chosen = take(train, np.sort(rows[: settings.ranking_rows]))
+    chosen = train.take(np.sort(rows[: settings.ranking_rows]))
     return _batches(chosen, settings, size=32, seed=settings.seed)
-
-
-def take(encoded: Encoded, rows: Any) -> Encoded:
-    """Some rows of ``encoded``, in the order given."""
-    chosen = [encoded[int(i)] for i in rows]
-    types = [p.token_type_ids for p in chosen if p.token_type_ids is not None]
-    lengths = [len(p.input_ids) for p in chosen]
-    return Encoded(
-        input_ids=np.concatenate([p.input_ids for p in chosen]),
-        token_type_ids=np.concatenate(types) if types else None,
-        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        labels=encoded.labels[rows],
-        pad_token_id=encoded.pad_token_id,
-    )
 
 
 def _all_epochs(train: Batches, epochs: int) -> Geometry:

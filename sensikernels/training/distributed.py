@@ -34,13 +34,13 @@ class Share(NamedTuple):
     """The rows of a global batch that one process takes.
 
     ``weight``: its mean loss times this, averaged over processes, is the global mean loss.
-    ``tokens``, ``rows``: real tokens and rows of the whole batch.
+    ``tokens``: real tokens of the whole batch; ``terms``: how many its loss is the mean of.
     """
 
     batch: dict[str, Any]
     weight: float
     tokens: int
-    rows: int
+    terms: int
 
 
 def join(settings: Settings) -> World:
@@ -76,16 +76,21 @@ def shares(world: World, batches: Batches) -> Iterator[Share]:
     lengths = batches.order.lengths
     orders = list(batches.order)
     mine = [rows[world.rank :: world.size] for rows in orders]
+    encoded: Any = batches.dataset
+    weights = encoded.weights
     taken = [own or rows[:1] for own, rows in zip(mine, orders, strict=True)]
     for batch, own, rows in zip(_loader(batches, taken), mine, orders, strict=True):
-        yield Share(batch, len(own) * world.size / len(rows), int(lengths[rows].sum()), len(rows))
+        here, terms = len(own), len(rows)
+        if weights is not None:
+            here, terms = int(weights[own].sum()), int(weights[rows].sum())
+        yield Share(batch, here * world.size / terms, int(lengths[rows].sum()), terms)
 
 
 def of_a_step(parts: Sequence[Share]) -> tuple[Share, ...]:
     """The batches of one optimizer step, weighted so that their gradients are one big batch's."""
-    total = sum(part.rows for part in parts)
+    total = sum(part.terms for part in parts)
     return tuple(
-        part if part.rows == total else part._replace(weight=part.weight * part.rows / total)
+        part if part.terms == total else part._replace(weight=part.weight * part.terms / total)
         for part in parts
     )
 

@@ -12,10 +12,10 @@ from torch import nn
 
 from sensikernels._core.checks import require
 from sensikernels._core.errors import DataError, SensiError
-from sensikernels._core.files import one_line, remove
+from sensikernels._core.files import nobody, one_line, remove, require_writable
 from sensikernels.data import compute
 from sensikernels.training.config import DTYPES, Settings
-from sensikernels.training.output import UNFINISHED
+from sensikernels.training.output import CHECKPOINTS, LOCK, RESULTS, UNFINISHED
 from sensikernels.training.runner import Runner
 from sensikernels.training.session import Session
 
@@ -27,8 +27,9 @@ def check_end(session: Session) -> None:
         UsageError: a library is not installed. SensiError: the disk refuses, or has no room.
     """
     settings, task = session.settings, session.data.task
-    labels = torch.zeros(2, dtype=torch.float32 if task.regression else torch.int64)
-    compute(task, torch.zeros(2, task.num_labels), labels)
+    compute(task, *session.data.kind.sample(task))
+    if settings.predict is not None:
+        _check_predictions(settings, settings.predict)
     ranks = session.runner.method.needs_budget and settings.plan is None
     drawn = find_spec("matplotlib") is not None
     require(
@@ -39,6 +40,15 @@ def check_end(session: Session) -> None:
     )
     _try_saving(session.runner.model, session.data.tokenizer, settings.output)
     _check_room(session)
+
+
+def _check_predictions(settings: Settings, path: Path) -> None:
+    """Raise UsageError unless the file of predictions can be written; a continuation's own may."""
+    taken = [settings.output / name for name in (*RESULTS, CHECKPOINTS, UNFINISHED, LOCK)]
+    place = path.resolve()
+    inside = [own for own in taken if own.resolve() in (place, *place.parents)]
+    require(not inside, "predict", "a file that the run does not write itself", path)
+    require_writable({"predict": path}, (lambda _: None) if settings.resume else nobody)
 
 
 def _try_saving(model: Any, tokenizer: Any, output: Path) -> None:

@@ -102,6 +102,8 @@ def finish(session: Session, step_time: float | None) -> dict[str, Any]:
     plan, scores = run.plan, run.scores
     if plan is not None:
         attempt("plan.json", lambda: plan.save(output / "plan.json"))
+    if (path := session.settings.predict) is not None:
+        attempt(path.name, lambda: _write_predictions(session, path))
     if scores is not None and plan is not None:
         with_name = output / "sensitivity.png"
         attempt(with_name.name, lambda: _draw(draw, scores, plan, with_name))
@@ -121,6 +123,16 @@ def finish(session: Session, step_time: float | None) -> dict[str, Any]:
 def _draw(draw: Callable[[Scores, Plan, Path], None], scores: Scores, plan: Plan, to: Path) -> None:
     with writing(to) as temporary:
         draw(scores, plan, temporary)
+
+
+def _write_predictions(session: Session, path: Path) -> None:
+    """The trained model's predictions of the development rows, as its metrics count them."""
+    data, outputs = session.data, session.runner.logits
+    text = data.kind.predictions(
+        data.task, outputs, session.runner.truth, data.dev_order, path.suffix.lower()
+    )
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _measure(session: Session, step_time: float | None) -> Measurements:
@@ -202,7 +214,14 @@ def _read_back(session: Session, small: Any, folder: Path, failed: list[str]) ->
         return {}
     settings, data, trained = session.settings, session.data, session.runner.logits
     assert trained is not None
-    loaded = load_model(folder, labels=data.task.num_labels, dtype=DTYPES[settings.dtype])
+    task = data.task
+    loaded = load_model(
+        folder,
+        labels=task.num_labels,
+        dtype=DTYPES[settings.dtype],
+        head=task.kind,
+        problem=task.problem,
+    )
     ours, theirs = small.state_dict(), loaded.state_dict()
     other = [name for name in {**ours, **theirs} if not _same(ours.get(name), theirs.get(name))]
     if other:
@@ -217,14 +236,14 @@ def _read_back(session: Session, small: Any, folder: Path, failed: list[str]) ->
             f"{folder}: expected its logits within {limit:.2g} of the trained model's, "
             f"got a difference of {gap:.3g}"
         )
-    metric = data.task.main_metric
+    metric = task.main_metric
     return {
         "bit_equal": not other,
         "max_difference_reloaded": gap,
         "tolerance": limit,
         "max_difference_to_trained": _gap(mine, trained),
         "class": type(loaded).__name__,
-        metric: compute(data.task, read, labels)[metric],
+        metric: compute(task, read, labels)[metric],
         "parameters": sum(p.numel() for p in small.parameters()),
     }
 

@@ -12,6 +12,8 @@ from torch.nn import functional
 from sensikernels.hf import training_flops, uncached
 from sensikernels.training.data import Data
 
+_PER_TOKEN = ("input_ids", "token_type_ids", "attention_mask", "position_ids")
+_LABELS = ("labels", "start_positions", "end_positions")
 _EXTRA = 64  # rows of no sequence that are counted to find what one of them costs
 
 
@@ -33,8 +35,11 @@ def _counted(model: nn.Module, data: Data) -> float:
         rows[int(length)] = rows.get(int(length), 0) + batch_rows * count
     batch = data.largest()
     if data.geometry.packed is None:
+        by_token = set(_PER_TOKEN) | ({"labels"} if _labels_tokens(data) else set())
         one = {name: value[:1] for name, value in batch.items()}
-        total = sum(training_flops(model, _fit(one, length)) * n for length, n in rows.items())
+        total = sum(
+            training_flops(model, _fit(one, length, by_token)) * n for length, n in rows.items()
+        )
         return total / data.geometry.tokens
     alone = {length: training_flops(model, _alone(batch, length)) for length in rows}
     length = next(iter(rows))
@@ -44,20 +49,30 @@ def _counted(model: nn.Module, data: Data) -> float:
     return total / data.geometry.tokens
 
 
-def _fit(batch: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+def _labels_tokens(data: Data) -> bool:
+    encoded: Any = data.train.dataset
+    return bool(encoded.per == "token")
+
+
+def _fit(batch: Mapping[str, Tensor], length: int, by_token: set[str]) -> dict[str, Tensor]:
     """``batch`` cut or padded to ``length``."""
     return {
-        name: value if value.ndim < 2 else functional.pad(value, (0, length - value.shape[1]))
+        name: functional.pad(value, (0, length - value.shape[1])) if name in by_token else value
         for name, value in batch.items()
     }
 
 
 def _alone(batch: Mapping[str, Any], length: int, extra: int = 0) -> dict[str, Any]:
     """A packed batch of one sequence of ``length`` tokens, and ``extra`` rows of none."""
-    ids, labels = batch["input_ids"], batch["labels"]
-    return {
+    ids = batch["input_ids"]
+    made = {
         "input_ids": ids.new_zeros(1, length + extra),
         "cu_seqlens": torch.tensor([0, length], dtype=torch.int32, device=ids.device),
         "max_length": length,
-        "labels": labels[:1],
     }
+    for name in _LABELS:
+        if name in batch:
+            labels = batch[name]
+            by_token = labels.shape == ids.shape and not labels.is_floating_point()
+            made[name] = labels.new_zeros(1, length + extra) if by_token else labels[:1]
+    return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -33,8 +33,14 @@ PRIMITIVES = 16384
 """Shapes oneDNN may keep compiled: a ranked plan needs more than its default of 1,024."""
 
 
-def finetune(settings: Settings, watch: Watcher | None = None) -> dict[str, Any]:
+def finetune(
+    settings: Settings, watch: Watcher | None = None, *, data: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """One fine-tuning run; writes everything into ``settings.output`` and returns the report.
+
+    ``data``: with ``task="given"`` the rows themselves, as a mapping of ``train`` and ``dev`` (or
+    ``validation``, as a ``DatasetDict`` has) to a ``datasets.Dataset`` or ``data.Examples``; the
+    settings' columns say which are meant.
 
     A run that was finished already is not run again: its report comes back. Under ``torchrun`` the
     processes share every batch; the first one writes, watches, and gives its report to all.
@@ -53,7 +59,7 @@ def finetune(settings: Settings, watch: Watcher | None = None) -> dict[str, Any]
         done = agree(lambda: read_report(settings)) if settings.resume else None
         if done is not None:
             return done
-        session = prepare(settings)
+        session = prepare(settings, data)
         session.start = start
         agree(lambda: check_end(session))
         found = agree(lambda: checkpoint.latest(settings.output)) if settings.resume else None
@@ -88,16 +94,19 @@ def _kept(session: Session) -> Iterator[None]:
         ) from error
 
 
-def prepare(settings: Settings) -> Session:
+def prepare(settings: Settings, given: Mapping[str, Any] | None = None) -> Session:
     """Read data and models, and build the runners at step 0."""
+    fits = given is None or settings.task == "given"
+    require(fits, "data", f"none for task {settings.task}", "some (task given takes them)")
     world = join(settings)
     device = use_device(settings)
-    data = Data.load(settings, device, world)
+    data = Data.load(settings, device, world, given)
     model = fresh_model(settings, data)
     max_steps = data.steps_per_epoch * settings.epochs
     method = settings.make_method()
     check_model(settings, method, model, data)
     runner = method_runner(settings, data, model, max_steps)
+    runner.run.events += data.notes
     structure = structure_of(model).at(data.geometry)
     check_budget(settings, method, model, data)
     dense_flops = data.world.agree(lambda: flops_per_token(model, data))
@@ -132,10 +141,15 @@ def use_device(settings: Settings) -> torch.device:
     return device
 
 
-def step_costs(settings: Settings, progress: Callable[[str], object]) -> StepCosts:
+def step_costs(
+    settings: Settings,
+    progress: Callable[[str], object],
+    *,
+    data: Mapping[str, Any] | None = None,
+) -> StepCosts:
     """Measure what widths cost on this device, for the run that ``settings`` describe."""
     with quiet():
-        session = prepare(settings)
+        session = prepare(settings, data)
     count = session.data.world.size
     require(count == 1, "processes", "1, as others would disturb the clock", count)
     runner = session.runner
@@ -146,10 +160,12 @@ def step_costs(settings: Settings, progress: Callable[[str], object]) -> StepCos
         )
 
 
-def rank(settings: Settings) -> tuple[Scores, Plan, Runner]:
+def rank(
+    settings: Settings, *, data: Mapping[str, Any] | None = None
+) -> tuple[Scores, Plan, Runner]:
     """Rank the model's units and allocate the budget, training nothing."""
     with quiet():
-        session = prepare(settings)
+        session = prepare(settings, data)
     run = session.runner.run
     with session.runner.own_random():
         run.max_steps = 0  # the warm-up is a share of the steps: there is none

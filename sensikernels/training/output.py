@@ -19,7 +19,7 @@ REPORT = "report.json"
 LOCK = ".run"
 """Held by the run under way; left behind, it says that a run was killed here."""
 _STARTED = (CHECKPOINTS, UNFINISHED, REPORT, LOCK, FOLDER)
-_RESULTS = ("model", "plan.json", "plan.safetensors", "sensitivity.png", REPORT)
+RESULTS = ("model", "plan.json", "plan.safetensors", "sensitivity.png", REPORT)
 
 __all__ = ["output_folder", "remove", "tidy", "write_json", "writing"]
 
@@ -55,7 +55,7 @@ def output_folder(path: Path, *, resume: bool) -> Iterator[Path]:
 
 def tidy(path: Path) -> None:
     """Remove what a killed run had not finished writing into ``path``."""
-    parts = [path / UNFINISHED, *(partial_name(path / name) for name in _RESULTS)]
+    parts = [path / UNFINISHED, *(partial_name(path / name) for name in RESULTS)]
     parts += (path / CHECKPOINTS).glob(".step-*.tmp")
     for part in parts:
         remove(part)

@@ -14,7 +14,7 @@ import torch
 from sensikernels.training.runner import Runner
 from sensikernels.training.session import Session
 
-PACKAGES = ("sensikernels", "torch", "transformers", "accelerate", "triton", "numpy")
+PACKAGES = ("sensikernels", "torch", "transformers", "accelerate", "triton", "numpy", "datasets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +43,10 @@ def build(
     """
     runner, dense = session.runner, session.dense
     settings, task = session.settings, session.data.task
-    steps = slice(runner.changed_at, None)
-    ours = statistics.median(runner.step_ms[steps])
-    theirs = None if dense is None else statistics.median(dense.step_ms[steps])
     return {
         "task": task.name,
         "task_title": task.title,
+        "labels": _labels(session),
         "method": runner.name,
         "budget": _budget(session, measured),
         "flops_per_token": {
@@ -57,10 +55,7 @@ def build(
             "measured": measured.flops,
         },
         "params": _params(session, saved),
-        "step_ms": {"dense": theirs, "planned": ours},
-        "step_speedup": None if theirs is None else theirs / ours,
-        "steps": {"total": session.step, "timed_from": runner.changed_at},
-        "tokens_per_s": _of_both(session, lambda one: _throughput(session, one, steps)),
+        **_speed(session),
         "peak_mib": {"dense": measured.dense_peak, "planned": measured.peak},
         "seconds": {
             **_of_both(session, _seconds),
@@ -89,6 +84,19 @@ def build(
         "kept": runner.run.plan.kept_counts() if runner.run.plan else {},
         "events": runner.run.events,
         "losses": _of_both(session, lambda one: one.losses),
+    }
+
+
+def _speed(session: Session) -> dict[str, Any]:
+    """Milliseconds and tokens per second of the steps after the plan took effect."""
+    since = session.runner.changed_at
+    steps = slice(since, None)
+    ms = _of_both(session, lambda one: statistics.median(one.step_ms[steps]))
+    return {
+        "step_ms": ms,
+        "step_speedup": None if ms["dense"] is None else ms["dense"] / ms["planned"],
+        "steps": {"total": session.step, "timed_from": since},
+        "tokens_per_s": _of_both(session, lambda one: _throughput(session, one, steps)),
     }
 
 
@@ -151,6 +159,18 @@ def _seconds(runner: Runner) -> dict[str, float]:
     """``to_finish``: all that this model cost once data and weights were in memory."""
     own = {"train": sum(runner.step_ms) / 1e3, **runner.seconds}
     return {**own, "to_finish": sum(own.values())}
+
+
+def _labels(session: Session) -> dict[str, Any]:
+    """What is labelled and how, and the lines that say what was inferred from the rows."""
+    task = session.data.task
+    problem = "single_label_classification" if task.kind == "sequences" else None
+    return {
+        "kind": task.kind,
+        "problem": task.problem or problem,
+        "names": list(task.label_names),
+        "inferred": list(session.data.notes),
+    }
 
 
 def _data(session: Session) -> dict[str, Any]:

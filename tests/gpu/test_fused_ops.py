@@ -22,6 +22,22 @@ def test_bias_gelu(rows: int, width: int, dtype: torch.dtype, biased: bool):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", [2, 100, 2304, 5248])
+@pytest.mark.parametrize("biased", [True, False])
+def test_geglu(rows: int, width: int, dtype: torch.dtype, biased: bool):
+    checks.check_geglu((rows, width), dtype, "cuda", biased=biased)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", ROWS)
+@pytest.mark.parametrize(("heads", "size"), [(1, 2), (3, 34), (12, 64), (8, 128), (2, 300)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_rotary(tokens: int, heads: int, size: int, dtype: torch.dtype, fused: bool):
+    checks.check_rotary((tokens, heads, size), dtype, "cuda", fused=fused)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("hidden", [17, 100, 384, 768, 1000, 1024, 4096])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_dropout_add_norm(rows: int, hidden: int, dtype: torch.dtype, p: float):

@@ -44,8 +44,16 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "share_att_key": False,
         "conv_kernel_size": 3,
     },
+    # A window of 2 tokens on both sides in the second of two layers.
+    "modernbert": {
+        "local_attention": 4,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
+    },
 }
 """By ``model_type``: the settings that are not BERT's."""
+ROUNDED = {"modernbert": 1e-5}
+"""By ``model_type``: how far from stock's a float64 model's outputs may be where stock computes
+something in float32, as ModernBERT rotates queries and keys."""
 
 
 def config_of(kind: str, *, dropout: float = 0.0, **named: Any) -> Any:

@@ -78,7 +78,7 @@ def pack(batch: dict[str, Tensor], multiple: int = 8, *, fill: int = 1) -> dict[
         out["token_type_ids"] = flat(batch["token_type_ids"], fill % 2)
     for name in ("labels", "start_positions", "end_positions"):
         if name in batch:
-            per_token = batch[name].ndim == 2
+            per_token = batch[name].shape == mask.shape
             out[name] = flat(batch[name], -100) if per_token else batch[name]
     return out
 

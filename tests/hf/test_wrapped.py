@@ -17,15 +17,20 @@ from sensikernels.masks import Budget, Plan, plan
 from tests.hf.families import draw, make
 from tests.hf.packed_cases import SMALL
 
+transformers = pytest.importorskip("transformers")
 STEP = ("dropout", "words", "packed", "cls", "fused")
 SENTENCES = ["a film", "the plot was good, really, and so was the cast", "no"]
+
+
+_ADAPTED = ("query", "value", "q_lin", "v_lin", "Wqkv", "mlp.Wo")
 
 
 def with_adapters(model: nn.Module) -> Any:
     peft = pytest.importorskip("peft")
     torch.manual_seed(2)
     named = {"r": 4, "lora_dropout": 0.0, "init_lora_weights": False}
-    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], **named)
+    linears = [name for name, _ in model.named_modules() if name.endswith(_ADAPTED)]
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=linears, **named)
     return peft.get_peft_model(model, config)
 
 
@@ -34,7 +39,7 @@ def planned(model: nn.Module, **named: Any) -> Plan:
     return plan(scores, Budget(flops=0.7), multiples=SMALL, minimums=SMALL, **named)
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "distilbert", "modernbert"])
 def test_adapters_take_the_fast_step(kind: str) -> None:
     head, batch = "ForSequenceClassification", draw("ForSequenceClassification", kind)
     one, other = with_adapters(make(kind, head)), with_adapters(make(kind, head))
@@ -70,6 +75,26 @@ def test_adapters_sit_on_a_trimmed_model_and_trim_no_adapted_linear() -> None:
     with pytest.raises(UsageError, match="expected an nn.Linear, got a peft"):
         apply(bare, planned(bare))
     assert list(bare.state_dict()) == before
+
+
+def test_a_sentence_transformer_around_a_family_without_token_types(tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded_model_path())
+    words = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    make("modernbert", "Model", **words).save_pretrained(tmp_path / "in")  # type: ignore[operator]
+    tokenizer.save_pretrained(tmp_path / "in")
+    model = library.SentenceTransformer(str(tmp_path / "in"), device="cpu")
+    wanted = encoded(model)
+    apply(model, features=STEP)
+    np.testing.assert_allclose(encoded(model), wanted, atol=1e-5)
+    restore(model)
+    apply(model, planned(model), features=STEP)
+    wanted = encoded(model)
+    small = compact(model)
+    np.testing.assert_allclose(encoded(small), wanted, atol=1e-5)
+    small.save(str(tmp_path / "small"))  # type: ignore[operator]
+    back = library.SentenceTransformer(str(tmp_path / "small"), device="cpu")
+    np.testing.assert_allclose(encoded(back), wanted, atol=1e-5)
 
 
 @pytest.fixture

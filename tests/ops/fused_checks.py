@@ -12,6 +12,8 @@ from sensikernels.ops.bias_gelu import bias_gelu
 from sensikernels.ops.dropout import dropout
 from sensikernels.ops.dropout_add_norm import dropout_add_norm
 from sensikernels.ops.embed_norm import embed_norm
+from sensikernels.ops.geglu import geglu
+from sensikernels.ops.rotary import rotary
 from tests.tolerance import assert_close_to_reference
 
 Run = Callable[..., Tensor]
@@ -46,6 +48,37 @@ def check_bias_gelu(
         return F.gelu(x if bias is None else x + bias)
 
     check(lambda *a: bias_gelu(*a, backend="triton"), parts, leaves, dy)
+
+
+def check_geglu(shape: tuple[int, ...], dtype: torch.dtype, device: str, *, biased: bool) -> None:
+    n = shape[-1] // 2
+    x, dy = (torch.randn(*shape[:-1], size, device=device).to(dtype) for size in (2 * n, n))
+    leaves = [2 * x, torch.randn(2 * n, device=device)] if biased else [2 * x]
+
+    def parts(x: Tensor, bias: Tensor | None = None) -> Tensor:
+        z = x if bias is None else x + bias
+        return F.gelu(z[..., :n]) * z[..., n:]
+
+    check(lambda *a: geglu(*a, backend="triton"), parts, leaves, dy)
+
+
+def check_rotary(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, *, fused: bool
+) -> None:
+    """``fused``: x is the first two thirds of the heads of a projection."""
+    tokens, heads, size = shape
+    x = torch.randn(tokens, 3 * heads if fused else heads, size, device=device).to(dtype)
+    dy = torch.randn(tokens, 2 * heads if fused else heads, size, device=device).to(dtype)
+    angle = torch.randn(tokens, size // 2, device=device)
+    cos, sin = angle.cos(), angle.sin()
+
+    def parts(x: Tensor) -> Tensor:
+        x = x[:, : dy.shape[1]]
+        first, second = x[..., : size // 2], x[..., size // 2 :]
+        c, s = (t.to(x.dtype)[:, None] for t in (cos, sin))
+        return torch.cat([first * c - second * s, second * c + first * s], -1)
+
+    check(lambda x: rotary(x[:, : dy.shape[1]], cos, sin, backend="triton"), parts, [x], dy)
 
 
 def _seed(device: str) -> Tensor:

@@ -17,8 +17,10 @@ from sensikernels.ops.cross_entropy import cross_entropy
 from sensikernels.ops.dropout import dropout
 from sensikernels.ops.dropout_add_norm import dropout_add_norm
 from sensikernels.ops.embed_norm import embed_norm
+from sensikernels.ops.geglu import geglu
 from sensikernels.ops.group_reduce import group_reduce
 from sensikernels.ops.masked_linear import masked_linear
+from sensikernels.ops.rotary import rotary
 from sensikernels.ops.selective_linear import selective_linear
 from sensikernels.ops.varlen_attention import varlen_attention
 from tests.ops.linear_cases import GRIDS, make_layout
@@ -100,9 +102,23 @@ def test_elementwise():
         check(bias_gelu, [x, bias], rng, tolerance)
         check(bias_gelu, [x], rng, tolerance)
         check(partial(dropout, p=0.3, seed=seed), [x], rng, tolerance)
+        if width % 2 == 0:
+            check(geglu, [x, bias], rng, tolerance)
+            check(geglu, [x], rng, tolerance)
         if width > 1:  # of one element nothing is left but rounding
             norm = partial(dropout_add_norm, dropout=p, seed=seed, eps=1e-3)
             check(norm, [x, residual, weight, bias], rng, 9e-2 if dtype != torch.float32 else 2e-3)
+
+
+def test_rotations():
+    rng = random.Random(4)
+    for _ in range(150):
+        dtype, tolerance = floating(rng)
+        tokens, heads, half = rng.choice([0, 1, 7]), rng.choice([0, 1, 3]), rng.choice([0, *WIDTHS])
+        x = torch.randn(tokens, heads, 2 * half).to(dtype)
+        kind = rng.choice([dtype, torch.float32])
+        cos, sin = laid_out(rng, *(torch.randn(tokens, half).to(kind) for _ in range(2)))
+        check(partial(rotary, cos=cos, sin=sin), laid_out(rng, x), rng, tolerance)
 
 
 def test_embeddings_and_losses():

@@ -6,8 +6,9 @@ sequence classifier runs on first tokens alone, which changes nothing that its h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from sensikernels._core.checks import require
 from sensikernels.hf.family import Family, PackedStep, reach
 from sensikernels.hf.module_state import Changed
-from sensikernels.hf.packed.layer import embed, run_layer, uncalled
+from sensikernels.hf.packed.layer import embed, run_layer
+from sensikernels.hf.packed.pieces import uncalled
 from sensikernels.hf.packed.prefix_cache import FrozenPrefixCache
 from sensikernels.hf.packed.tokens import Tokens, packed, unpadded
 
@@ -46,6 +48,7 @@ class Packing:
     multiple: int
     repad: bool
     first_read: bool = False
+    average: bool = False
     labelled_only: bool = False
 
     @property
@@ -71,9 +74,9 @@ class PackedEncoder(Changed):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        *others: Any,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        *,
         cu_seqlens: Tensor | None = None,
         max_length: int | None = None,
         **named: Any,
@@ -82,16 +85,22 @@ class PackedEncoder(Changed):
 
         Packed: ``input_ids``, ``token_type_ids`` and ``position_ids`` are ``[1, tokens]``,
         ``cu_seqlens`` int32 ``[rows + 1]``, ``max_length`` a Python int at least as long as the
-        longest sequence; nothing then waits for the device.
+        longest sequence; nothing then waits for the device. ``others``: arguments of stock's
+        forward, in its order.
 
         Returns:
             HuggingFace's output. ``last_hidden_state`` is ``[rows, 1, hidden]`` with ``cls_only``;
             else as the inputs: ``[rows, length, hidden]``, zero at padding, or
-            ``[1, tokens, hidden]`` (for question answering ``[rows, max_length, hidden]``).
+            ``[1, tokens, hidden]`` (for question answering ``[rows, max_length, hidden]``, for a
+            head that averages tokens ``[rows, 1, hidden]``).
 
         Raises:
             UsageError: inputs that packed tokens have no use for, or that disagree.
         """
+        if others:
+            named |= dict(zip(_names_after_mask(self.original), others, strict=False))
+            token_type_ids = named.pop("token_type_ids", token_type_ids)
+            position_ids = named.pop("position_ids", position_ids)
         self._refuse(input_ids, named)
         assert input_ids is not None
         packing, pooler = self.packing, getattr(self, self.packing.family.pooler, None)
@@ -105,6 +114,7 @@ class PackedEncoder(Changed):
                 position_ids,
                 multiple=packing.multiple,
                 pooled=pooler is not None or packing.first_read,
+                windowed=packing.step.windowed,
             )
         else:
             require(attention_mask is None, "attention_mask", "none beside cu_seqlens", "one")
@@ -122,10 +132,14 @@ class PackedEncoder(Changed):
     def _encode(self, tokens: Tokens) -> Tensor:
         layers, cache = self._stack(), self.prefix_cache
         if cache is None:
-            return self._lower(tokens, len(layers))
-        prefix = [*below(self, self.packing.family), *layers[: cache.depth]]
-        hidden = cache(tokens, partial(self._lower, depth=cache.depth), prefix)
-        return self._layers(hidden, tokens, cache.depth, len(layers))
+            hidden = self._lower(tokens, len(layers))
+        else:
+            prefix = [*below(self, self.packing.family), *layers[: cache.depth]]
+            hidden = cache(tokens, partial(self._lower, depth=cache.depth), prefix)
+            hidden = self._layers(hidden, tokens, cache.depth, len(layers))
+        closing = self.packing.step.closing
+        out: Tensor = reach(self, closing)(hidden) if closing else hidden
+        return out
 
     def _stack(self) -> Any:
         """The layers, whose holder is not called."""
@@ -138,11 +152,14 @@ class PackedEncoder(Changed):
         return self._layers(hidden, tokens, 0, depth)
 
     def _layers(self, hidden: Tensor, tokens: Tokens, start: int, stop: int) -> Tensor:
-        fused, layers, block_of = self.packing.fused, self._stack(), self.packing.step.block
+        fused, layers, step = self.packing.fused, self._stack(), self.packing.step
+        if step.rotations is not None:
+            rotations = step.rotations(self, hidden, tokens.position_ids)
+            tokens = replace(tokens, rotations=rotations)
         for layer in layers[start:stop]:
             first_only = self.packing.cls_only and layer is layers[-1]
             forward = getattr(layer, "packed_forward", None)
-            forward = forward or partial(run_layer, block_of, uncalled(layer))
+            forward = forward or partial(run_layer, step.block, uncalled(layer))
             run = partial(forward, tokens=tokens, fused=fused, first_only=first_only)
             if layer.gradient_checkpointing and layer.training:
                 hidden = layer._gradient_checkpointing_func(run, hidden)
@@ -153,6 +170,8 @@ class PackedEncoder(Changed):
     def _arrange(self, hidden: Tensor, tokens: Tokens, *, padded: bool) -> Tensor:
         if self.packing.cls_only:
             return hidden[:, None]
+        if self.packing.average and not padded:
+            return tokens.averaged(hidden)[:, None]
         return tokens.padded(hidden) if padded or self.packing.repad else hidden[None]
 
     def _refuse(self, input_ids: Tensor | None, named: dict[str, Any]) -> None:
@@ -160,6 +179,13 @@ class PackedEncoder(Changed):
         for name in _REFUSED:
             value = named.get(name, getattr(self.config, name, None) if "output" in name else None)
             require(value is None or value is False, name, "none on packed tokens", "one")
+
+
+@cache
+def _names_after_mask(encoder: Any) -> tuple[str, ...]:
+    """The names of the arguments of stock's forward after the attention mask."""
+    names = tuple(signature(encoder.forward).parameters)
+    return names[names.index("attention_mask") + 1 :]
 
 
 def below(encoder: Any, family: Family) -> list[nn.Module]:

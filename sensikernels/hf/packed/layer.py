@@ -8,18 +8,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
 
-from sensikernels._core.errors import UsageError
-from sensikernels._core.hooks import bare, hooked
-from sensikernels.hf.family import Block, Closing, Embedding
+from sensikernels._core.hooks import bare
+from sensikernels.hf.family import Block, Closing, Embedding, GatedBlock
 from sensikernels.hf.packed.joined import plain, project
+from sensikernels.hf.packed.pieces import attend, is_exact_gelu, uncalled
+from sensikernels.hf.packed.prenorm import run_gated
 from sensikernels.hf.packed.tokens import Tokens
 from sensikernels.nn import CounterDropout
 from sensikernels.ops.bias_gelu import bias_gelu
 from sensikernels.ops.dropout_add_norm import dropout_add_norm
 from sensikernels.ops.embed_norm import embed_norm
-from sensikernels.ops.varlen_attention import varlen_attention
 
 
 def embed(embedding: Embedding, tokens: Tokens, *, fused: bool) -> Tensor:
@@ -34,7 +33,7 @@ def embed(embedding: Embedding, tokens: Tokens, *, fused: bool) -> Tensor:
 
 def _can_fuse(embedding: Embedding) -> bool:
     return (
-        _is_norm(embedding.norm)
+        _has_weight(embedding.norm)
         and all(table is None or _is_table(table) for table in embedding.tables)
         and _is_dropout(embedding.dropout)
     )
@@ -55,11 +54,12 @@ def _fused_sum(embedding: Embedding, tokens: Tokens) -> Tensor:
         for table, ids in zip(others, rows, strict=True)
     )
     norm = embedding.norm
+    bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
     return embed_norm(
         tokens.input_ids,
         positions,
         types,
-        *(*tables, norm.weight, norm.bias),
+        *(*tables, norm.weight, bias),
         dropout=_rate(embedding.dropout),
         eps=norm.eps,
         sparse=words.sparse,
@@ -71,12 +71,14 @@ def _sum(embedding: Embedding, tokens: Tokens) -> Tensor:
     total = words(tokens.input_ids)
     if types is not None:
         total = total + types(tokens.token_type_ids)
-    hidden: Tensor = embedding.dropout(embedding.norm(total + positions(tokens.position_ids)))
+    if positions is not None:
+        total = total + positions(tokens.position_ids)
+    hidden: Tensor = embedding.dropout(embedding.norm(total))
     return hidden
 
 
 def run_layer(
-    block_of: Callable[[Any], Block],
+    block_of: Callable[[Any], Block | GatedBlock],
     layer: Any,
     hidden: Tensor,
     tokens: Tokens,
@@ -92,6 +94,8 @@ def run_layer(
     block = block_of(layer)
     for module in block.around:
         uncalled(module)
+    if isinstance(block, GatedBlock):
+        return run_gated(block, hidden, tokens, fused=fused, first_only=first_only)
     residual = hidden.index_select(0, tokens.first) if first_only else hidden
     context = _attend(block, hidden, residual, tokens, fused=fused, first_only=first_only)
     hidden = _close(block.attended, context, residual, fused=fused)
@@ -113,25 +117,19 @@ def _attend(
         query, key, value = (linear(hidden) for linear in linears)
     qk_size = getattr(attention, "qk_head_size", attention.attention_head_size)
     vo_size = getattr(attention, "vo_head_size", attention.attention_head_size)
-    one_each = None
-    if first_only:
-        one_each = torch.arange(len(tokens.cu_seqlens), dtype=torch.int32, device=hidden.device)
-    context = varlen_attention(
+    return attend(
         query.unflatten(-1, (-1, qk_size)),
         key.unflatten(-1, (-1, qk_size)),
         value.unflatten(-1, (-1, vo_size)),
-        tokens.cu_seqlens,
-        max_length=tokens.max_length,
-        cu_seqlens_query=one_each,
-        max_length_query=1 if first_only else None,
+        tokens,
+        first_only=first_only,
         dropout=attention.dropout.p if attention.training else 0.0,  # as HuggingFace decides
         scale=attention.scaling,
     )
-    return context.flatten(1)
 
 
 def _activate(dense: Any, act: Any, x: Tensor, *, fused: bool) -> Tensor:
-    if fused and plain(dense) and dense.bias is not None and _is_exact_gelu(act):
+    if fused and plain(dense) and dense.bias is not None and is_exact_gelu(act):
         return bias_gelu(F.linear(x, dense.weight), dense.bias)
     out: Tensor = act(dense(x))
     return out
@@ -153,16 +151,6 @@ def _close(closing: Closing, x: Tensor, residual: Tensor, *, fused: bool) -> Ten
 
 def _rate(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
-
-
-def uncalled(module: Any) -> Any:
-    """``module``, whose own forward is not called. Raises UsageError if it has hooks."""
-    if not torch.compiler.is_compiling() and hooked(module):
-        raise UsageError(
-            f"{type(module).__name__}: expected no hooks on a module that packed tokens do not "
-            "call, got hooks"
-        )
-    return module
 
 
 def without_row(table: Tensor, row: int | None) -> Tensor:
@@ -190,7 +178,11 @@ class _WithoutRow(torch.autograd.Function):
 
 
 def _is_norm(norm: Any) -> bool:
-    return bare(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+    return _has_weight(norm) and norm.bias is not None
+
+
+def _has_weight(norm: Any) -> bool:
+    return bare(norm, nn.LayerNorm) and norm.weight is not None
 
 
 def _is_table(table: Any) -> bool:
@@ -199,9 +191,3 @@ def _is_table(table: Any) -> bool:
 
 def _is_dropout(dropout: Any) -> bool:
     return bare(dropout, nn.Dropout, CounterDropout)
-
-
-def _is_exact_gelu(act: Any) -> bool:
-    if bare(act, nn.GELU):
-        return act.approximate == "none"
-    return (act.act if bare(act, GELUActivation) else act) is F.gelu

@@ -58,7 +58,9 @@ def use_packed(
     if labelled_only and (language is None or not isinstance(owner, language.model)):
         wanted = "a masked-language model" if language is None else f"a {language.model.__name__}"
         raise expected("labelled_only", wanted, type(owner).__name__)
-    first_read = isinstance(owner, step.first_token)
+    pooled = isinstance(owner, step.first_token)
+    average = pooled and step.averages is not None and step.averages(encoder.config)
+    first_read = pooled and not average
     cls_only = cls_only and first_read
     packing = Packing(
         family=family,
@@ -67,6 +69,7 @@ def use_packed(
         multiple=multiple,
         repad=isinstance(owner, step.by_row) and not cls_only,
         first_read=first_read,
+        average=average,
         labelled_only=labelled_only,
     )
     change_class(encoder, PackedEncoder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Tokens:
     Rows after the last sequence fill the count up to a multiple. They repeat the first token, so
     every row of a table that they use is used anyway; what becomes of them is not read.
     ``places``: where each row lies in the flattened ``[rows, length]`` batch of ``shape``; rows
-    of no sequence one past its end.
+    of no sequence one past its end. ``rotations``: as a family's ``PackedStep`` makes them.
     """
 
     input_ids: Tensor
@@ -35,6 +35,7 @@ class Tokens:
     max_length: int
     places: Tensor
     shape: tuple[int, int]
+    rotations: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def first(self) -> Tensor:
@@ -47,6 +48,10 @@ class Tokens:
         flat = hidden.new_zeros(rows * length + 1, hidden.shape[-1])
         return flat.index_copy(0, self.places, hidden)[:-1].view(rows, length, -1)
 
+    def averaged(self, hidden: Tensor) -> Tensor:
+        """``[tokens, hidden]`` as ``[rows, hidden]``: the mean of each sequence's tokens."""
+        return self.padded(hidden).sum(1) / self.cu_seqlens.diff()[:, None]
+
 
 def unpadded(
     input_ids: Tensor,
@@ -56,11 +61,13 @@ def unpadded(
     *,
     multiple: int,
     pooled: bool,
+    windowed: bool = False,
 ) -> Tokens:
     """Tokens of HuggingFace's inputs ``[rows, length]``; reads the mask's sum on the host once.
 
-    Raises UsageError for a mask that is not ``[rows, length]``, or whose rows do not begin with a
-    token where a first token is wanted (``pooled``).
+    Raises UsageError for a mask that is not ``[rows, length]``, whose rows do not begin with a
+    token where a first token is wanted (``pooled``), or with padding between tokens where their
+    distance counts (``windowed``).
     """
     require(input_ids.ndim == 2, "input_ids", "[rows, length]", list(input_ids.shape))
     rows, length = input_ids.shape
@@ -77,6 +84,10 @@ def unpadded(
         mask = attention_mask != 0
         begun = not pooled or bool(mask[:, 0].all())
         require(begun, "attention_mask", "a token at the start of every row", "padding there")
+        if windowed:
+            runs = mask[:, 0] + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+            between = bool((runs > 1).any())
+            require(not between, "attention_mask", "no padding between tokens", "some")
         places = mask.flatten().nonzero().flatten()
         require(len(places) > 0, "input_ids", some, "padding alone")
         lengths = mask.sum(1)
@@ -168,7 +179,9 @@ def to_padded(
     for name, value in batch.items():
         if name in ("cu_seqlens", "max_length"):
             continue
-        if name in PER_TOKEN or value.numel() == count != len(lengths):
+        # Several labels a row are floats, and may be as many as the tokens.
+        by_row = value.is_floating_point() and value.shape[:1] == lengths.shape
+        if name in PER_TOKEN or (value.numel() == count != len(lengths) and not by_row):
             filler = {"labels": -100, "input_ids": pad_token_id}.get(name, 0)
             padded = value.new_full(mask.shape, filler)
             padded[mask] = value.flatten()[:real]

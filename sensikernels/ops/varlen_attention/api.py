@@ -30,15 +30,16 @@ def varlen_attention(
     dropout: float = 0.0,
     scale: float | None = None,
     seed: Tensor | None = None,
+    window: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """dropout(softmax(scale Q Kᵀ)) V of each packed sequence and head, in both directions.
 
     Sequence s has keys ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``, its queries likewise by
     ``cu_seqlens_query``. Rows after the last offset are padding: output and gradients are zero
-    there. A sequence without keys gives zero. Dropout zeroes probabilities and scales the others
+    there. A query without keys gives zero. Dropout zeroes probabilities and scales the others
     by 65536 / k, k = round((1 - dropout) 65536); except with ``flash`` the mask depends on seed,
-    head, query row and key alone: not on dtype, device, threads, strides or backend.
+    head, query row and key alone: not on dtype, device, threads, strides, window or backend.
 
     Args:
         query: ``[tokens_q, heads, qk_size]``; slices of a fused projection are read in place.
@@ -50,6 +51,8 @@ def varlen_attention(
         dropout: probability in [0, 1].
         scale: 1 / sqrt(qk_size) if absent.
         seed: int64 ``[]`` on query's device; drawn from torch's generator of it if absent.
+        window: a query meets keys at most so many places of its sequence away; None: all. It is
+            transformers' ``config.sliding_window`` of a ModernBERT (half of ``local_attention``).
         backend: "auto" (``explain`` says what), "reference", "native", "flash" or "buckets".
 
     Returns:
@@ -57,27 +60,24 @@ def varlen_attention(
         Differentiable once; with "reference" as often as PyTorch.
 
     Raises:
-        UsageError: shapes, dtypes, devices or offsets disagree, or a named backend cannot serve.
+        UsageError: shapes, dtypes, devices or offsets disagree, a negative window, or a named
+            backend cannot serve ("flash": a window over queries that are counted apart).
     """
     lengths = _lengths(max_length, cu_seqlens_query, max_length_query)
     checks.check(query, key, value, cu_seqlens_query, cu_seqlens, lengths)
     if seed is not None:
         check_tensor(seed, "seed", (), torch.int64, query.device)
+    checks.check_window(window)
     threshold = threshold_of(dropout)
     casts = query.device.type != "meta" and torch.is_autocast_enabled(query.device.type)
     query, key, value = _of_one_dtype(query, key, value, casts)
     drops = threshold < DRAWS
-    chosen = serving(query, value, backend, seeded=drops and seed is not None)
-    if seed is None:
-        drawn = drops and chosen != "flash"
-        seed = new_seed(query.device) if drawn else cu_seqlens.new_zeros((), dtype=torch.int64)
+    apart = window is not None and cu_seqlens_query is not None
+    chosen = serving(query, value, backend, seeded=drops and seed is not None, apart=apart)
+    seed = _seed(cu_seqlens, drops and chosen != "flash") if seed is None else seed
     scale = (query.shape[2] or 1) ** -0.5 if scale is None else scale
     places = (cu_seqlens_query, cu_seqlens, seed, *lengths)
-    arguments = (query, key, value, *places, threshold, scale, chosen)
-    if casts:
-        with torch.autocast(query.device.type, enabled=False):
-            return _run(*arguments)
-    return _run(*arguments)
+    return _run(casts, query, key, value, *places, threshold, scale, window, chosen)
 
 
 def _lengths(keys: int, cu_query: Tensor | None, queries: int | None) -> tuple[int, int]:
@@ -103,7 +103,14 @@ def _of_one_dtype(
     return query, key, value
 
 
-def _run(*arguments: Any) -> Tensor:
+def _seed(cu_seqlens: Tensor, drawn: bool) -> Tensor:
+    return new_seed(cu_seqlens.device) if drawn else cu_seqlens.new_zeros((), dtype=torch.int64)
+
+
+def _run(casts: bool, *arguments: Any) -> Tensor:
+    if casts:
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return _run(False, *arguments)
     *call, backend = arguments
     if backend == "reference":
         return reference.varlen_attention(call_of(*call))
@@ -111,9 +118,16 @@ def _run(*arguments: Any) -> Tensor:
     return out
 
 
-def explain(query: Tensor, value: Tensor, backend: str = "auto", *, seeded: bool = False) -> Choice:
-    """The backend that serves such tensors, and why; ``seeded``: dropout with a given seed.
+def explain(
+    query: Tensor,
+    value: Tensor,
+    backend: str = "auto",
+    *,
+    seeded: bool = False,
+    apart: bool = False,
+) -> Choice:
+    """The backend that serves such tensors, and why; UsageError for a named one that cannot.
 
-    Raises UsageError for a named backend that cannot.
+    ``seeded``: dropout with a given seed; ``apart``: a window over queries counted apart.
     """
-    return choice(query, value, backend, seeded=seeded)
+    return choice(query, value, backend, seeded=seeded, apart=apart)

@@ -33,4 +33,4 @@ class VarlenAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         run = ops.launch_backward if unwatched(grads[0]) else _OPS.varlen_attention_backward
         dq, dk, dv = run(grads[0], *ctx.saved_tensors, *ctx.rest)
-        return (dq, dk, dv, *(None,) * 8)
+        return (dq, dk, dv, *(None,) * 9)

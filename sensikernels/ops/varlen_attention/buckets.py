@@ -34,10 +34,17 @@ class Bucket:
         """``(P, Q, K)``, padded."""
         q, k = self.queries.gather(call.query), self.keys.gather(call.key)
         scores = torch.matmul(q * call.scale, k.transpose(2, 3))
+        lowest = torch.finfo(scores.dtype).min
         if isinstance(self.keys, Padded):
-            outside = ~self.keys.inside[:, None, None, :]
-            scores = scores.masked_fill_(outside, torch.finfo(scores.dtype).min)
-        return torch.softmax(scores, -1), q, k
+            scores = scores.masked_fill_(~self.keys.inside[:, None, None, :], lowest)
+        if call.window is None:
+            return torch.softmax(scores, -1), q, k
+        outside = reference.beyond(call.window, scores.shape[2], scores.shape[3], scores.device)
+        if isinstance(self.keys, Padded):
+            outside = outside | ~self.keys.inside[:, None, None, :]
+        p = torch.softmax(scores.masked_fill_(outside, lowest), -1)
+        # A query without keys has equal scores.
+        return p.masked_fill_(outside, 0.0), q, k
 
 
 def buckets(call: Call) -> Iterator[Bucket]:

@@ -24,6 +24,7 @@ class Call(NamedTuple):
     max_key: int
     threshold: int
     scale: float
+    window: int | None
 
     @property
     def nothing(self) -> bool:

@@ -46,15 +46,25 @@ def check(
         _check_offsets(cu_query, query.shape[0], max_query, *names)
 
 
+def check_window(window: int | None) -> None:
+    """Raise UsageError unless ``window`` is a number of places to either side, or None."""
+    if window is None:
+        return
+    if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)) or window < 0:
+        raise expected("window", "a number of tokens, 0 or more, or None", window)
+
+
 def checked(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Any, ...]:
     """The operator's arguments: as ``check``, of one dtype, and kernels that serve them."""
-    cu_query, cu_key, seed, *lengths, threshold, _, backend = rest
+    cu_query, cu_key, seed, *lengths, threshold, _, window, backend = rest
     check(query, key, value, cu_query, cu_key, (lengths[0], lengths[1]))
     for name, t in (("key", key), ("value", value)):
         if t.dtype != query.dtype:
             raise expected(name, f"dtype {query.dtype} as query", t.dtype)
+    check_window(window)
     check_drops(seed, threshold, query.device)
-    check_kernels(query, value, backend)
+    apart = window is not None and cu_query is not None
+    check_kernels(query, value, backend, apart=apart)
     return query, key, value, *rest
 
 

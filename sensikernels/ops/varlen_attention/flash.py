@@ -15,7 +15,9 @@ LARGEST = 256
 _ATEN = torch.ops.aten
 
 
-def refusal(device: torch.device, dtype: torch.dtype, size: int, *, seeded: bool) -> str | None:
+def refusal(
+    device: torch.device, dtype: torch.dtype, size: int, *, seeded: bool, apart: bool
+) -> str | None:
     """The reason why the kernel cannot serve such tensors; None if it can."""
     if device.type != "cuda":
         return f"it runs on CUDA, query is on {device.type}"
@@ -25,6 +27,8 @@ def refusal(device: torch.device, dtype: torch.dtype, size: int, *, seeded: bool
         return f"it serves head sizes up to {LARGEST}, got {size}"
     if seeded:
         return "it draws dropout from torch's generator, seed was given"
+    if apart:
+        return "it counts a window from the sequences' ends, queries are counted apart"
     if torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
         return "this build of torch has no CUDA FlashAttention"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -49,7 +53,9 @@ def forward(call: Call) -> Saved:
         return Saved(query.new_zeros(*query.shape[:2], vo_size), lse, state)
     q, k, v = _equal_sizes(*call[:3])
     out, lse, state, _, _ = _ATEN._flash_attention_forward(
-        *(q, k, v, *_places(call), _rate(call.threshold), False, False), scale=call.scale
+        *(q, k, v, *_places(call), _rate(call.threshold), False, False),
+        scale=call.scale,
+        **_window(call),
     )
     return Saved(_finished(out, call.cu_query, vo_size), lse, state)
 
@@ -65,6 +71,7 @@ def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Te
     dq, dk, dv = _ATEN._flash_attention_backward(
         *(d, q, k, v, o, lse, *_places(call), _rate(call.threshold), False, state, unused),
         scale=call.scale,
+        **_window(call),
     )
     return (
         _finished(dq, call.cu_query, call.query.shape[2]),
@@ -75,6 +82,14 @@ def backward(dout: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Te
 
 def _places(call: Call) -> tuple[Tensor, Tensor, int, int]:
     return call.cu_query, call.cu_key, call.max_query, call.max_key
+
+
+def _window(call: Call) -> dict[str, int]:
+    """To both sides, inclusive; beyond the longest sequence there is nothing."""
+    if call.window is None:
+        return {}
+    window = min(call.window, call.max_key)
+    return {"window_size_left": window, "window_size_right": window}
 
 
 def _rate(threshold: int) -> float:

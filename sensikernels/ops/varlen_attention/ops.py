@@ -57,7 +57,7 @@ def _empty_backward(dout: Tensor, out: Tensor, lse: Tensor, state: Tensor, *call
 _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor? cu_seqlens_query, Tensor cu_seqlens, "
     "Tensor seed, SymInt max_length_query, SymInt max_length, int threshold, float scale, "
-    "str backend"
+    "SymInt? window, str backend"
 )
 register(
     f"varlen_attention({_CALL}) -> (Tensor out, Tensor logsumexp, Tensor rng_state)",
@@ -74,15 +74,34 @@ register(
 )
 
 
-def _flops(call: tuple[Any, ...], of_query: int, of_value: int) -> int:
-    """FLOPs of so many products over query's and value's size; without data all are longest."""
-    query, _, value, cu_query, cu_key, _, _, max_key = call[:8]
+def pairs_of(call: tuple[Any, ...]) -> int:
+    """The pairs of query and key that the operator's arguments let meet, of one head.
+
+    Without data all sequences are longest.
+    """
+    query, key, _, cu_query, cu_key, _, _, max_key, _, _, window, _ = call
     if isinstance(cu_key, FakeTensor) or cu_key.is_meta:
-        pairs = query.shape[0] * max_key
-    else:
-        keys = cu_key.long().diff()
-        pairs = int((keys * (keys if cu_query is None else cu_query.long().diff())).sum())
-    return 2 * pairs * query.shape[1] * (of_query * query.shape[2] + of_value * value.shape[2])
+        met = max_key if window is None else min(max_key, 2 * window + 1)
+        return int(query.shape[0] * met)
+    keys = cu_key.long().diff()
+    queries = keys if cu_query is None else cu_query.long().diff()
+    if window is None:
+        return int((queries * keys).sum())
+    # Query i meets keys from max(0, i - window) up to min(keys, i + window + 1).
+    window = min(window, max(query.shape[0], key.shape[0]))  # its square has to be a number
+    cut = torch.minimum((keys - window - 1).clamp_min(0), queries)
+    ends = cut * (window + 1) + cut * (cut - 1) // 2 + (queries - cut) * keys
+    late = (queries - window - 1).clamp_min(0)
+    short = torch.minimum(late, keys)
+    begins = short * (short + 1) // 2 + (late - short) * keys
+    return int((ends - begins).sum())
+
+
+def _flops(call: tuple[Any, ...], of_query: int, of_value: int) -> int:
+    """FLOPs of so many products over query's and value's size."""
+    query, _, value = call[:3]
+    each = of_query * query.shape[2] + of_value * value.shape[2]
+    return 2 * pairs_of(call) * int(query.shape[1]) * int(each)
 
 
 @register_flop_formula(torch.ops.sensikernels.varlen_attention, get_raw=True)

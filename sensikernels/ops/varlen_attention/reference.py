@@ -44,13 +44,24 @@ def dropped(p: Tensor, seed: Tensor, starts: Tensor, threshold: int) -> Tensor:
     return torch.where(kept, p * scale, p.new_zeros(()))
 
 
+def beyond(window: int, queries: int, keys: int, device: torch.device) -> Tensor:
+    """bool ``[queries, keys]``: the key is more than ``window`` places from the query."""
+    place = torch.arange(queries, device=device)[:, None]
+    return (place - torch.arange(keys, device=device)).abs() > window
+
+
 def varlen_attention(call: Call) -> Tensor:
-    """dropout(softmax(scale Q Kᵀ)) V of each sequence and head, ``[tokens_q, heads, vo_size]``."""
+    """dropout(softmax(scale Q Kᵀ)) V of each sequence and head, ``[tokens_q, heads, vo_size]``.
+
+    The softmax is taken over the keys within the window; a query without any gives zero.
+    """
     query, key, value, cu_query, cu_key, *_ = call
     queries = pad(cu_query[:-1], cu_query[1:], call.max_query, len(query))
     keys = pad(cu_key[:-1], cu_key[1:], call.max_key, len(key))
     scores = queries.gather(query) @ keys.gather(key).transpose(2, 3) * call.scale
     outside = ~keys.inside[:, None, None, :]
+    if call.window is not None:
+        outside = outside | beyond(call.window, call.max_query, call.max_key, query.device)
     p = torch.softmax(scores.masked_fill(outside, torch.finfo(scores.dtype).min), -1)
     p = dropped(p.masked_fill(outside, 0.0), call.seed, cu_query[:-1], call.threshold)
     return unpad(p @ keys.gather(value), cu_query, len(query))

@@ -21,7 +21,7 @@ def lengths(cross: bool = False) -> dict[str, Any]:
     inputs = {"query": floats(4 if cross else 5, 2, 4), "key": floats(5, 2, 4)}
     ends = {"cu_seqlens": cu, "cu_seqlens_query": cu_query if cross else None}
     longest = {"max_length_query": 3, "max_length": 3}
-    return {**inputs, "value": floats(5, 2, 3), **ends, **longest, "scale": 0.5}
+    return {**inputs, "value": floats(5, 2, 3), **ends, **longest, "scale": 0.5, "window": 1}
 
 
 def operators() -> Iterator[RightCall]:
@@ -59,7 +59,8 @@ def launchers() -> Iterator[RightCall]:
     cu = ints(0, 3, 5, dtype=torch.int32)
     q, v = floats(5, 2, 4), floats(5, 2, 3)
     ends = {"cu_seqlens_query": cu, "cu_seqlens": cu}
-    call = {"query": q, "key": q, "value": v, **ends, **drops(), "scale": 0.5, "pairs": True}
+    call = {"query": q, "key": q, "value": v, **ends, **drops(), "scale": 0.5, "window": 1}
+    call["pairs"] = True
     yield launcher("varlen_attention", **call, out=v, logsumexp=floats(2, 5))
     yield launcher("varlen_attention_backward", dout=v, **call, dq=q, dk=q, dv=v)
     yield launcher("varlen_attention_drop", p=floats(2, 2, 3, 3), starts=cu[:2], **drops())

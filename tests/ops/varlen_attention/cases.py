@@ -50,6 +50,7 @@ def run(
     queries: Sequence[int] | None = None,
     dropout: float = 0.0,
     seed: int | None = 7,
+    window: int | None = None,
 ) -> list[Tensor]:
     """``[out, dq, dk, dv]`` of a call in ``dtype``."""
     given = [x.detach().to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
@@ -64,6 +65,7 @@ def run(
         max_length=max(lengths, default=0),
         dropout=dropout,
         seed=None if seed is None else seed_of(seed, device),
+        window=window,
         backend=backend,
         **asked,
     )
@@ -78,14 +80,16 @@ def check_backend(
     *,
     queries: Sequence[int] | None = None,
     dropout: float = 0.0,
+    window: int | None = None,
     heads: int = 3,
     device: str = "cpu",
 ) -> None:
     """Output and gradients are as good as the definition's, contiguous, and zero in the padding."""
     given = operands(lengths, heads, sizes, queries=queries, device=device)
     given = [x.to(dtype).float() for x in given]
+    named = {"queries": queries, "dropout": dropout, "window": window}
     got, same, exact = (
-        run(*given, lengths, backend=name, dtype=kind, queries=queries, dropout=dropout)
+        run(*given, lengths, backend=name, dtype=kind, **named)  # type: ignore[arg-type]
         for name, kind in ((backend, dtype), ("reference", dtype), ("reference", torch.float64))
     )
     for mine, theirs, true in zip(got, same, exact, strict=True):

@@ -24,10 +24,11 @@ def need(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_operator_checks(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("window", [None, 3])
+def test_operator_checks(window: int | None, backend: str, dtype: torch.dtype) -> None:
     need(backend)
     q, k, v, d = (x.to(dtype) for x in operands([5, 0, 9], 2, (8, 12)))
-    at, rest = offsets([5, 0, 9]), (9, 9, 60_000, 0.3, backend)
+    at, rest = offsets([5, 0, 9]), (9, 9, 60_000, 0.3, window, backend)
     call = (q, k, v.transpose(0, 1).contiguous().transpose(0, 1), None, at, seed_of(1), *rest)
     torch.library.opcheck(_OPS.varlen_attention.default, call)
     saved = _OPS.varlen_attention(*call)
@@ -38,7 +39,8 @@ def test_operator_checks(backend: str, dtype: torch.dtype) -> None:
 def test_compiles_whole(backend: str) -> None:
     def attend(fused: Tensor, at: Tensor) -> Tensor:
         q, k, v = fused.view(-1, 3, 2, 8).unbind(1)
-        return varlen_attention(q, k, v, at, max_length=9, dropout=0.1, backend=backend).sum()
+        named = {"max_length": 9, "dropout": 0.1, "window": 2, "backend": backend}
+        return varlen_attention(q, k, v, at, **named).sum()  # type: ignore[arg-type]
 
     fused = torch.randn(14, 48, requires_grad=True)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
@@ -127,6 +129,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"cu_seqlens_query": offsets([5, 9]), "max_length_query": 7},
         "max_length_query: expected at least the longest sequence, 9, got 7",
     ),
+    ({"window": -1}, "window: expected a number of tokens, 0 or more, or None, got -1"),
+    ({"window": 2.0}, "window: expected a number of tokens, 0 or more, or None, got 2.0"),
+    ({"window": True}, "window: expected a number of tokens, 0 or more, or None, got True"),
     ({"dropout": 1.5}, r"dropout: expected a probability in \[0, 1\], got 1.5"),
     ({"seed": torch.tensor(1.0)}, r"seed: expected int64 \[\]"),
     ({"backend": "triton"}, "backend: expected one of auto, buckets, flash, native, reference"),
