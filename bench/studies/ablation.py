@@ -42,7 +42,8 @@ from sensikernels.bench.contestants import (
     padded,
 )
 from sensikernels.bench.rows import row, to_dicts, write_dicts
-from sensikernels.bench.step import minilm, sentences
+from sensikernels.bench.sentences import sentences
+from sensikernels.bench.step_cases import minilm
 from sensikernels.bench.timing import interleave
 from sensikernels.hf import STEP_FEATURES, apply, cache_frozen_prefix, sensitivity
 from sensikernels.masks import Budget, Geometry, plan

@@ -17,7 +17,8 @@ import torch
 from sensikernels._core import environment
 from sensikernels.bench.contestants import Contestant, Race
 from sensikernels.bench.rows import provenance, write_json
-from sensikernels.bench.step import bert_base, full_length, minilm, sentences
+from sensikernels.bench.sentences import full_length, sentences
+from sensikernels.bench.step_cases import bert_base, minilm
 
 PARTS = {
     "update": r"adamw|_foreach|optimizer|zero_grad|linalg_vector_norm|clip",

@@ -4,6 +4,12 @@ All see the same sentences. HuggingFace's are padded, to the longest of the batc
 ``hf-compiled``) or to 128 tokens (``hf-padded``, as ``run_glue`` does by default); ours run on
 packed tokens, on a GPU as CUDA graphs. Dropout as in the model; gradient clipping and AdamW
 included everywhere.
+
+``hf-grouped`` is the best habit of a Trainer without a compiler: the same sentences in batches of
+similar length (``group_by_length``), which leaves almost no padding. Like every stock contestant it
+has transformers' default attention (sdpa), torch's fused AdamW, our room for compiled shapes and
+the same precision of products. Ours take those sentences in random order, as a Trainer does that
+does not group: packed tokens need no grouping, and so keep the order random.
 """
 
 from __future__ import annotations
@@ -29,11 +35,16 @@ from sensikernels.optim import SubsetAdamW
 from sensikernels.training.graph import GraphedStep
 
 Batch = dict[str, Any]
-Collate = Callable[[Sequence[TokenRow]], Batch]
+Rows = Sequence[Sequence[TokenRow]]
+Collate = Callable[..., Batch]
+"""Rows, and the id that pads them as ``pad``, to a batch."""
 
 PADDED = 128
+BOUND = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""How far two losses of one batch may lie apart, by what the model computes in."""
 ROWS_SHARE, FROZEN_SHARE, FLOPS_SHARE = 0.1, 2 / 3, 0.5
-HF = ("hf-padded", "hf-dynamic", "hf-compiled")
+GROUPED = "hf-grouped"
+HF = ("hf-padded", "hf-dynamic", GROUPED, "hf-compiled")
 OURS = ("dense", "sensi-bert-0.5", "bitfit", "dps", "rows-0.1", "freeze-0.67")
 
 
@@ -70,17 +81,23 @@ class Contestant:
 
 @dataclass(frozen=True, kw_only=True)
 class Race:
-    """The model to copy, the rows of each batch and the device that all contestants share."""
+    """The model to copy, the rows of each batch and the device that all contestants share.
+
+    ``grouped``: the same rows in batches of similar length, for the contestant that groups.
+    """
 
     base: nn.Module
-    rows: Sequence[Sequence[TokenRow]]
+    rows: Rows
     device: str
+    grouped: Rows = ()
 
-    def batches(self, how: Collate) -> list[Batch]:
-        """Every batch as ``how`` collates it, on the device."""
+    def batches(self, how: Collate, rows: Rows | None = None) -> list[Batch]:
+        """Every batch, or those of ``rows``, as ``how`` collates it, on the device."""
+        config: Any = self.base.config
+        made = (how(one, pad=config.pad_token_id or 0) for one in rows or self.rows)
         return [
-            {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in how(rows).items()}
-            for rows in self.rows
+            {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            for batch in made
         ]
 
     @property
@@ -106,7 +123,7 @@ class Race:
 
     def _hugging_face(self, model: nn.Module, name: str) -> Contestant:
         how = partial(padded, multiple=PADDED if name == "hf-padded" else 1)
-        batches = self.batches(how)
+        batches = self.batches(how, self.grouped if name == GROUPED else self.rows)
         contestant = hugging_face(model, batches)
         if name == "hf-compiled":
             mode = "reduce-overhead" if self.device == "cuda" else None
@@ -140,14 +157,22 @@ class Race:
         return one
 
 
-def padded(rows: Sequence[TokenRow], *, multiple: int = 1) -> Batch:
+def padded(rows: Sequence[TokenRow], *, pad: int = 0, multiple: int = 1) -> Batch:
     """HuggingFace's form, padded to the longest row rounded up to ``multiple``."""
-    return dict(collate(rows, pad_token_id=0, pad_to_multiple=multiple))
+    return _answered(dict(collate(rows, pad_token_id=pad, pad_to_multiple=multiple)))
 
 
-def packed(rows: Sequence[TokenRow]) -> Batch:
+def packed(rows: Sequence[TokenRow], *, pad: int = 0) -> Batch:
     """Tokens end to end."""
-    return dict(collate_packed(rows, pad_token_id=0))
+    return _answered(collate_packed(rows, pad_token_id=pad))
+
+
+def _answered(batch: Batch) -> Batch:
+    """The batch with labels that are pairs as the first and last token of an answer."""
+    if batch["labels"].ndim == 1:
+        return batch
+    start, end = batch.pop("labels").unbind(1)
+    return {"start_positions": start, "end_positions": end, **batch}
 
 
 def hugging_face(model: nn.Module, batches: Sequence[Batch]) -> Contestant:
@@ -164,6 +189,23 @@ def ours(model: nn.Module, batches: Sequence[Batch]) -> Contestant:
 
 def our_optimizer(model: nn.Module) -> SubsetAdamW:
     return SubsetAdamW(model.parameters(), lr=1e-5, max_grad_norm=1.0)
+
+
+def check(race: Race, dense: Contestant) -> None:
+    """No timing of a wrong step: without dropout our dense loss is HuggingFace's on a batch."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    losses = []
+    with torch.no_grad():
+        for model, how in ((race.base, padded), (dense.model, packed)):
+            (batch,) = race.batches(how, race.rows[:1])
+            losses.append(float(model.eval()(**batch).loss))
+            model.train()
+    torch.set_float32_matmul_precision(precision)
+    theirs, mine = losses
+    bound = BOUND[next(dense.model.parameters()).dtype] * max(1.0, abs(theirs))
+    if not abs(theirs - mine) <= bound:
+        raise AssertionError(f"dense: loss {mine:.6f}, HuggingFace's {theirs:.6f} (+-{bound:.1g})")
 
 
 def largest_rows(model: nn.Module, share: float) -> Plan:

@@ -1,6 +1,9 @@
-"""Whole training steps of BERT: HuggingFace as it is, ours dense, ours under a plan.
+"""Whole training steps of an encoder: HuggingFace as it is, ours dense, ours under a plan.
 
 Every contestant takes the same sentences in the same order, one step a round; see ``contestants``.
+Where HuggingFace's are grouped by length (``hf-grouped``), batches differ: everyone takes a cycle
+of as many batches that together hold the same sentences, still one step in turn, and a time is the
+mean over a whole cycle. A ratio is then one of times per sentence.
 Memory is that of the batch with the most tokens: ``peak_mib`` in all, ``step_mib`` without what
 stays between steps (weights, optimizer state), ``activation_mib`` of the forward alone.
 ``product_share`` (not with ``--quick`` on a CPU): the step's products at the rate of one large
@@ -10,7 +13,6 @@ product timed in the same rounds, over the step's time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +21,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from sensikernels._core import environment
-from sensikernels._core.checks import require_one_of
-from sensikernels.bench.contestants import HF, OURS, Contestant, Race
+from sensikernels.bench.contestants import GROUPED, OURS, Contestant, Race, check
 from sensikernels.bench.rows import Row, row
-from sensikernels.bench.timing import Timing, interleave
-from sensikernels.data.rows import TokenRow as Sentence
-from sensikernels.hf import load_model, load_tokenizer, quiet
+from sensikernels.bench.sentences import shuffled
+from sensikernels.bench.step_cases import Case, among, cases, named
+from sensikernels.bench.timing import Timing, by_cycle, interleave, ratio_band
+from sensikernels.hf.families import FAMILIES
 from sensikernels.training.memory import MIB, activation_mib, peak_mib, resident_bytes
 
-BASELINES = ("hf-padded", "hf-dynamic", "hf-compiled", "dense")
+BASELINES = ("hf-padded", "hf-dynamic", GROUPED, "hf-compiled", "dense")
 PRODUCT = "product"
-BATCH = 32
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A model, the sentences of its batches, who is left out, and how many rounds."""
-
-    name: str
-    model: Callable[[], nn.Module]
-    sentences: Callable[[], list[list[Sentence]]]
-    rounds: int
-    without: tuple[str, ...] = ()
 
 
 def run(
@@ -50,15 +40,21 @@ def run(
     quick: bool,
     progress: Callable[[str], None],
     data_dir: Path | None = None,
+    squad_dir: Path | None = None,
     case: Sequence[str] | None = None,
     only: str | None = None,
 ) -> list[Row]:
     """Rows of every case in float32 and bfloat16. ``data_dir``: a folder with ``SST-2/`` etc.
 
-    ``case``: those cases alone, with every contestant and all rounds even where ``quick``.
+    ``squad_dir``: one with SQuAD's ``train.json``; without it that case is skipped.
+    ``case``: those cases alone, even where ``quick`` with every contestant and all rounds, unless
+    their batches are grouped. What cannot run is told to ``progress`` and gives no row.
     ``only``: names of contestants, separated by commas. Raises UsageError for a name that is none.
     """
-    chosen = cases(quick, device, data_dir) if case is None else named(case, device, data_dir)
+    if case is None:
+        chosen = cases(quick, device, data_dir, squad_dir)
+    else:
+        chosen = named(case, device, data_dir, squad_dir, quick)
     if only is not None:
         chosen = [among(one, [name.strip() for name in only.split(",")]) for one in chosen]
     environment.reserve_primitive_cache(16384)
@@ -71,104 +67,60 @@ def run(
     return rows
 
 
-def named(names: Sequence[str], device: str, data_dir: Path | None) -> list[Case]:
-    """The full cases of these names. Raises UsageError for a name that is none."""
-    known = {one.name: one for one in cases(False, device, data_dir)}
-    for name in names:
-        require_one_of(name, "case", known)
-    return [known[name] for name in names]
-
-
-def among(case: Case, names: Sequence[str]) -> Case:
-    """The case with those of its contestants alone. Raises UsageError for a name that is none."""
-    for name in names:
-        require_one_of(name, "only", (*HF, *OURS))
-    others = tuple(name for name in (*HF, *OURS) if name not in names)
-    return replace(case, without=(*case.without, *others))
-
-
-def cases(quick: bool, device: str, data_dir: Path | None) -> list[Case]:
-    """The most telling first. ``--quick`` on a CPU: the bars' contestants, without a compiler's."""
-    cpu = device == "cpu"
-    tasks = ("demo",) if data_dir is None else ("sst2", "mrpc", "qnli")
-    if quick and cpu:
-        less = ("hf-compiled",)
-        least = ("hf-padded", *less, "dps", "rows-0.1", "freeze-0.67")
-        real = [
-            _real(task, data_dir, "minilm", minilm, 3, less if place == 0 else least)
-            for place, task in enumerate(tasks[:2])
-        ]
-        return [*real, _full("bert-base-8x128", bert_base, 8, 128, 3, least)]
-    rounds = 9 if cpu else 30
-    small, large = (
-        _full(f"bert-base-{rows}x128", bert_base, rows, 128, rounds) for rows in (8, 32)
-    )
-    real = [_real(task, data_dir, "minilm", minilm, 24) for task in tasks]
-    if quick:
-        return [large, real[0]]
-    base = [_real(task, data_dir, "bert-base", bert_base, 8) for task in tasks]
-    if cpu:
-        return [*real, small, large, *base]
-    return [large, *real, *base, small, _full("bert-large-16x384", bert_large, 16, 384, 20)]
-
-
-def _real(
-    task: str,
-    data_dir: Path | None,
-    name: str,
-    model: Callable[[], nn.Module],
-    batches: int,
-    without: tuple[str, ...] = (),
-) -> Case:
-    return Case(
-        name=f"{task}-{name}-32",
-        model=model,
-        sentences=lambda: sentences(task, data_dir, batches),
-        rounds=batches,
-        without=without,
-    )
-
-
-def _full(
-    name: str,
-    model: Callable[[], nn.Module],
-    rows: int,
-    length: int,
-    rounds: int,
-    without: tuple[str, ...] = (),
-) -> Case:
-    return Case(
-        name=name,
-        model=model,
-        sentences=lambda: [full_length(rows, length, seed) for seed in range(4)],
-        rounds=rounds,
-        without=("hf-padded", *without),
-    )
-
-
 def measure(
     case: Case, dtype: torch.dtype, device: str, progress: Callable[[str], None], *, count: bool
 ) -> list[Row]:
     """Every contestant of a case, in turn. ``count``: the FLOPs of its step as well."""
     name = f"{case.name} {str(dtype).removeprefix('torch.')}"
+    if case.absent:
+        progress(f"{name}: skipped: {case.absent}")
+        return []
     progress(f"{name}: setting up")
     torch.manual_seed(0)
     base = case.model().to(device=device, dtype=dtype).train()
-    race = Race(base=base, rows=case.sentences(), device=device)
-    made = {who: race.make(who) for who in (*HF, *OURS) if who not in case.without}
+    if reason := _padded_because(base):
+        ours = ", ".join(who for who in case.contestants if who in OURS)
+        progress(f"{name}: {ours} skipped, so nothing is timed: {reason}")
+        return []
+    race = _race(case, base, device)
+    made = {who: race.make(who) for who in case.contestants}
+    if "dense" in made:
+        check(race, made["dense"])
     peaks = {who: _peak(one) for who, one in made.items()}
     work = {who: _flops(one) for who, one in made.items()} if count else {}
     product, work[PRODUCT] = _product(race, dtype)
     progress(f"{name}: {len(made)} contestants, {case.rounds} rounds")
+    cycle = len(race.rows) if case.cycles else 1
     times = interleave(
         {who: _one(step) for who, step in made.items()} | {PRODUCT: product},
-        rounds=case.rounds,
-        warmup=1 if device == "cpu" else 3 * len(race.rows),
+        rounds=case.rounds * cycle,
+        warmup=cycle if device == "cpu" else 3 * len(race.rows),
         device=device,
     )
+    if len(times[PRODUCT].samples_ms) < cycle:
+        progress(f"{name}: skipped: the time was over before a whole cycle")
+        return []
+    times = {who: by_cycle(timing, cycle) for who, timing in times.items()}
     rate = work[PRODUCT] / times[PRODUCT].median_ms
     shares = {who: flops / rate / times[who].median_ms for who, flops in work.items()}
     return _rows(case, dtype, race, times, peaks, shares)
+
+
+def _padded_because(model: nn.Module) -> str:
+    """Why ours cannot run on this model; empty: they can."""
+    config: Any = model.config
+    family = next((one for one in FAMILIES if one.name == config.model_type), None)
+    if family is None:
+        return f"expected a known family, got {config.model_type}"
+    return "" if family.packed is not None else f"{family.title}: {family.padded_because}"
+
+
+def _race(case: Case, base: nn.Module, device: str) -> Race:
+    """The race over the case's sentences; ours take those of grouped batches in random order."""
+    rows = case.sentences()
+    if not case.cycles:
+        return Race(base=base, rows=rows, device=device)
+    return Race(base=base, rows=shuffled(rows, len(rows[0])), device=device, grouped=rows)
 
 
 def _one(step: Contestant) -> Callable[[], None]:
@@ -199,6 +151,8 @@ def _rows(
             extra={
                 **{name: mib for name, mib in peaks[candidate].items() if name != "peak_mib"},
                 **{f"baseline_{name}": mib for name, mib in peaks[baseline].items()},
+                **_per_sentence(case, race, times[candidate]),
+                **ratio_band(times[baseline], times[candidate]),
                 "tokens_per_s": race.tokens / times[candidate].median_ms * 1e3,
                 "product_share": shares.get(candidate),
                 "baseline_product_share": shares.get(baseline),
@@ -208,6 +162,15 @@ def _rows(
         for baseline in BASELINES
         if candidate != baseline and candidate in times and baseline in times
     ]
+
+
+def _per_sentence(case: Case, race: Race, timing: Timing) -> dict[str, float]:
+    """Of a race over whole cycles: what a cycle holds, and the candidate's sentences a second."""
+    if not case.cycles:
+        return {}
+    held = sum(len(rows) for rows in race.rows)
+    rate = held / len(race.rows) / timing.median_ms * 1e3
+    return {"cycle_batches": len(race.rows), "cycle_sentences": held, "sentences_per_s": rate}
 
 
 def _density(candidate: str) -> float:
@@ -248,56 +211,3 @@ def _product(race: Race, dtype: torch.dtype) -> tuple[Callable[[], object], floa
     x = torch.randn(tokens, hidden, device=race.device).to(dtype)
     weight = torch.randn(4 * hidden, hidden, device=race.device).to(dtype)
     return (lambda: F.linear(x, weight)), 8.0 * tokens * hidden * hidden
-
-
-def minilm() -> nn.Module:
-    """The embedded weights with a fresh classifier."""
-    with quiet():
-        return load_model(_minilm(), labels=2)
-
-
-def _minilm() -> Path:
-    from sensikernels.data import embedded_model_path
-
-    return embedded_model_path()
-
-
-def bert_base() -> nn.Module:
-    """BERT-base at random."""
-    from sensikernels.hf.load import random_model
-
-    return random_model("bert")
-
-
-def bert_large() -> nn.Module:
-    """BERT-large at random."""
-    from sensikernels.hf.load import random_model
-
-    return random_model(
-        "bert",
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-    )
-
-
-def sentences(task: str, data_dir: Path | None, count: int) -> list[list[Sentence]]:
-    """``count`` batches of 32 tokenised training rows in random order, as a Trainer draws them."""
-    from sensikernels.data import encode, load
-
-    examples = load(task, data_dir=data_dir, split="train", max_samples=BATCH * count)
-    encoded = encode(examples, load_tokenizer(_minilm()))
-    order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(0)).tolist()
-    return [[encoded[i] for i in order[at : at + BATCH]] for at in range(0, len(order), BATCH)]
-
-
-def full_length(rows: int, length: int, seed: int) -> list[Sentence]:
-    """Random rows without padding."""
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    return [
-        Sentence(rng.integers(1000, 30000, length, dtype=np.int32), None, int(rng.integers(2)))
-        for _ in range(rows)
-    ]

@@ -75,6 +75,14 @@ def summarize(samples_ms: list[float], *, clock: str = "wall", l2: str = "") -> 
     )
 
 
+def by_cycle(timing: Timing, length: int) -> Timing:
+    """The timing with the mean of every ``length`` rounds as one sample; it has one at least."""
+    samples = timing.samples_ms
+    starts = range(0, len(samples) - length + 1, length)
+    means = [statistics.fmean(samples[at : at + length]) for at in starts]
+    return summarize(means, clock=timing.clock, l2=timing.l2)
+
+
 def time_once(run: Run, device: str = "cpu") -> float:
     """Milliseconds of one call by the wall, the device idle before and after."""
     return elapsed_ms(run, device)

@@ -222,6 +222,10 @@ def bench(
         Path | None,
         typer.Option(help="GLUE's folders, for real batches (step, step-time, finetune)."),
     ] = None,
+    squad_dir: Annotated[
+        Path | None,
+        typer.Option(help="A folder with SQuAD's train.json, for its windows (step only)."),
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, max=_MOST, help="Rounds of each case (linear only).")
     ] = None,

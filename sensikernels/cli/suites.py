@@ -29,7 +29,7 @@ class Suite(str, Enum):
 
 _TAKES: Mapping[Suite, tuple[str, ...]] = {
     Suite.linear: ("rounds", "seconds", "picture"),
-    Suite.step: ("data-dir", "case", "only"),
+    Suite.step: ("data-dir", "squad-dir", "case", "only"),
     Suite.step_time: ("data-dir",),
     Suite.finetune: ("data-dir", "only", "seeds", "samples", "picture"),
 }
