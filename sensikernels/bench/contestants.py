@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sensikernels._core.shapes import token_multiple
 from sensikernels.data import collate, collate_packed
 from sensikernels.data.rows import TokenRow
 from sensikernels.hf import apply, encoder_layers, sensitivity
@@ -111,12 +112,17 @@ class Race:
         lengths = [len(r.input_ids) for rows in self.rows for r in rows]
         return sum(n * n for n in lengths) / sum(lengths)
 
+    @property
+    def packed(self) -> Collate:
+        """How ours are collated on this device."""
+        return partial(packed, multiple=token_multiple(self.device))
+
     def make(self, name: str) -> Contestant:
         """The contestant of this name on a copy of ``base``."""
         model = copy.deepcopy(self.base)
         if name in HF:
             return self._hugging_face(model, name)
-        made = self._planned(ours(model, self.batches(packed)), name)
+        made = self._planned(ours(model, self.batches(self.packed)), name)
         if self.device == "cuda" and made.method is None:
             made.graphs = GraphedStep(made.model, made.optimizer)
         return made
@@ -162,9 +168,9 @@ def padded(rows: Sequence[TokenRow], *, pad: int = 0, multiple: int = 1) -> Batc
     return _answered(dict(collate(rows, pad_token_id=pad, pad_to_multiple=multiple)))
 
 
-def packed(rows: Sequence[TokenRow], *, pad: int = 0) -> Batch:
-    """Tokens end to end."""
-    return _answered(collate_packed(rows, pad_token_id=pad))
+def packed(rows: Sequence[TokenRow], *, pad: int = 0, multiple: int = 1) -> Batch:
+    """Tokens end to end, their number rounded up to ``multiple``."""
+    return _answered(collate_packed(rows, pad_token_id=pad, multiple=multiple))
 
 
 def _answered(batch: Batch) -> Batch:
@@ -197,7 +203,7 @@ def check(race: Race, dense: Contestant) -> None:
     torch.set_float32_matmul_precision("highest")
     losses = []
     with torch.no_grad():
-        for model, how in ((race.base, padded), (dense.model, packed)):
+        for model, how in ((race.base, padded), (dense.model, race.packed)):
             (batch,) = race.batches(how, race.rows[:1])
             losses.append(float(model.eval()(**batch).loss))
             model.train()

@@ -17,7 +17,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from sensikernels._core.checks import require
-from sensikernels.data.packing import MULTIPLE, collate_packed, round_up
+from sensikernels._core.shapes import MULTIPLE
+from sensikernels.data.packing import collate_packed, round_up
 from sensikernels.data.rows import IGNORED, Encoded, Per, TokenRow, labels_of
 from sensikernels.data.sampling import LengthBucketSampler, Order, TokenBudgetSampler
 from sensikernels.masks.geometry import Geometry, count_shapes

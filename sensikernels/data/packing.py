@@ -11,10 +11,8 @@ import numpy.typing as npt
 import torch
 
 from sensikernels._core.checks import require
+from sensikernels._core.shapes import MULTIPLE
 from sensikernels.data.rows import IGNORED, Per, TokenRow, labels_of
-
-MULTIPLE = 64
-"""Token counts are rounded up to multiples of this, so that shapes repeat."""
 
 LENGTHS = 16
 """``max_length`` is rounded up to multiples of this: a CUDA graph is captured for each."""

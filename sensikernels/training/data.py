@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sensikernels._core.errors import DataError
+from sensikernels._core.shapes import token_multiple
 from sensikernels.data import (
     Batches,
     Columns,
@@ -73,7 +74,7 @@ class Data:
             kind_of(task).encode(task, rows, tokenizer, _cut(settings), train=rows is settled.train)
             for rows in (settled.train, settled.dev)
         )
-        batches = _batches(train, settings, seed=settings.seed, packed=settings.packed)
+        batches = _batches(train, settings, seed=settings.seed, packed_on=device.type)
         return cls(
             task=task,
             tokenizer=tokenizer,
@@ -211,12 +212,14 @@ def _batches(
     *,
     size: int | None = None,
     seed: int | None = None,
-    packed: bool = False,
+    packed_on: str = "",
 ) -> Batches:
+    """``packed_on``: the type of device whose steps take them, where the settings pack tokens."""
     return Batches(
         encoded,
         batch_size=size or settings.batch_size,
-        packed=packed,
+        packed=settings.packed and packed_on != "",
+        multiple=token_multiple(packed_on),
         shuffle=seed is not None,
         seed=seed or 0,
         pad_to_multiple=settings.pad_to_multiple,

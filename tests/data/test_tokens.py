@@ -99,7 +99,7 @@ def test_collated_padded_and_packed(encode):
     i = IGNORED
     assert padded["labels"].tolist() == [[i, 1, *[i] * 6], [i, 0, 2, *[i] * 5]]
     packed = collate_packed(rows, pad_token_id=0, per="token")
-    assert packed["labels"].shape == packed["input_ids"].shape == (1, 64)
+    assert packed["labels"].shape == packed["input_ids"].shape == (1, 32)
     assert packed["labels"][0, :9].tolist() == [i, 1, i, i, 0, 2, i, i, i]
     assert (packed["labels"][0, 9:] == i).all()
     assert encoded.weights.tolist() == [1, 2]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sensikernels._core.errors import UsageError
+from sensikernels._core.shapes import MULTIPLE
 from sensikernels.hf import load_model, structure_of, training_flops, use_packed
 from sensikernels.training import rank
 from sensikernels.training.config import parse_counts, parse_options
@@ -83,7 +84,7 @@ def test_packed_batches_hold_the_rows_of_padded_ones(settings):
     assert data.padded(padded) is padded
     assert data.geometry.real_tokens == plain.geometry.real_tokens
     assert data.geometry.rows == plain.geometry.rows
-    assert data.geometry.tokens % 64 == 0
+    assert data.geometry.tokens % MULTIPLE == 0
 
 
 def test_torchs_dropout_is_for_padded_tokens(settings):

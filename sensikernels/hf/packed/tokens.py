@@ -12,9 +12,6 @@ from torch import Tensor
 
 from sensikernels._core.checks import expected, require
 
-MULTIPLE = 64
-"""Token counts are rounded up to multiples of this, so that shapes repeat."""
-
 PER_TOKEN = ("input_ids", "token_type_ids", "position_ids")
 
 
