@@ -32,6 +32,17 @@ def test_other_queries(backend: str, dtype: torch.dtype) -> None:
     check_backend(backend, dtype, [11, 4, 30], (64, 64), **named)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), SERVED)
+@pytest.mark.parametrize("window", [0, 7, 64, 500])
+def test_windows(window: int, backend: str, dtype: torch.dtype) -> None:
+    check_backend(backend, dtype, [70, 0, 3, 300], (64, 64), heads=4, window=window, device="cuda")
+
+
+def test_flash_refuses_a_window_over_queries_apart() -> None:
+    half = torch.zeros(3, 1, 8, device="cuda", dtype=torch.half)
+    assert explain(half, half, apart=True).backend == "buckets"
+
+
 def test_buckets_draw_the_masks_of_the_cpu() -> None:
     lengths = [5, 33, 12]
     given = operands(lengths, 2, (16, 16))
