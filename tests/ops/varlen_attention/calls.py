@@ -12,7 +12,7 @@ from sensikernels import varlen_attention
 from tests.ops.calls import Calls, RightCall, Step, function, launcher, operator
 from tests.ops.inputs import ROWS, drops, floats, ints, leaf, seed, stepped
 
-ANY = ["scale", "max_length_query:huge", "max_length:huge"]
+ANY = ["scale", "max_length_query:huge", "max_length:huge", "window:huge"]
 
 
 def lengths(cross: bool = False) -> dict[str, Any]:
