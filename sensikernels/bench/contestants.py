@@ -21,12 +21,13 @@ from functools import partial
 from itertools import cycle
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sensikernels._core.shapes import token_multiple
 from sensikernels.data import collate, collate_packed
-from sensikernels.data.rows import TokenRow
+from sensikernels.data.rows import Per, TokenRow
 from sensikernels.hf import apply, encoder_layers, sensitivity
 from sensikernels.masks import Budget, Geometry, Mask, Plan, plan
 from sensikernels.methods import DPS, BitFit, Method, Run
@@ -165,20 +166,17 @@ class Race:
 
 def padded(rows: Sequence[TokenRow], *, pad: int = 0, multiple: int = 1) -> Batch:
     """HuggingFace's form, padded to the longest row rounded up to ``multiple``."""
-    return _answered(dict(collate(rows, pad_token_id=pad, pad_to_multiple=multiple)))
+    return dict(collate(rows, pad_token_id=pad, pad_to_multiple=multiple, per=_per(rows)))
 
 
 def packed(rows: Sequence[TokenRow], *, pad: int = 0, multiple: int = 1) -> Batch:
     """Tokens end to end, their number rounded up to ``multiple``."""
-    return _answered(collate_packed(rows, pad_token_id=pad, multiple=multiple))
+    return collate_packed(rows, pad_token_id=pad, multiple=multiple, per=_per(rows))
 
 
-def _answered(batch: Batch) -> Batch:
-    """The batch with labels that are pairs as the first and last token of an answer."""
-    if batch["labels"].ndim == 1:
-        return batch
-    start, end = batch.pop("labels").unbind(1)
-    return {"start_positions": start, "end_positions": end, **batch}
+def _per(rows: Sequence[TokenRow]) -> Per:
+    """What has a label: a label that is a pair is an answer's first and last token."""
+    return "span" if np.ndim(rows[0].label) else "row"
 
 
 def hugging_face(model: nn.Module, batches: Sequence[Batch]) -> Contestant:

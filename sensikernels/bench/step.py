@@ -26,7 +26,7 @@ from sensikernels.bench.rows import Row, row
 from sensikernels.bench.sentences import shuffled
 from sensikernels.bench.step_cases import Case, among, cases, named
 from sensikernels.bench.timing import Timing, by_cycle, interleave, ratio_band
-from sensikernels.hf.families import FAMILIES
+from sensikernels.hf import family_of
 from sensikernels.training.memory import MIB, activation_mib, peak_mib, resident_bytes
 
 BASELINES = ("hf-padded", "hf-dynamic", GROUPED, "hf-compiled", "dense")
@@ -108,10 +108,7 @@ def measure(
 
 def _padded_because(model: nn.Module) -> str:
     """Why ours cannot run on this model; empty: they can."""
-    config: Any = model.config
-    family = next((one for one in FAMILIES if one.name == config.model_type), None)
-    if family is None:
-        return f"expected a known family, got {config.model_type}"
+    family = family_of(model)
     return "" if family.packed is not None else f"{family.title}: {family.padded_because}"
 
 
