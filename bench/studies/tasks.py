@@ -3,7 +3,8 @@
 MiniLM, one epoch, three seeds: HuggingFace's model with torch's AdamW on padded batches, and ours
 dense on the same rows in the same order, packed; with ``--flops`` a trimmed run too. SQuAD takes
 the first 4,000 training and 1,500 development questions, ``ner`` all sentences. Metrics are in
-points. A run that left its ``report.json`` in ``--output`` is not run again.
+points. A run that left its ``report.json`` in ``--output`` is not run again,
+and one that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def report_of(
                 epochs=epochs,
                 seed=seed,
                 compare_dense=flops is None,
-                checkpoint_every=0,
+                checkpoint_every=50,
+                resume=output.exists(),
                 predict=output.with_suffix(".json" if task == "squad" else ".conll"),
                 device="cpu",
                 **method,
