@@ -132,8 +132,8 @@ class PackedStep:
     ``windowed``: some layers see near keys alone, so no padding may lie between tokens.
     ``closing``: the path in the encoder to a norm after the last layer.
     ``first_token``: heads that read first tokens alone, unless ``averages`` says of their config
-    that they average all tokens of a sequence. ``by_row``: heads that read the hidden states as
-    ``[rows, length, hidden]``.
+    that they average all tokens of a sequence. ``answers``: models of question answering, which
+    read the hidden states as ``[rows, length, hidden]``.
     """
 
     encoder: type[nn.Module]
@@ -146,7 +146,7 @@ class PackedStep:
     closing: str = ""
     first_token: tuple[type, ...] = ()
     averages: Callable[[Any], bool] | None = None
-    by_row: tuple[type, ...] = ()
+    answers: tuple[type, ...] = ()
     language: LanguageHead | None = None
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -56,6 +57,17 @@ class Changed:
         return _blank, (mixin, self.original), *reduced[2:]
 
 
+class ChangedHead(Changed):
+    """A ``Changed`` of a whole model, whose ``forward`` keeps the signature of the class before.
+
+    transformers' Trainer reads there which columns a model takes.
+    """
+
+    def by_name(self, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of ``forward`` by the names that they have there."""
+        return named if not given else dict(zip(_names(self.original), given, strict=False)) | named
+
+
 def change_class(module: Any, mixin: type) -> None:
     """Put ``mixin`` (a ``Changed``) in front of ``module``'s class, in place."""
     kind: Any = type(module)
@@ -77,7 +89,23 @@ def change_back(module: Any) -> None:
 def _changed(mixin: type, original: type) -> type:
     names = ("__module__", "__qualname__", "__doc__")
     body = {name: getattr(original, name) for name in names} | {"original": original}
+    if issubclass(mixin, ChangedHead):
+        body["forward"] = _as_stock(mixin, original)
     return type(original.__name__, (mixin, original), body)
+
+
+def _as_stock(mixin: Any, original: Any) -> Any:
+    @wraps(original.forward)
+    def forward(self: Any, *given: Any, **named: Any) -> Any:
+        return mixin.forward(self, *given, **named)
+
+    return forward
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    """The names of the arguments of ``kind.forward`` after the instance."""
+    return tuple(signature(kind.forward).parameters)[1:]
 
 
 def _blank(mixin: type, original: type) -> Any:

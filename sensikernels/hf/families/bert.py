@@ -100,7 +100,7 @@ def relative(
             block=block,
             positions=positions,
             first_token=(named("ForSequenceClassification"),),
-            by_row=(named("ForQuestionAnswering"),),
+            answers=(named("ForQuestionAnswering"),),
             language=LanguageHead(model=named("ForMaskedLM"), logits=logits),
         ),
         "compact": Compact(

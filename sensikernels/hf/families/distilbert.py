@@ -82,7 +82,7 @@ DISTILBERT = Family(
         embedding=_embedding,
         block=_block,
         first_token=(modeling.DistilBertForSequenceClassification,),
-        by_row=(modeling.DistilBertForQuestionAnswering,),
+        answers=(modeling.DistilBertForQuestionAnswering,),
         language=LanguageHead(model=modeling.DistilBertForMaskedLM, logits=_logits),
     ),
     compact=Compact(

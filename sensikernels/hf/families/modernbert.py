@@ -116,7 +116,7 @@ MODERNBERT = Family(
             modeling.ModernBertForMultipleChoice,
         ),
         averages=_averages,
-        by_row=(modeling.ModernBertForQuestionAnswering,),
+        answers=(modeling.ModernBertForQuestionAnswering,),
         language=LanguageHead(model=modeling.ModernBertForMaskedLM, logits=_logits),
     ),
     compact=Compact(config=ModernBertConfig),

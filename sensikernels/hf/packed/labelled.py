@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
+from transformers.utils import can_return_tuple
 
 from sensikernels.hf.family import Family
-from sensikernels.hf.module_state import Changed, change_back, change_class
+from sensikernels.hf.module_state import ChangedHead, change_back, change_class
 from sensikernels.ops.cross_entropy import cross_entropy
 
 IGNORED = -100  # HuggingFace's label of tokens that do not count
 
 
-class LabelledHead(Changed):
+class LabelledHead(ChangedHead):
     """The mixin that ``use_labelled`` puts in front of a masked-language model's class."""
 
-    labelled_head: tuple[Family, int, tuple[str, ...]]
+    labelled_head: tuple[Family, int]
 
+    @can_return_tuple
     def forward(self: Any, *given: Any, labels: Tensor | None = None, **named: Any) -> Any:
         """HuggingFace's forward, but in training with ``labels``: head and loss on labelled tokens.
 
         Loss and gradients are those of all tokens; ``logits`` are then ``[labelled, vocabulary]``,
         in the order of the tokens, and the loss is float32.
         """
-        family, multiple, names = self.labelled_head
-        inputs = {**dict(zip(names, given, strict=False)), **named}
+        family, multiple = self.labelled_head
+        inputs = self.by_name(given, named)
         labels = inputs.pop("labels", labels)
         if labels is None or not self.training:
-            return self.original.forward(self, **inputs, labels=labels)
-        as_tuple = inputs.pop("return_dict", None) is False
+            return self.original.forward(self, **inputs, labels=labels, return_dict=True)
         encoder = getattr(self, family.encoder)
         hidden = encoder(**inputs, return_dict=True).last_hidden_state.flatten(0, 1)
         labels = labels.flatten()
@@ -43,15 +43,13 @@ class LabelledHead(Changed):
         hidden = hidden.index_select(0, F.pad(places, (0, extra)))
         logits = family.packed.language.logits(self, hidden)
         loss = cross_entropy(logits, F.pad(labels[places], (0, extra), value=IGNORED))
-        out = MaskedLMOutput(loss=loss, logits=logits[:count])
-        return out.to_tuple() if as_tuple else out
+        return MaskedLMOutput(loss=loss, logits=logits[:count])
 
 
 def use_labelled(model: nn.Module, family: Family, multiple: int) -> None:
     """Train ``model``'s head on labelled tokens; their number is rounded up to ``multiple``."""
-    names = tuple(signature(model.forward).parameters)
     change_class(model, LabelledHead)
-    object.__setattr__(model, "labelled_head", (family, multiple, names))
+    object.__setattr__(model, "labelled_head", (family, multiple))
 
 
 def restore_labelled(model: nn.Module) -> None:

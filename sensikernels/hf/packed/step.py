@@ -16,6 +16,7 @@ from sensikernels._core.shapes import token_multiple
 from sensikernels.hf.families import FAMILIES
 from sensikernels.hf.family import Family, PackedStep, reach, stock_class
 from sensikernels.hf.module_state import change_back, change_class
+from sensikernels.hf.packed.answers import AnswerHead
 from sensikernels.hf.packed.encoder import PackedEncoder, Packing, below
 from sensikernels.hf.packed.labelled import restore_labelled, use_labelled
 from sensikernels.hf.packed.prefix_cache import FrozenPrefixCache, frozen_depth
@@ -44,8 +45,8 @@ def use_packed(
     alone. Loss and gradients stay; ``logits`` become ``[labelled, vocabulary]``, so it is off
     unless asked for.
 
-    A padded question-answering batch has hidden states 0 at padding, where HuggingFace's has
-    those of padding tokens; its loss is the same where no row is padded.
+    A question-answering model's softmax leaves padding out, which HuggingFace's counts as places
+    where answers may lie: a row's loss is its own, and HuggingFace's where no row is padded.
 
     Raises:
         UsageError: packed already, no encoder of a family that can, a decoder, relative
@@ -63,18 +64,21 @@ def use_packed(
     average = pooled and step.averages is not None and step.averages(encoder.config)
     first_read = pooled and not average
     cls_only = cls_only and first_read
+    answers = isinstance(owner, step.answers)
     packing = Packing(
         family=family,
         cls_only=cls_only,
         fused=fused,
         multiple=multiple,
-        repad=isinstance(owner, step.by_row) and not cls_only,
+        repad=answers and not cls_only,
         first_read=first_read,
         average=average,
         labelled_only=labelled_only,
     )
     change_class(encoder, PackedEncoder)
     encoder.packing = packing
+    if answers:
+        change_class(owner, AnswerHead)
     if labelled_only:
         use_labelled(owner, family, multiple)
     report = ["tokens packed"]
@@ -90,6 +94,8 @@ def restore_packed(model: nn.Module) -> None:
     if not isinstance(encoder, PackedEncoder):
         raise expected("model", "packed tokens", "padded ones")
     restore_labelled(owner)
+    if isinstance(owner, AnswerHead):
+        change_back(owner)
     change_back(encoder)
     del encoder.packing
     encoder.__dict__.pop("prefix_cache", None)
