@@ -29,7 +29,7 @@ def test_loss_and_gradients_are_those_of_all_tokens(lengths: list[int], form: st
     stock, batch = make("language").double().train(), draw("language", lengths)
     out, wanted = run(stock, batch)
     _, twin = both(lengths)
-    got, ours = run(twin, pack(batch) if form == "compact" else batch)
+    got, ours = run(twin, pack(batch) if form == "packed" else batch)
     assert abs(got.loss.item() - out.loss.item()) <= 1e-10
     same(ours, wanted)
     labelled = batch["labels"] != -100

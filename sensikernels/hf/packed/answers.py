@@ -61,7 +61,7 @@ def _tokens(named: dict[str, Any], logits: Tensor) -> Tensor:
 
 
 def _loss(logits: Tensor, positions: Tensor, there: Tensor) -> Tensor:
-    """Mean cross-entropy over the rows whose position is a token; below 0 is the first, as stock."""
+    """Mean cross-entropy over rows whose position is a token; one below 0 is the first token."""
     positions = positions.reshape(-1, 1).clamp(0, logits.shape[1])
     counted = F.pad(there, (0, 1)).gather(1, positions)
     labels = positions.masked_fill(~counted, -100).squeeze(1)
