@@ -18,7 +18,7 @@ help:
 .venv/ready-%: pyproject.toml constraints.txt setup.py
 	@test -e .venv/complete || $(PYTHON) -m venv --clear .venv
 	@rm -f .venv/complete
-	$(PY) -m pip install -q -c constraints.txt torch setuptools
+	$(PY) -m pip install -q -c constraints.txt torch setuptools setuptools-scm  # seqeval is built by it
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[$*]'
 	@touch .venv/complete $@
 

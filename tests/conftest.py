@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -43,6 +44,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def torchs_settings_stay() -> Iterator[None]:
+    """What is run puts back the settings of torch that it changes for itself."""
+
+    def settings() -> tuple[Any, ...]:
+        return (
+            torch.get_float32_matmul_precision(),
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+        )
+
+    before = settings()
+    yield
+    after = settings()
+    torch.set_float32_matmul_precision(before[0])
+    assert after == before
 
 
 @pytest.fixture(autouse=True)

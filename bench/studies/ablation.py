@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from sensikernels._core.products import fastest
 from sensikernels.bench.contestants import (
     FLOPS_SHARE,
     FROZEN_SHARE,
@@ -61,7 +62,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row: the stage against stock dense training, in this process."""
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(fastest(device))
     task = "demo" if data_dir is None else "sst2"
     base = minilm().train().to(device=device, dtype=dtype)
     race = Race(base=base, rows=sentences(task, data_dir, 16), device=device)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sensikernels._core import environment
+from sensikernels._core.products import PRIMITIVES, fastest
 from sensikernels.bench.contestants import Contestant, Race
 from sensikernels.bench.rows import provenance, write_json
 from sensikernels.bench.sentences import full_length, sentences
@@ -93,8 +94,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     given = parser.parse_args()
-    environment.reserve_primitive_cache(16384)
-    torch.set_float32_matmul_precision("medium" if given.device == "cpu" else "high")
+    environment.reserve_primitive_cache(PRIMITIVES)
+    torch.set_float32_matmul_precision(fastest(given.device))
     task = "demo" if given.data_dir is None else "sst2"
     cases = {
         f"{task}-minilm-32": (minilm, sentences(task, given.data_dir, 4)),

@@ -15,11 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench import ROOT
 from sensikernels._core import extension
 from sensikernels._core.errors import SensiError
+from sensikernels._core.products import float32_products
 from sensikernels.bench.rows import provenance, write_json
 
 LIBRARY = ROOT / "sensikernels" / extension._LIBRARY.name
@@ -29,10 +28,10 @@ def record(given: argparse.Namespace) -> dict[str, Any]:
     """Device, driver, versions, commit, and which backends can be used."""
     from sensikernels.cli import doctor
 
-    torch.set_float32_matmul_precision("medium")
-    facts = doctor.report()
-    del facts["platform"]  # a kernel's name may name whose machine it is
-    return {"provenance": provenance(given.device), "doctor": facts}
+    with float32_products(given.device):
+        facts = doctor.report()
+        del facts["platform"]  # a kernel's name may name whose machine it is
+        return {"provenance": provenance(given.device), "doctor": facts}
 
 
 def load(given: argparse.Namespace) -> dict[str, Any]:

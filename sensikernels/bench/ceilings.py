@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sensikernels._core import extension
+from sensikernels._core.products import float32_products
 from sensikernels.bench.rows import write_json
 from sensikernels.bench.timing import Timing, interleave
 
@@ -143,9 +144,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("medium")
     start = time.perf_counter()
-    found = measure(given.device, given.quick)
+    with float32_products(given.device):
+        found = measure(given.device, given.quick)
     for one in found:
         print(f"{one['name']:<32} {one['value']:9.3f} {one['unit']}")
     print(f"{time.perf_counter() - start:.1f} s")

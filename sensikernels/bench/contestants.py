@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sensikernels._core.products import precision
 from sensikernels._core.shapes import token_multiple
 from sensikernels.data import collate, collate_packed
 from sensikernels.data.rows import Per, TokenRow
@@ -197,15 +198,12 @@ def our_optimizer(model: nn.Module) -> SubsetAdamW:
 
 def check(race: Race, dense: Contestant) -> None:
     """No timing of a wrong step: without dropout our dense loss is HuggingFace's on a batch."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
     losses = []
-    with torch.no_grad():
+    with precision("highest"), torch.no_grad():
         for model, how in ((race.base, padded), (dense.model, race.packed)):
             (batch,) = race.batches(how, race.rows[:1])
             losses.append(float(model.eval()(**batch).loss))
             model.train()
-    torch.set_float32_matmul_precision(precision)
     theirs, mine = losses
     bound = BOUND[next(dense.model.parameters()).dtype] * max(1.0, abs(theirs))
     if not abs(theirs - mine) <= bound:

@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from sensikernels._core.checks import require_one_of
+from sensikernels._core.products import float32_products
 from sensikernels.bench.rows import Row, row
 from sensikernels.bench.timing import summarize
 from sensikernels.data import Batches
@@ -125,7 +126,8 @@ def run(
     curves: list[dict[str, Curve]] = []
     rows: list[Row] = []
     for seed in range(seeds):
-        curves.append(_one_seed(seed, names, device, samples, data_dir, progress))
+        with float32_products(device):
+            curves.append(_one_seed(seed, names, device, samples, data_dir, progress))
         # Of every seed so far: a run cut short keeps them.
         rows = _rows(curves, "demo" if data_dir is None else "sst2", samples)
     return rows

@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
+from sensikernels._core.products import float32_products
 from sensikernels.bench.linear_cases import (
     BASELINES,
     Case,
@@ -49,7 +48,7 @@ def run(
     only: Mapping[str, Sequence[str]] | None = None,
     done: Sequence[Row] = (),
 ) -> list[Row]:
-    """Every case's candidates against its baselines, interleaved; fp32 at ``medium`` precision.
+    """Every case's candidates against its baselines, interleaved.
 
     ``progress`` is told each case, and once why a baseline is missing. ``quick`` covers each bar
     in under a minute. A case ends when its ratios are known to ``NOISE``, after ``rounds`` at the
@@ -57,8 +56,6 @@ def run(
     token count, dtype and direction met once; ``tokens`` takes other token counts, ``only`` keeps
     cases by their facts, candidates and baselines; cases of ``done`` rows are not measured again.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
     start, rows = time.perf_counter(), list(done)
     most = QUICK_SECONDS if quick else seconds
     known = {(one.case, one.dtype, one.direction) for one in done}
@@ -71,7 +68,7 @@ def run(
         if not quick and None not in reasons:
             for reason in reasons:
                 say_once(f"  without {name}: {reason}")
-    try:
+    with float32_products(device):
         for i, case in enumerate(cases):
             left = None if most is None else most - (time.perf_counter() - start)
             facts = case.facts()
@@ -88,8 +85,6 @@ def run(
             rows += measure(
                 case, device, rounds=rounds, left=left if quick else None, progress=say_once
             )
-    finally:
-        torch.set_float32_matmul_precision(before)
     return rows
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sensikernels._core import environment
+from sensikernels._core.products import float32_products
 from sensikernels.bench.contestants import GROUPED, OURS, Contestant, Race, check
 from sensikernels.bench.rows import Row, row
 from sensikernels.bench.sentences import shuffled
@@ -57,13 +58,12 @@ def run(
         chosen = named(case, device, data_dir, squad_dir, quick)
     if only is not None:
         chosen = [among(one, [name.strip() for name in only.split(",")]) for one in chosen]
-    environment.reserve_primitive_cache(16384)
     environment.quiet_profiler()
-    torch.set_float32_matmul_precision("medium" if device == "cpu" else "high")
     rows: list[Row] = []
-    for one in chosen:
-        for dtype in DTYPES[:: 1 if device == "cpu" else -1]:
-            rows += measure(one, dtype, device, progress, count=not quick or device != "cpu")
+    with float32_products(device):
+        for one in chosen:
+            for dtype in DTYPES[:: 1 if device == "cpu" else -1]:
+                rows += measure(one, dtype, device, progress, count=not quick or device != "cpu")
     return rows
 
 

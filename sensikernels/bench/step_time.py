@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from sensikernels._core.products import float32_products
 from sensikernels.bench.contestants import Batch, Contestant
 from sensikernels.bench.rows import Row, row
 from sensikernels.bench.timing import interleave
@@ -43,7 +44,7 @@ def run(
             dtype=dtype,
             device=device,
         )
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, float32_products(device):
             table = Path(folder) / "costs.json"
             step_costs(settings, lambda what: progress(f"{dtype}: {what}")).save(table)  # noqa: B023
             for asked in ASKED:

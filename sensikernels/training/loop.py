@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from sensikernels._core import environment
 from sensikernels._core.checks import require
 from sensikernels._core.errors import SensiError, UsageError
 from sensikernels._core.files import one_line
+from sensikernels._core.products import float32_products
 from sensikernels.hf import quiet, structure_of
 from sensikernels.masks import Plan, Scores, StepCosts
 from sensikernels.methods.step_time import measure_costs
@@ -28,9 +29,6 @@ from sensikernels.training.ready import check_budget, check_model
 from sensikernels.training.runner import Runner, dense_runner, method_runner
 from sensikernels.training.session import Session, Watcher, fresh_model
 from sensikernels.training.trackers import tracking
-
-PRIMITIVES = 16384
-"""Shapes oneDNN may keep compiled: a ranked plan needs more than its default of 1,024."""
 
 
 def finetune(
@@ -53,7 +51,7 @@ def finetune(
     start = time.perf_counter()
     world = join(settings)
     agree = world.agree
-    with quiet(), one_for_all(world), ExitStack() as stack:
+    with quiet(), one_for_all(world), numerics(settings), ExitStack() as stack:
         folder = output_folder(settings.output, resume=settings.resume)
         agree(lambda: stack.enter_context(folder))
         done = agree(lambda: read_report(settings)) if settings.resume else None
@@ -124,20 +122,19 @@ def prepare(settings: Settings, given: Mapping[str, Any] | None = None) -> Sessi
     )
 
 
-def use_device(settings: Settings) -> torch.device:
-    """Choose the device and its numerics before the first product runs.
+def numerics(settings: Settings) -> AbstractContextManager[None]:
+    """The products of a run of ``settings``: around everything that it computes."""
+    return float32_products(device_kind(settings))
 
-    fp32 on a CPU runs at ``set_float32_matmul_precision("medium")``: bfloat16 products with float32
-    accumulation where the CPU has them, as the report says.
-    """
+
+def use_device(settings: Settings) -> torch.device:
+    """The device that ``settings`` ask for. Raises UsageError where another one runs already."""
     from accelerate import PartialState
 
-    environment.reserve_primitive_cache(PRIMITIVES)
     environment.quiet_profiler()
     kind = device_kind(settings)
     device: torch.device = PartialState(cpu=kind == "cpu").device
     require(device.type == kind, "device", f"{kind}, as nothing else runs here", device.type)
-    torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
     return device
 
 
@@ -148,13 +145,14 @@ def step_costs(
     data: Mapping[str, Any] | None = None,
 ) -> StepCosts:
     """Measure what widths cost on this device, for the run that ``settings`` describe."""
-    with quiet():
-        session = prepare(settings, data)
-    count = session.data.world.size
-    require(count == 1, "processes", "1, as others would disturb the clock", count)
-    runner = session.runner
-    assert runner.run.make_optimizer is not None
-    with runner.own_random():
+    with numerics(settings), ExitStack() as stack:
+        with quiet():
+            session = prepare(settings, data)
+        count = session.data.world.size
+        require(count == 1, "processes", "1, as others would disturb the clock", count)
+        runner = session.runner
+        assert runner.run.make_optimizer is not None
+        stack.enter_context(runner.own_random())
         return measure_costs(
             runner.model, runner.run.batches(), runner.run.make_optimizer, progress=progress
         )
@@ -164,10 +162,11 @@ def rank(
     settings: Settings, *, data: Mapping[str, Any] | None = None
 ) -> tuple[Scores, Plan, Runner]:
     """Rank the model's units and allocate the budget, training nothing."""
-    with quiet():
-        session = prepare(settings, data)
-    run = session.runner.run
-    with session.runner.own_random():
+    with numerics(settings), ExitStack() as stack:
+        with quiet():
+            session = prepare(settings, data)
+        run = session.runner.run
+        stack.enter_context(session.runner.own_random())
         run.max_steps = 0  # the warm-up is a share of the steps: there is none
         session.runner.method.begin(run)
         session.runner.method.begin_step(run)

@@ -8,6 +8,7 @@ import torch
 
 from sensikernels import data
 from sensikernels._core.errors import UsageError
+from sensikernels._core.products import float32_products
 from sensikernels.data import demo
 
 
@@ -160,10 +161,8 @@ def test_counting_words_does_not_solve_it(train, dev, words):
 
 @pytest.fixture
 def fast_products():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    yield
-    torch.set_float32_matmul_precision(before)
+    with float32_products("cpu"):
+        yield
 
 
 @pytest.mark.slow

@@ -81,10 +81,15 @@ def use_packed(
         change_class(owner, AnswerHead)
     if labelled_only:
         use_labelled(owner, family, multiple)
+    return _report(packing)
+
+
+def _report(packing: Packing) -> tuple[str, ...]:
+    """A line for each change."""
     report = ["tokens packed"]
-    report += ["fused passes"] if fused else []
-    report += ["last layer on first tokens"] if cls_only else []
-    report += ["language head on labelled tokens, in training"] if labelled_only else []
+    report += ["fused passes"] if packing.fused else []
+    report += ["last layer on first tokens"] if packing.cls_only else []
+    report += ["language head on labelled tokens, in training"] if packing.labelled_only else []
     return tuple(report)
 
 
