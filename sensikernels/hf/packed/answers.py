@@ -28,7 +28,7 @@ class AnswerHead(ChangedHead):
 
         HuggingFace's softmax counts the padding of a batch, so its loss depends on the longest
         row. This one is a row's own; where no row is padded the two are the same. The loss is
-        float32, and positions that are no token of their row are not counted.
+        float32 or wider, and positions that are no token of their row are not counted.
         """
         named = self.by_name(given, named)
         starts, ends = (
@@ -65,4 +65,5 @@ def _loss(logits: Tensor, positions: Tensor, there: Tensor) -> Tensor:
     positions = positions.reshape(-1, 1).clamp(0, logits.shape[1])
     counted = F.pad(there, (0, 1)).gather(1, positions)
     labels = positions.masked_fill(~counted, -100).squeeze(1)
-    return F.cross_entropy(logits.float(), labels)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), labels)
