@@ -120,7 +120,7 @@ def test_calls_by_place_tuples_and_bfloat16() -> None:
     assert low.loss.isfinite()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
 def test_compiles_whole(kind: str) -> None:
     model, batch = fast(kind), given_packed(draw(HEAD, kind))
     wanted = model(**batch)
@@ -151,7 +151,7 @@ def test_it_stays_its_class_and_is_restored() -> None:
 
 
 @pytest.mark.parametrize(("head", "features"), [(HEAD, STEP), ("ForMaskedLM", (*STEP, "labelled"))])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "modernbert"])
 def test_a_changed_head_keeps_the_columns_of_a_trainer(
     kind: str, head: str, features: tuple[str, ...], tmp_path: Any
 ) -> None:
