@@ -15,10 +15,11 @@ help:
 	@sed -n 's/^## //p' Makefile
 
 # An interrupted installation leaves no `complete`, and the next one starts from an empty .venv.
+# Without isolation seqeval needs setuptools-scm, or is built as version 0.0.0 and passed over.
 .venv/ready-%: pyproject.toml constraints.txt setup.py
 	@test -e .venv/complete || $(PYTHON) -m venv --clear .venv
 	@rm -f .venv/complete
-	$(PY) -m pip install -q -c constraints.txt torch setuptools setuptools-scm  # seqeval is built by it
+	$(PY) -m pip install -q -c constraints.txt torch setuptools setuptools-scm
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[$*]'
 	@touch .venv/complete $@
 

@@ -61,6 +61,8 @@ def torchs_settings_stay() -> Iterator[None]:
     yield
     after = settings()
     torch.set_float32_matmul_precision(before[0])
+    torch.set_default_dtype(before[1])
+    torch.set_grad_enabled(before[2])
     assert after == before
 
 

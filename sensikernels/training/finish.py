@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sensikernels._core.errors import CheckpointError, SensiError
 from sensikernels._core.files import one_line, read_json
+from sensikernels._core.products import medium_rounds
 from sensikernels.data import compute
 from sensikernels.hf import (
     applied,
@@ -257,7 +258,7 @@ def rounding(device: torch.device, dtype: torch.dtype, logits: Tensor) -> float:
     precision = torch.get_float32_matmul_precision()
     if device.type == "cuda" and precision != "highest":
         coarse.append(2.0**-10)  # TF32
-    if device.type == "cpu" and precision == "medium" and torch.cpu._is_amx_tile_supported():
+    if device.type == "cpu" and precision == "medium" and medium_rounds():
         coarse.append(torch.finfo(torch.bfloat16).eps)
     return 64 * max(coarse) * max(1.0, float(logits.abs().max()))
 

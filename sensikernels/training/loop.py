@@ -145,31 +145,31 @@ def step_costs(
     data: Mapping[str, Any] | None = None,
 ) -> StepCosts:
     """Measure what widths cost on this device, for the run that ``settings`` describe."""
-    with numerics(settings), ExitStack() as stack:
+    with numerics(settings):
         with quiet():
             session = prepare(settings, data)
         count = session.data.world.size
         require(count == 1, "processes", "1, as others would disturb the clock", count)
         runner = session.runner
         assert runner.run.make_optimizer is not None
-        stack.enter_context(runner.own_random())
-        return measure_costs(
-            runner.model, runner.run.batches(), runner.run.make_optimizer, progress=progress
-        )
+        with runner.own_random():
+            return measure_costs(
+                runner.model, runner.run.batches(), runner.run.make_optimizer, progress=progress
+            )
 
 
 def rank(
     settings: Settings, *, data: Mapping[str, Any] | None = None
 ) -> tuple[Scores, Plan, Runner]:
     """Rank the model's units and allocate the budget, training nothing."""
-    with numerics(settings), ExitStack() as stack:
+    with numerics(settings):
         with quiet():
             session = prepare(settings, data)
         run = session.runner.run
-        stack.enter_context(session.runner.own_random())
-        run.max_steps = 0  # the warm-up is a share of the steps: there is none
-        session.runner.method.begin(run)
-        session.runner.method.begin_step(run)
+        with session.runner.own_random():
+            run.max_steps = 0  # the warm-up is a share of the steps: there is none
+            session.runner.method.begin(run)
+            session.runner.method.begin_step(run)
     if run.scores is None or run.plan is None:
         raise UsageError(f"method: expected one that ranks, got {settings.method}")
     return run.scores, run.plan, session.runner

@@ -18,12 +18,12 @@ from sensikernels.hf.packed.answers import AnswerHead
 from sensikernels.masks import Budget, plan
 from tests.hf.families import DIFFERENCES, ROUNDED, draw, heads_of, make
 from tests.hf.packed_cases import SMALL, pack
+from tests.hf.test_encoders import STEP, without_positions
 
 transformers = pytest.importorskip("transformers")
 
 HEAD = "ForQuestionAnswering"
 KINDS = [k for k in DIFFERENCES if HEAD in heads_of(k) and family_named(k).packed is not None]
-STEP = ("dropout", "packed", "cls", "fused")
 SPAN = ("start_positions", "end_positions")
 
 
@@ -31,10 +31,6 @@ def fast(kind: str = "bert") -> nn.Module:
     model = make(kind, HEAD)
     apply(model, features=STEP)
     return model
-
-
-def given_packed(batch: dict[str, Tensor]) -> dict[str, Any]:
-    return {name: value for name, value in pack(batch).items() if name != "position_ids"}
 
 
 def without_padding(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +51,7 @@ def test_a_padded_batch_has_stocks_loss_and_gradients_without_padding(kind: str,
         batch |= {name: batch["input_ids"].shape[1] - 1 - batch[name] for name in SPAN}
     stock, ours = make(kind, HEAD), fast(kind)
     start, end, wanted = without_padding(stock, batch)
-    got = ours(**(given_packed(batch) if form == "given packed" else batch))
+    got = ours(**(without_positions(pack(batch)) if form == "given packed" else batch))
     torch.testing.assert_close(got.loss, wanted, rtol=1e-5, atol=1e-5)
     wanted.backward()
     got.loss.backward()
@@ -103,6 +99,15 @@ def test_positions_outside_a_row_are_not_counted() -> None:
     assert torch.equal(model(**{**batch, **before}).loss, model(**{**batch, **first}).loss)
 
 
+def test_units_are_ranked_by_huggingfaces_loss_packed_or_not() -> None:
+    stock, ours, batch = make("bert", HEAD), fast(), draw(HEAD)
+    wanted, got = sensitivity(stock, [batch]), sensitivity(ours, [batch])
+    assert got.values.keys() == wanted.values.keys()
+    for name, value in wanted.values.items():
+        assert torch.equal(got.values[name], value), name
+    assert isinstance(ours, AnswerHead)
+
+
 def test_calls_by_place_tuples_and_bfloat16() -> None:
     model, batch = fast(), draw(HEAD)
     wanted = model(**batch)
@@ -122,7 +127,7 @@ def test_calls_by_place_tuples_and_bfloat16() -> None:
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
 def test_compiles_whole(kind: str) -> None:
-    model, batch = fast(kind), given_packed(draw(HEAD, kind))
+    model, batch = fast(kind), without_positions(pack(draw(HEAD, kind)))
     wanted = model(**batch)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     got = compiled(**batch)

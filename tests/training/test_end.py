@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sensikernels._core.errors import SensiError
+from sensikernels._core.products import medium_rounds
 from sensikernels.training import checkpoint, finetune
 from sensikernels.training.finish import rounding
 from sensikernels.training.runner import Runner
@@ -114,11 +115,7 @@ def test_a_model_that_comes_back_another_is_kept_and_said(settings, monkeypatch,
 def test_the_tolerance_is_roundings_not_damage(dtype):
     logits = torch.tensor([[0.5, -2.0]])
     limit = rounding(torch.device("cpu"), dtype, logits)
-    eps = (
-        torch.finfo(torch.bfloat16).eps
-        if torch.cpu._is_amx_tile_supported()
-        else (torch.finfo(dtype).eps)
-    )
+    eps = torch.finfo(torch.bfloat16).eps if medium_rounds() else (torch.finfo(dtype).eps)
     assert torch.finfo(dtype).eps * 64 <= limit <= max(eps, torch.finfo(dtype).eps) * 200
 
 

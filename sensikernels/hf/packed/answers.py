@@ -17,13 +17,7 @@ class AnswerHead(ChangedHead):
     """The mixin that ``use_packed`` puts in front of a question-answering model's class."""
 
     @can_return_tuple
-    def forward(
-        self: Any,
-        *given: Any,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        **named: Any,
-    ) -> Any:
+    def forward(self: Any, *given: Any, **named: Any) -> Any:
         """HuggingFace's forward with the lowest finite logits at padding, of which it has none.
 
         HuggingFace's softmax counts the padding of a batch, so its loss depends on the longest
@@ -31,13 +25,7 @@ class AnswerHead(ChangedHead):
         float32 or wider, and positions that are no token of their row are not counted.
         """
         named = self.by_name(given, named)
-        starts, ends = (
-            named.pop(name, position)
-            for name, position in (
-                ("start_positions", start_positions),
-                ("end_positions", end_positions),
-            )
-        )
+        starts, ends = (named.pop(name, None) for name in ("start_positions", "end_positions"))
         out = self.original.forward(self, **named, return_dict=True)
         there = _tokens(named, out.start_logits)
         lowest = torch.finfo(out.start_logits.dtype).min

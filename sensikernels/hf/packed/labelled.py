@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils import can_return_tuple
 
@@ -22,7 +22,7 @@ class LabelledHead(ChangedHead):
     labelled_head: tuple[Family, int]
 
     @can_return_tuple
-    def forward(self: Any, *given: Any, labels: Tensor | None = None, **named: Any) -> Any:
+    def forward(self: Any, *given: Any, **named: Any) -> Any:
         """HuggingFace's forward, but in training with ``labels``: head and loss on labelled tokens.
 
         Loss and gradients are those of all tokens; ``logits`` are then ``[labelled, vocabulary]``,
@@ -30,7 +30,7 @@ class LabelledHead(ChangedHead):
         """
         family, multiple = self.labelled_head
         inputs = self.by_name(given, named)
-        labels = inputs.pop("labels", labels)
+        labels = inputs.pop("labels", None)
         if labels is None or not self.training:
             return self.original.forward(self, **inputs, labels=labels, return_dict=True)
         encoder = getattr(self, family.encoder)

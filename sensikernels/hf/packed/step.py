@@ -15,7 +15,7 @@ from sensikernels._core.hooks import hooked
 from sensikernels._core.shapes import token_multiple
 from sensikernels.hf.families import FAMILIES
 from sensikernels.hf.family import Family, PackedStep, reach, stock_class
-from sensikernels.hf.module_state import change_back, change_class
+from sensikernels.hf.module_state import Changed, change_back, change_class
 from sensikernels.hf.packed.answers import AnswerHead
 from sensikernels.hf.packed.encoder import PackedEncoder, Packing, below
 from sensikernels.hf.packed.labelled import restore_labelled, use_labelled
@@ -70,7 +70,7 @@ def use_packed(
         cls_only=cls_only,
         fused=fused,
         multiple=multiple,
-        repad=answers and not cls_only,
+        repad=answers,
         first_read=first_read,
         average=average,
         labelled_only=labelled_only,
@@ -151,16 +151,15 @@ def computed(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
-    """HuggingFace's own forward inside the block, whether packed or not."""
-    encoder = _packed_encoder(model)
-    if encoder is None:
-        yield
-        return
-    change_back(encoder)
+    """HuggingFace's own forwards inside the block, the head's too, whether packed or not."""
+    changed = [(m, type(m).__mro__[1]) for m in model.modules() if isinstance(m, Changed)]
+    for module, _ in changed:
+        change_back(module)
     try:
         yield
     finally:
-        change_class(encoder, PackedEncoder)
+        for module, mixin in changed:
+            change_class(module, mixin)
 
 
 def _packed_encoder(model: nn.Module) -> PackedEncoder | None:
