@@ -15,6 +15,7 @@ from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import DataError, UsageError
 from sensikernels.data import demo
 from sensikernels.data.columns import Columns, find_columns, from_dataset
+from sensikernels.data.held_out import held_out as hold_out
 from sensikernels.data.kinds import Settled, kind_of
 from sensikernels.data.sources import DEV, TRAIN, choose, read_file, read_hub
 from sensikernels.data.tasks import SPLITS, Split, Task, get_task
@@ -89,11 +90,17 @@ class Places:
 
 
 def load_splits(
-    task: str | Task, places: Places, *, max_train_samples: int | None = None, seed: int = 0
+    task: str | Task,
+    places: Places,
+    *,
+    max_train_samples: int | None = None,
+    held_out: int | None = None,
+    seed: int = 0,
 ) -> Settled:
     """Both splits of any task, and the task with what its rows say: labels and metrics.
 
     ``max_train_samples`` training rows are drawn as in ``load``; labels are those of all rows.
+    ``held_out`` training rows take the development rows' place, to choose settings by.
     Raises UsageError and DataError as ``load`` and ``from_dataset`` do.
     """
     task = get_task(task)
@@ -115,8 +122,12 @@ def load_splits(
     else:
         train, dev = _given(task, places)
     settled = kind_of(task).settle(task, train, dev)
-    chosen = _drawn(settled.train, max_train_samples, seed)
-    return replace(settled, train=chosen, notes=(*notes, *settled.notes))
+    notes = (*notes, *settled.notes)
+    if held_out is None:
+        chosen = _drawn(settled.train, max_train_samples, seed)
+        return replace(settled, train=chosen, notes=notes)
+    kept, held = hold_out(kind_of(task), settled.train, held_out, max_train_samples, seed)
+    return replace(settled, train=kept, dev=held, notes=(*notes, f"held out: {len(held):,} rows"))
 
 
 def _examples(splits: list[Any], columns: Columns, names: list[str]) -> tuple[Examples, Examples]:

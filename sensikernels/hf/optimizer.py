@@ -44,11 +44,13 @@ def commit(
     *,
     frozen: Iterable[nn.Parameter] = (),
     thawed: Mapping[nn.Parameter, int] | None = None,
+    order: Sequence[nn.Parameter] = (),
 ) -> Callable[[], None]:
     """Put ``moves`` and their staged ``states`` in force; returns the function that undoes it.
 
     ``frozen`` parameters leave the optimizer with their state, ``thawed`` ones join the group given
-    for each unless they are there.
+    for each unless they are there, before the first that comes later in ``order``: groups then do
+    not tell in which order parameters were frozen and thawed, and a state dict fits a fresh run.
     """
     inner = innermost(optimizer)
     before = [list(group["params"]) for group in inner.param_groups]
@@ -61,7 +63,7 @@ def commit(
     held = set(_all(inner))
     for parameter, index in (thawed or {}).items():
         if parameter not in held:
-            inner.param_groups[index]["params"].append(parameter)
+            _insert(inner.param_groups[index]["params"], parameter, order)
     for old in (*places, *gone):
         inner.state.pop(old, None)
     inner.state.update(states)
@@ -76,6 +78,13 @@ def commit(
         _forget(inner)
 
     return undo
+
+
+def _insert(group: list[Any], parameter: nn.Parameter, order: Sequence[nn.Parameter]) -> None:
+    place = {id(p): i for i, p in enumerate(order)}
+    mine = place.get(id(parameter), len(order))
+    later = (i for i, p in enumerate(group) if place.get(id(p), -1) > mine)
+    group.insert(next(later, len(group)), parameter)
 
 
 def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> int | None:

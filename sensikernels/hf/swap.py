@@ -222,7 +222,10 @@ def _follow(
                 left[name] = home
         elif parameter.requires_grad and not before:
             thawed[parameter] = groups.get(name, following.home_of(optimizer, model, name))
-    undo.callback(following.commit(optimizer, moves, states, frozen=frozen, thawed=thawed))
+    order = list(model.parameters())
+    undo.callback(
+        following.commit(optimizer, moves, states, frozen=frozen, thawed=thawed, order=order)
+    )
     return left
 
 

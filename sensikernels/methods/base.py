@@ -83,6 +83,19 @@ class Method:
     def before_step(self, run: Run) -> None:
         """Act on the gradients before the optimizer moves."""
 
+    def loss(self, run: Run, forward: Callable[..., Any], batch: Batch) -> Tensor:
+        """The loss [] of a batch, of ``forward``: ``run.model``, or DDP or FSDP around it."""
+        loss: Tensor = forward(**batch).loss
+        return loss
+
+    def end(self, run: Run) -> None:
+        """Make ``run.model`` one that can be saved plain, after its last step and measurements."""
+
+    @property
+    def has_own_loss(self) -> bool:
+        """True if the loss is not the model's own."""
+        return type(self).loss is not Method.loss
+
     def needs_eager(self) -> str | None:
         """The reason why no CUDA graph can hold its step; None if one can."""
         acts = type(self).before_step is not Method.before_step

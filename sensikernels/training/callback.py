@@ -98,6 +98,8 @@ class SensiCallback(TrainerCallback):
         needs = self.method.needs_budget
         require(not needs or budget is not None, "budget", f"one for {self.method.name}", "none")
         require(needs or budget is None, "budget", f"none for {self.method.name}", budget)
+        own = self.method.has_own_loss
+        require(not own, "method", "one that trains by the Trainer's loss", self.method.name)
         require(ranking_rows >= 1, "ranking_rows", "at least 1", ranking_rows)
         self.budget, self.ranking_rows, self.seed = budget, ranking_rows, seed
         self.sequence_length, self.costs, self.compute_loss = sequence_length, costs, compute_loss

@@ -34,6 +34,7 @@ _COUNTS = {
     "pad_to_multiple": (1, 1 << 16),
     "ranking_rows": (1, 1 << 31),
     "max_train_samples": (1, 1 << 31),
+    "held_out": (1, 1 << 31),
     "seed": (0, (1 << 63) - 1),
     "checkpoint_every": (0, 1 << 31),
     "max_length": (8, 1 << 20),
@@ -43,7 +44,7 @@ _COUNTS = {
     "early_stopping_patience": (1, 1 << 31),
     "doc_stride": (0, 1 << 20),
 }
-_OPTIONAL = ("max_train_samples", "early_stopping_patience", "doc_stride")
+_OPTIONAL = ("max_train_samples", "held_out", "early_stopping_patience", "doc_stride")
 _LARGEST = 1e30
 # What may differ between a run and its continuation.
 _FREE = ("output", "resume", "checkpoint_every", "data_dir", "device", "parallel", "report_to")
@@ -60,7 +61,8 @@ class Settings:
     the method's model runs on packed tokens, the last layer on first tokens (``use_packed``).
     ``checkpoint_every`` counts steps; with 0 there are those at the trim and after the last step
     alone, which every run has. ``ranking_rows`` of the training data rank the units; with ``plan``,
-    a saved plan, nothing is ranked and its budget is the run's.
+    a saved plan, nothing is ranked and its budget is the run's. ``held_out`` training rows take the
+    place of the development rows, to choose settings by; none shares a text with those trained on.
     ``costs``: a table of ``sensikernels tune`` for a ``step_time`` budget, else measured anew.
     ``batch_size`` is that of all processes together; ``parallel`` says how several train: copies
     of the model (``ddp``) or shards of it (``fsdp``).
@@ -96,6 +98,7 @@ class Settings:
     data_dir: Path | None = None
     epochs: int = 1
     max_train_samples: int | None = None
+    held_out: int | None = None
     batch_size: int = 32
     lr: float | None = None
     dense_lr: float | None = None

@@ -192,6 +192,7 @@ def step_time_ratio(session: Session) -> float | None:
 def _save_model(session: Session, folder: Path) -> Any:
     """Write ``model/``: the trained model as a plain HuggingFace one, which comes back."""
     settings, model = session.settings, session.runner.model
+    session.runner.method.end(session.runner.run)
     small: Any = model if applied(model) is None else compact(model)
     if small is model and settings.dropout == "counter":
         restore_dropout(small)

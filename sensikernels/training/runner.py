@@ -140,7 +140,7 @@ class Runner:
         """Add the gradients of a batch; its weighted loss."""
         assert self._together is not None
         with self.amp.autocast():
-            loss: Tensor = self._together(**batch).loss
+            loss = self.method.loss(self.run, self._together, batch)
         loss = loss if weight == 1 else loss * weight
         self.amp.backward(loss)
         return loss.detach()
@@ -150,7 +150,9 @@ class Runner:
         run = self.run
         if self.device.type != "cuda":
             return None
-        graphed = GraphedStep(run.model, run.optimizer)
+        graphed = GraphedStep(
+            run.model, run.optimizer, lambda batch: self.method.loss(run, run.model, batch)
+        )
         graphed.reason = self._needs_eager()
         run.events.append(f"step 0: {graphed.explain()}")
         return graphed if graphed.reason is None else None

@@ -23,6 +23,7 @@ from sensikernels.training.checkpoint import latest
 from sensikernels.training.data import Data
 from sensikernels.training.distributed import join
 from sensikernels.world import World
+from tests.methods.small import OPTIONS
 from tests.training.children import STEP, run
 from tests.training.processes import free_port, run_together
 
@@ -31,7 +32,6 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-OPTIONS = {"sensi-bert": {"warmup": 0.35}, "dps": {"update_ratio": 0.25}}
 TIMES = {"step_ms", "step_speedup", "tokens_per_s", "seconds", "settings", "events", "losses"}
 
 

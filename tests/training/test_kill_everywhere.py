@@ -12,15 +12,12 @@ import signal
 import pytest
 
 from sensikernels.methods import METHODS
+from tests.methods.small import OPTIONS
 from tests.training.children import LATE, OPERATION, STEP, TIME, run
 from tests.training.processes import run_together
 from tests.training.reports import assert_same_end
 
-OPTIONS = {
-    "sensi-bert": {"warmup": 0.35},
-    "dps": {"update_ratio": 0.25},
-    "freeze": {"share": 0.5, "cache": True},
-}
+CACHED = {"freeze": {"cache": True}}
 STEPS = 12
 WAYS = [
     (method, every, packed)
@@ -31,9 +28,7 @@ WAYS = [
 
 
 def given_of(method, every, packed):
-    options = dict(OPTIONS.get(method, {}))
-    if not packed:
-        options.pop("cache", None)
+    options = OPTIONS.get(method, {}) | (CACHED.get(method, {}) if packed else {})
     return {
         "method": method,
         "options": options,

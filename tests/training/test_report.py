@@ -13,8 +13,8 @@ from sensikernels.data import load
 from sensikernels.masks import Budget, Plan
 from sensikernels.methods import METHODS
 from sensikernels.training import Settings, finetune
+from tests.methods.small import OPTIONS
 
-OPTIONS = {"freeze": {"share": 0.5}, "dps": {"update_ratio": 0.25}, "sensi-bert": {"warmup": 0.35}}
 HIDDEN, NEURONS, LAYERS, LABELS = 32, 128, 2, 2
 
 

@@ -32,6 +32,9 @@ class Answers(Kind):
     def read(self, task: Task, data_dir: str | Path, split: Split) -> Questions:
         return read_questions(find(task, data_dir, split))
 
+    def texts(self, rows: Questions) -> list[tuple[str, ...]]:
+        return [(question.context,) for question in rows.items]
+
     def settle(self, task: Task, train: Questions, dev: Questions) -> Settled:
         if dev.nulls and not train.nulls:
             raise DataError(

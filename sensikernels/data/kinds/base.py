@@ -61,6 +61,10 @@ class Kind(ABC):
         """The rows of a split below ``data_dir``. Raises DataError naming what is wrong where."""
 
     @abstractmethod
+    def texts(self, rows: Any) -> list[tuple[str, ...]]:
+        """What each row has us read, to tell which rows are alike."""
+
+    @abstractmethod
     def settle(self, task: Task, train: Any, dev: Any) -> Settled:
         """The task's labels, from the training rows. Raises DataError: dev has others."""
 

@@ -36,6 +36,10 @@ class Sequences(Kind):
     def read(self, task: Task, data_dir: str | Path, split: Split) -> Examples:
         return read_split(task, data_dir, split)
 
+    def texts(self, rows: Examples) -> list[tuple[str, ...]]:
+        columns = [c for c in (rows.texts_a, rows.texts_b) if c is not None]
+        return list(zip(*columns, strict=True))
+
     def settle(self, task: Task, train: Examples, dev: Examples) -> Settled:
         if task.source in ("glue", "generated"):
             return Settled(task=task, train=train, dev=dev)

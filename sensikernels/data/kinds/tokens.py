@@ -53,6 +53,9 @@ class Tokens(Kind):
     def read(self, task: Task, data_dir: str | Path, split: Split) -> Words:
         return read_words(find(task, data_dir, split))
 
+    def texts(self, rows: Words) -> list[tuple[str, ...]]:
+        return [(" ".join(words),) for words in rows.words]
+
     def settle(self, task: Task, train: Words, dev: Words) -> Settled:
         names = tag_set(train)
         check_tags(dev, names)
