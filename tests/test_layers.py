@@ -22,7 +22,8 @@ LEVELS = {
     **dict.fromkeys(["methods", "data"], 6),
     "training": 7,
     "bench": 8,
-    "cli": 9,
+    "compare": 9,
+    "cli": 10,
 }
 # Where a heavy or optional library may be imported at all.
 HOMES = {
@@ -32,7 +33,7 @@ HOMES = {
     "scipy": ("data/",),
     "seqeval": ("data/",),
     "torchmetrics": ("data/",),
-    "matplotlib": ("bench/", "training/picture.py"),
+    "matplotlib": ("bench/", "training/picture.py", "compare/picture.py"),
     "typer": ("cli/",),
     "rich": ("cli/", "_core/progress.py", "bench/"),
 }

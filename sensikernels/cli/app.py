@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sensikernels._core.errors import SensiError, UsageError
+from sensikernels.cli import compare
 from sensikernels.cli import options as o
-from sensikernels.cli.options import MethodCommand
+from sensikernels.cli.options import MethodCommand, collected
 from sensikernels.cli.suites import Suite
 
 app = typer.Typer(
@@ -29,19 +29,6 @@ app = typer.Typer(
 _ClickError: Any = typer.BadParameter.__mro__[2]
 
 _MOST = 1_000_000
-
-
-def collected(run: Callable[[dict[str, Any]], None]) -> Callable[[Any], Any]:
-    """Have a command's arguments reach ``run`` as one mapping, by name."""
-
-    def decorate(declaration: Any) -> Any:
-        @wraps(declaration)
-        def command(**given: Any) -> None:
-            run(given)
-
-        return command
-
-    return decorate
 
 
 def _finetune(given: dict[str, Any]) -> None:
@@ -92,6 +79,7 @@ def finetune(
     doc_stride: o.DocStride = None,
     model: o.Model = "minilm",
     max_train_samples: o.MaxTrain = None,
+    held_out: o.HeldOut = None,
     method: o.MethodName = None,
     flops: o.Flops = None,
     params: o.Params = None,
@@ -99,6 +87,7 @@ def finetune(
     costs: o.Costs = None,
     units: o.Units = None,
     scope: o.Scope = "global",
+    params_scope: o.ParamsScope = "encoder",
     plan: o.PlanFile = None,
     method_option: o.Options = None,
     ranking_rows: o.Ranking = 2048,
@@ -132,6 +121,9 @@ def finetune(
     predict: o.Predict = None,
 ) -> None:
     """Fine-tune at a budget: warm up, rank, trim, go on, compact, save, and say what it cost."""
+
+
+app.command("compare", epilog=compare.EPILOG)(compare.compare)
 
 
 def _plan(given: dict[str, Any]) -> None:
@@ -182,6 +174,7 @@ def make_plan(
     costs: o.Costs = None,
     units: o.Units = None,
     scope: o.Scope = "global",
+    params_scope: o.ParamsScope = "encoder",
     method_option: o.Options = None,
     ranking_rows: o.Ranking = 2048,
     batch_size: o.BatchSize = 32,
@@ -345,7 +338,8 @@ def _settings(kind: Any, given: dict[str, Any]) -> Any:
     counts = None if given["units"] is None else parse_counts(given["units"])
     shares = {name: given[name] for name in ("flops", "params", "step_time")} | {"units": counts}
     asked = any(value is not None for value in shares.values())
-    budget = Budget(**shares, scope=given["scope"]) if asked else None
+    scopes = {name: given[name] for name in ("scope", "params_scope")}
+    budget = Budget(**shares, **scopes) if asked else None
     chosen = given.get("method") or DEFAULT
     options = parse_options(chosen, given["method_option"] or ())
     return kind(**plain | {"method": chosen}, budget=budget, options=options)

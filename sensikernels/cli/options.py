@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+
+def collected(run: Callable[[dict[str, Any]], None]) -> Callable[[Any], Any]:
+    """Have a command's arguments reach ``run`` as one mapping, by name."""
+
+    def decorate(declaration: Any) -> Any:
+        @wraps(declaration)
+        def command(**given: Any) -> None:
+            run(given)
+
+        return command
+
+    return decorate
 
 
 class MethodCommand(TyperCommand):
@@ -76,6 +89,11 @@ Predict = Annotated[
 ]
 MaxTrain = Annotated[int | None, _task(help="Train on this many rows, drawn by --seed.")]
 
+HeldOut = Annotated[
+    int | None,
+    _task(help="Score on so many training rows, held out, instead of the development rows."),
+]
+
 MethodName = Annotated[str | None, _budget("--method", help="How to train at a budget.")]
 Flops = Annotated[float | None, _budget(help="Keep this share of the training step's FLOPs.")]
 Params = Annotated[float | None, _budget(help="Keep this share of the encoder's parameters.")]
@@ -97,6 +115,14 @@ Units = Annotated[
     ),
 ]
 Scope = Annotated[str, _budget(help="global: layers compete; per_layer: each meets it.")]
+ParamsScope = Annotated[
+    str,
+    _budget(
+        "--params-scope",
+        help="What --params is a share of: encoder, the parameters outside the embeddings, or "
+        "model, all of them; heads and neurons go in either case.",
+    ),
+]
 PlanFile = Annotated[
     Path | None,
     _budget("--plan", help="Trim to this plan.json (of `sensikernels plan`) instead of ranking."),

@@ -126,7 +126,8 @@ def _budget_line(report: dict[str, Any]) -> str:
     return (
         f"budget: asked {asked}{timed}; FLOPs planned x{budget['flops_ratio_planned']:.4f}, "
         f"measured x{budget['flops_ratio_measured']:.4f} ({flops['measured'] / 1e6:.2f} of "
-        f"{flops['dense'] / 1e6:.2f} MFLOPs per token); parameters x{budget['params_ratio']:.4f}"
+        f"{flops['dense'] / 1e6:.2f} MFLOPs per token); parameters x{budget['params_ratio']:.4f} "
+        f"outside the embeddings, x{budget['params_ratio_of_model']:.4f} of all"
     )
 
 
@@ -191,3 +192,38 @@ def _console() -> Console:
     """Stdout, wide enough for the tables where it is no terminal."""
     plain = Console()
     return plain if plain.is_terminal else Console(width=120)
+
+
+def show_comparison(content: dict[str, Any], output: Path) -> None:
+    """What each contestant reaches and costs."""
+    from sensikernels.compare import lines
+
+    table = Table(
+        title=f"{content['task_title']}, dev {content['metric']} in points; seconds of training, "
+        "ranking included",
+        title_justify="left",
+    )
+    table.add_column("contestant")
+    for name in ("lr", content["metric"], "±", "seconds", "to dense", "FLOPs", "trained"):
+        table.add_column(name, justify="right")
+    for name in ("kept", "peak MiB", "ms at 1", "ms at 32"):
+        table.add_column(name, justify="right")
+    for line in lines(content["contestants"]):
+        latency = line["latency_ms"]
+        table.add_row(
+            line["contestant"],
+            f"{line['learning_rate']:g}",
+            _number(line["mean"], 1, "{:.1f}"),
+            _number(line["deviation"], 1, "{:.1f}"),
+            _number(line["seconds"], 1, "{:.0f}"),
+            _number(line["to_dense"], 1, "{:.2f}"),
+            _number(line["flops_ratio"], 1, "x{:.2f}"),
+            _number(line["parameters_trained"], 1e-6, "{:.2f}M"),
+            _number(line["parameters_kept"], 1e-6, "{:.2f}M"),
+            _number(line["peak_mib"], 1, "{:.0f}"),
+            _number(latency.get("1"), 1, "{:.1f}"),
+            _number(latency.get("32"), 1, "{:.0f}"),
+        )
+    _console().print(table)
+    names = [p.name for p in sorted(output.iterdir()) if p.is_file()]
+    _console().print(f"{output}: {', '.join(names)}", highlight=False, soft_wrap=True)

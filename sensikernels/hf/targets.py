@@ -44,11 +44,13 @@ def structure_of(model: nn.Module, granularity: str = "heads") -> Structure:
     inside = {layer.prefix for layer in layers}
     per_token, per_sequence = _outside_flops(model, inside, family)
     trimmable = sum(c.params * c.units for c in couplings)
+    outside = _params_without_embeddings(model, family)
     return Structure(
         couplings=tuple(couplings),
         fixed_token_flops=per_token,
         fixed_sequence_flops=per_sequence,
-        fixed_params=_params_without_embeddings(model, family) - trimmable,
+        fixed_params=outside - trimmable,
+        embedding_params=sum(p.numel() for p in model.parameters()) - outside,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from sensikernels._core.checks import require, require_one_of
 
 SCOPES = ("global", "per_layer")
+PARAMS_SCOPES = ("encoder", "model")
 SHARES = ("flops", "params", "step_time")
 MEASURES = (*SHARES, "units")
 
@@ -18,7 +19,8 @@ class Budget:
     """Exactly one of four: a share of FLOPs, parameters or step time, or counts of kept units.
 
     ``flops``: share (0, 1] of the dense training step's FLOPs per token.
-    ``params``: share (0, 1] of the structure's parameters (embeddings not counted).
+    ``params``: share (0, 1] of the structure's parameters: with ``params_scope`` ``encoder`` those
+    outside the embeddings, with ``model`` all. Only heads and neurons go in either case.
     ``step_time``: share (0, 1] of the dense training step's time on the device at hand.
     ``units``: kept units by kind, e.g. ``{"heads": 36, "neurons": 4608}``: in the whole model
     with scope ``global``, in each layer with scope ``per_layer``.
@@ -32,6 +34,7 @@ class Budget:
     step_time: float | None = None
     units: Mapping[str, int] | None = None
     scope: str = "global"
+    params_scope: str = "encoder"
 
     def __post_init__(self) -> None:
         given = [k for k in MEASURES if getattr(self, k) is not None]
@@ -45,6 +48,9 @@ class Budget:
             ok = type(count) is int and count >= 0
             require(ok, f"budget units[{kind!r}]", "a count of at least 0", count)
         require_one_of(self.scope, "budget scope", SCOPES)
+        require_one_of(self.params_scope, "budget params_scope", PARAMS_SCOPES)
+        fits = self.params is not None or self.params_scope == "encoder"
+        require(fits, "budget params_scope", "encoder without params", self.params_scope)
         whole = self.step_time is None or self.scope == "global"
         require(whole, "budget scope", "global for step_time", self.scope)
 
@@ -63,4 +69,5 @@ class Budget:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary; ``Budget(**…)`` reads it back."""
-        return {self.measure: self.requested, "scope": self.scope}
+        counted = {} if self.params_scope == "encoder" else {"params_scope": self.params_scope}
+        return {self.measure: self.requested, "scope": self.scope, **counted}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sensikernels._core.checks import require
+from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import UsageError
 from sensikernels.masks.budget import Budget
 from sensikernels.masks.geometry import Geometry
@@ -17,6 +17,7 @@ from sensikernels.masks.plans import Plan
 from sensikernels.masks.scores import Scores
 from sensikernels.masks.step_costs import StepCosts, fastest_widths
 from sensikernels.masks.structure import Coupling, Structure
+from sensikernels.masks.tensor_shares import tensor_counts
 from sensikernels.ops.select_kept import select_kept
 
 MULTIPLES: Mapping[str, int] = {"heads": 1, "dimensions": 8, "neurons": 16}
@@ -26,6 +27,7 @@ Dimensions (Q/K or V/O) are counted per head."""
 MINIMUMS: Mapping[str, int] = {"heads": 1, "dimensions": 8, "neurons": 16}
 """Units that every layer keeps whatever its scores."""
 
+ALLOCATIONS = ("units", "tensors")
 _MOST = 1 << 24
 _FAMILY = {"qk": "dimensions", "vo": "dimensions"}
 
@@ -51,6 +53,7 @@ def plan(
     multiples: Mapping[str, int] | None = None,
     minimums: Mapping[str, int] | None = None,
     costs: StepCosts | None = None,
+    allocation: str = "units",
 ) -> Plan:
     """Keep the units with the largest summed score that the budget allows.
 
@@ -60,10 +63,18 @@ def plan(
     default is sequences as long as those of the ranking. A ``step_time`` budget needs ``costs``,
     measured on the device to train on.
 
+    ``allocation`` ``tensors`` ranks whole couplings, each of which keeps the share of its best
+    units that its score per cost decides (``tensor_counts``), as the paper ranks tensors.
+
     Raises:
         UsageError: the budget is below the smallest feasible one, which is named; an unknown
-            kind of unit; a count that is not a multiple; a step-time budget without costs.
+            kind of unit; a count that is not a multiple; a step-time budget without costs, or
+            with ``tensors``, as one of counts.
     """
+    require_one_of(allocation, "allocation", ALLOCATIONS)
+    shares = budget.measure in ("flops", "params")
+    known = allocation == "units" or shares
+    require(known, "allocation", f"units for a budget of {budget.measure}", allocation)
     geometry = Geometry.uniform(scores.sequence_length) if geometry is None else geometry
     length = geometry.mean_length
     multiples = {**MULTIPLES, **(multiples or {})}
@@ -84,7 +95,9 @@ def plan(
             kept |= _by_counts(pool, budget.units)
         else:
             room = _room(structure, group, budget, length)
-            kept |= _by_cost(pool, room, budget, multiples, minimums, structure, length)
+            _check_room(pool, room, budget, multiples, minimums, structure, length)
+            share_out = _by_cost if allocation == "units" else _by_tensor
+            kept |= share_out(pool, room * (1 + 1e-12), multiples, minimums)
     bits = {c.name: _unfold(c, scores.values[c.name], kept[c.name]) for c in structure.couplings}
     return _assemble(structure, bits, budget, method, length, scores)
 
@@ -153,7 +166,9 @@ def _room(
     """The budget left for the group's units once the fixed part is paid."""
     unit_total: float
     if budget.params is not None:
-        fixed, total = float(structure.fixed_params), float(structure.params())
+        beside = _beside(structure, budget)
+        fixed = float(structure.fixed_params + beside)
+        total = float(structure.params() + beside)
         share = budget.params
         unit_total = sum(c.params * c.units for c in group)
     else:
@@ -166,7 +181,12 @@ def _room(
     return (share * total - fixed) * part
 
 
-def _by_cost(
+def _beside(structure: Structure, budget: Budget) -> int:
+    """Parameters that a budget counts beside the structure's: the embeddings of a whole model."""
+    return structure.embedding_params if budget.params_scope == "model" else 0
+
+
+def _check_room(
     pool: _Pool,
     room: float,
     budget: Budget,
@@ -174,27 +194,49 @@ def _by_cost(
     minimums: Mapping[str, int],
     structure: Structure,
     length: float,
-) -> dict[str, Tensor]:
+) -> None:
+    """Raise UsageError, naming the smallest budget, where what must stay has no room."""
     least = _least_cost(pool, minimums, multiples)
     if least > room * (1 + 1e-12):
-        fixed = structure.fixed_params if budget.params else structure.fixed_flops(length)
-        total = structure.params() if budget.params else structure.flops(length)
+        beside = _beside(structure, budget)
+        fixed = structure.fixed_params + beside if budget.params else structure.fixed_flops(length)
+        total = structure.params() + beside if budget.params else structure.flops(length)
         part = float(pool.costs.sum()) / (total - fixed)
         smallest = (least / part + fixed) / total
         raise UsageError(
             f"budget {budget.measure}: expected at least {smallest:.4f} (the smallest feasible "
             f"for this model), got {budget.requested}"
         )
+
+
+def _by_cost(
+    pool: _Pool, room: float, multiples: Mapping[str, int], minimums: Mapping[str, int]
+) -> dict[str, Tensor]:
     selected = select_kept(
         pool.scores,
         costs=pool.costs,
-        budget=room * (1 + 1e-12),
+        budget=room,
         segments=pool.segments,
         kinds=pool.kinds,
         minimum={i: minimums[name] for i, name in enumerate(pool.names)},
         multiple={i: multiples[name] for i, name in enumerate(pool.names)},
     )
     return _split(pool, selected.bits)
+
+
+def _by_tensor(
+    pool: _Pool, room: float, multiples: Mapping[str, int], minimums: Mapping[str, int]
+) -> dict[str, Tensor]:
+    mine = [pool.segments == segment for segment in range(len(pool.couplings))]
+    scores = [pool.scores[where] for where in mine]
+    costs = [float(pool.costs[where][0]) for where in mine]
+    kinds = [_family(coupling) for coupling in pool.couplings]
+    steps, least = ([limits[kind] for kind in kinds] for limits in (multiples, minimums))
+    counts = tensor_counts(scores, costs, room, steps, least)
+    return {
+        coupling.name: select_kept(values, k=count).bits
+        for coupling, values, count in zip(pool.couplings, scores, counts, strict=True)
+    }
 
 
 def _by_time(

@@ -73,13 +73,15 @@ class Structure:
     """Every coupling of a model, and what no mask can remove.
 
     ``fixed_token_flops`` are forward FLOPs per token, ``fixed_sequence_flops`` per sequence
-    (pooler, classifier); ``fixed_params`` leaves out the embeddings.
+    (pooler, classifier); ``fixed_params`` leaves out the embeddings, which have
+    ``embedding_params``.
     """
 
     couplings: tuple[Coupling, ...]
     fixed_token_flops: float
     fixed_sequence_flops: float
     fixed_params: int
+    embedding_params: int = 0
 
     def at(self, geometry: Geometry) -> Structure:
         """The same structure for batches of this geometry, so that FLOPs of a run are exact.

@@ -14,20 +14,26 @@ from typing import Any
 from torch import Tensor
 
 from sensikernels._core.checks import require, require_one_of
-from sensikernels.hf import CRITERIA, apply, sensitivity
-from sensikernels.hf.criteria import STATISTICS
+from sensikernels.hf import CRITERIA, apply, sensitivity, structure_of
+from sensikernels.hf.criteria import STATISTICS, StepScores
+from sensikernels.hf.criteria.steps import STATISTIC
 from sensikernels.hf.targets import GRANULARITIES
 from sensikernels.masks import Budget, Plan, Scores, plan
+from sensikernels.masks.planning import ALLOCATIONS
 from sensikernels.methods.base import Method, Run, option
 from sensikernels.methods.step_time import by_the_clock
 
 RANKINGS = ("ranked", "uniform", "random", "reversed")
+RANKED_ON = ("steps", "rows")
 
 
 @dataclass(kw_only=True, eq=False)
 class SensiBert(Method):
     """Train ``warmup`` of the steps dense, rank once, trim, go on.
 
+    ``ranked_on`` ``steps`` adds up the mask gradients of the warm-up's own steps, which costs no
+    pass; ``rows`` takes those of the ranking rows once the warm-up is over, without dropout. Other
+    criteria and statistics, and a run without a warm-up, are ranked on rows.
     ``ranking`` other than ``ranked`` is a control at the same budget: ``uniform`` keeps the same
     share in every layer (by magnitude), ``random`` and ``reversed`` permute the scores.
     """
@@ -39,19 +45,26 @@ class SensiBert(Method):
     warmup: float = option(0.1, "share of the steps that train dense before the trim")
     criterion: str = option("mask-gradient", f"how units are ranked: {', '.join(CRITERIA)}")
     statistic: str = option("sum_batch_grad_squared", f"of mask gradients: {', '.join(STATISTICS)}")
+    ranked_on: str = option("steps", "mask gradients of the warm-up's steps, or of ranking rows")
     granularity: str = option("heads", f"units of attention: {', '.join(GRANULARITIES)}")
+    allocation: str = option(
+        "units", "what competes: units, or tensors, each of which keeps a share by its own score"
+    )
     ranking: str = option("ranked", f"the scores, or a control: {', '.join(RANKINGS[1:])}")
     multiples: Mapping[str, int] | None = option(
         None, "kept counts are multiples of these: heads:1,neurons:16"
     )
     _given: Plan | None = field(default=None, init=False, repr=False)
+    _seen: StepScores | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         require(0 <= self.warmup < 1, "warmup", "a share of the steps in [0, 1)", self.warmup)
         require_one_of(self.ranking, "ranking", RANKINGS)
+        require_one_of(self.ranked_on, "ranked_on", RANKED_ON)
         require_one_of(self.criterion, "criterion", CRITERIA)
         require_one_of(self.statistic, "statistic", STATISTICS)
         require_one_of(self.granularity, "granularity", GRANULARITIES)
+        require_one_of(self.allocation, "allocation", ALLOCATIONS)
 
     @classmethod
     def planned(cls, plan: Plan, **options: Any) -> SensiBert:
@@ -64,6 +77,9 @@ class SensiBert(Method):
         """Check what ranking needs, and say where it would come before any training."""
         if self._given is not None:
             return
+        measure = self.budget_of(run).measure
+        shares = self.allocation == "units" or measure in ("flops", "params")
+        require(shares, "allocation", f"units for a budget of {measure}", self.allocation)
         alone = self.criterion != "learned" or run.world.size == 1
         require(alone, "criterion", "not learned in several processes", self.criterion)
         if 0 < self.warmup and self.warmup_steps(run) == 0 < run.max_steps:
@@ -73,6 +89,8 @@ class SensiBert(Method):
                 f"step 0: warmup {self.warmup:g} of {run.max_steps} steps is none: the new head is "
                 f"ranked untrained{remedy}"
             )
+        if self._on_steps(run):
+            self._seen = self._step_scores(run)
 
     def warmup_steps(self, run: Run) -> int:
         """Steps before the trim."""
@@ -86,14 +104,42 @@ class SensiBert(Method):
             self._trim(run, self._given)
             return
         run.scores = scores = self._scores(run)
+        self._seen = None
         self._trim(run, self._plan(run, scores))
 
+    def before_step(self, run: Run) -> None:
+        """Add the step's mask gradients up while the model is whole."""
+        if self._seen is not None:
+            self._seen.add()
+
+    def needs_eager(self) -> str | None:
+        """Only steps that rank units look at the gradients."""
+        return "units are ranked by the warm-up's gradients" if self._seen is not None else None
+
+    def state(self) -> dict[str, Tensor]:
+        """What the warm-up's steps have added up."""
+        return {} if self._seen is None else self._seen.state()
+
     def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
-        """Trim at once where the run had trimmed already."""
+        """Trim at once where the run had trimmed already; else go on with the ranking."""
         if run.plan is not None:
             self._trim(run, run.plan)
+        elif self._on_steps(run):
+            self._seen = self._step_scores(run)
+            self._seen.load(tensors)
+
+    def _step_scores(self, run: Run) -> StepScores:
+        return StepScores(run.model, structure_of(run.model, self.granularity))
+
+    def _on_steps(self, run: Run) -> bool:
+        """Whether the warm-up's own steps rank the units."""
+        by_mask = (self.criterion, self.statistic) == ("mask-gradient", STATISTIC)
+        ranks = self._given is None and self.ranking != "uniform" and by_mask
+        return ranks and self.ranked_on == "steps" and self.warmup_steps(run) > 0
 
     def _scores(self, run: Run) -> Scores:
+        if self._seen is not None:
+            return self._controlled(run, self._seen.scores(run.geometry.mean_length))
         criterion = "magnitude" if self.ranking == "uniform" else self.criterion
         scores = sensitivity(
             run.model,
@@ -103,6 +149,9 @@ class SensiBert(Method):
             statistic=self.statistic,
             compute_loss=run.compute_loss,
         )
+        return self._controlled(run, scores)
+
+    def _controlled(self, run: Run, scores: Scores) -> Scores:
         if self.ranking == "random":
             return scores.random(run.seed)
         return scores.reversed() if self.ranking == "reversed" else scores
@@ -119,6 +168,7 @@ class SensiBert(Method):
                 method=self.name,
                 geometry=run.geometry,
                 multiples=self.multiples,
+                allocation=self.allocation,
                 costs=run.costs,
             )
 

@@ -37,8 +37,9 @@ from sensikernels.training.output import (
     write_json,
     writing,
 )
+from sensikernels.training.predict import predict
 from sensikernels.training.report import Measurements, build
-from sensikernels.training.runner import method_runner, predict
+from sensikernels.training.runner import method_runner
 from sensikernels.training.session import Session, fresh_model
 
 T = TypeVar("T")

@@ -69,6 +69,7 @@ def build(
         },
         "metrics": _of_both(session, lambda one: one.epochs),
         "evaluated_at": runner.evaluated_at,
+        "evaluated_after": _of_both(session, lambda one: one.evaluated_after),
         "best": _of_both(session, lambda one: one.best.to_json()),
         "skipped_steps": _of_both(session, lambda one: one.amp.skipped),
         "stopped_early_at": session.stopped_at,
@@ -123,13 +124,23 @@ def _budget(session: Session, measured: Measurements) -> dict[str, Any]:
         "measure": None if budget is None else budget.measure,
         "requested": None if budget is None else budget.requested,
         "scope": None if budget is None else budget.scope,
+        "params_scope": None if budget is None else budget.params_scope,
         "flops_ratio_planned": 1.0 if plan is None else plan.flops_ratio,
         "flops_ratio_measured": None
         if measured.flops is None
         else measured.flops / session.dense_flops,
         "params_ratio": 1.0 if plan is None else plan.params_ratio,
+        "params_ratio_of_model": _of_model(session),
         "step_time_ratio_measured": measured.step_time,
     }
+
+
+def _of_model(session: Session) -> float:
+    """Planned over dense parameters, embeddings counted."""
+    plan, dense = session.runner.run.plan, session.structure.params()
+    beside = session.structure.embedding_params
+    planned = plan.params_planned if plan is not None and plan.params_planned else dense
+    return (planned + beside) / (dense + beside)
 
 
 def _planned_flops(session: Session) -> float:

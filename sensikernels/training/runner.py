@@ -25,6 +25,7 @@ from sensikernels.training.config import AUTOCAST, Settings
 from sensikernels.training.data import Data
 from sensikernels.training.distributed import alone, require_same, whole, wrap
 from sensikernels.training.graph import GraphedStep
+from sensikernels.training.predict import predict
 from sensikernels.training.random import get_random, seeded, set_random
 from sensikernels.training.schedule import Schedule
 from sensikernels.training.stopping import Best
@@ -37,6 +38,7 @@ class Runner:
 
     The random stream is its own, swapped in around each step, so what other models do between
     steps changes nothing. ``changed_at``: the step before which the method last swapped layers.
+    ``evaluated_after``: seconds of steps and ranking before each evaluation.
     ``seconds``: ``rank`` (hooks before a step: sensitivity and trimming), ``evaluate``.
     """
 
@@ -55,6 +57,7 @@ class Runner:
     changed_at: int = 0
     epochs: list[dict[str, float]] = field(default_factory=list)
     evaluated_at: list[int] = field(default_factory=list)
+    evaluated_after: list[float] = field(default_factory=list)
     best: Best = field(default_factory=Best)
     autocast: torch.dtype | None = None
     logits: Tensor | None = None
@@ -64,7 +67,7 @@ class Runner:
         self.amp = Amp(self.device, self.autocast)
         self._random = seeded(self.seed, self.device, self.world.rank)
         self._together: nn.Module | None = None
-        self._graphed = self._graphs()
+        self._graphed: GraphedStep | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -98,6 +101,7 @@ class Runner:
                 self._together = None
             if self._together is None:
                 self._together = wrap(self.world, run, settled=self.settled)
+                self._graphed = self._graphs()
             synchronize(self.device)
             start = time.perf_counter()
             self._together.train()
@@ -154,7 +158,9 @@ class Runner:
             run.model, run.optimizer, lambda batch: self.method.loss(run, run.model, batch)
         )
         graphed.reason = self._needs_eager()
-        run.events.append(f"step 0: {graphed.explain()}")
+        said = graphed.explain()
+        if not any(event.endswith(said) for event in run.events):
+            run.events.append(f"step {run.step}: {said}")
         return graphed if graphed.reason is None else None
 
     def _needs_eager(self) -> str | None:
@@ -182,6 +188,7 @@ class Runner:
         metrics = compute(data.task, self.logits, self.truth)
         self.epochs.append(metrics)
         self.evaluated_at.append(self.run.step)
+        self.evaluated_after.append(sum(self.step_ms) / 1e3 + self.seconds["rank"])
         return metrics
 
     @property
@@ -228,13 +235,14 @@ class Runner:
         at = state["changed_at"]
         require(type(at) is int and 0 <= at <= step == state["step"], "changed_at", step, at)
         require(all(isinstance(e, str) for e in state["events"]), "events", "lines", "others")
-        numbers = [state["seconds"], *state["epochs"]]
+        numbers = [state["seconds"], *state["epochs"], dict(enumerate(state["evaluated_after"]))]
         ok = all(type(v) is float for values in numbers for v in values.values())
         require(
             ok and state["seconds"].keys() == self.seconds.keys(), "seconds", "numbers", numbers
         )
         at = state["evaluated_at"]
-        ok = len(at) == len(state["epochs"]) and all(type(n) is int and 0 < n <= step for n in at)
+        counts = {len(at), len(state["epochs"]), len(state["evaluated_after"])}
+        ok = len(counts) == 1 and all(type(n) is int and 0 < n <= step for n in at)
         require(ok, "evaluated_at", "the step of each evaluation", at)
         for stream in state["random"]:
             for kind, now in self._random.items():
@@ -273,8 +281,15 @@ class Runner:
             self.seconds[what] += time.perf_counter() - start
 
 
-LABELS = ("labels", "start_positions", "end_positions")
-_KEPT = ("losses", "step_ms", "seconds", "changed_at", "epochs", "evaluated_at")
+_KEPT = (
+    "losses",
+    "step_ms",
+    "seconds",
+    "changed_at",
+    "epochs",
+    "evaluated_at",
+    "evaluated_after",
+)
 
 
 def method_runner(settings: Settings, data: Data, model: nn.Module, max_steps: int) -> Runner:
@@ -360,35 +375,6 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [p for _, p in named if id(p) not in bare], "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-
-
-@torch.no_grad()
-def predict(model: nn.Module, data: Data, world: World = ALONE) -> tuple[Tensor, Any]:
-    """Logits float32 ``[rows, labels]`` and labels of the development rows, on the CPU.
-
-    For words and spans logits are ``[tokens, labels]``, of all rows' tokens end to end, and in
-    place of labels comes what ``data.truth`` gives. ``world``: its processes share the batches,
-    and all return all.
-    """
-    training = model.training
-    model.eval()
-    encoded: Any = data.dev.dataset
-    made = []
-    for batch in data.evaluated(world):
-        truth = [batch.pop(name).cpu() for name in LABELS if name in batch]
-        made.append((_scores(model(**batch), batch, encoded.per), truth[0]))
-    model.train(training)
-    logits, labels = zip(*world.interleave(made, len(data.dev)), strict=True)
-    return torch.cat(logits), torch.cat(labels) if encoded.per == "row" else data.truth()
-
-
-def _scores(out: Any, batch: Mapping[str, Tensor], per: str) -> Tensor:
-    if per == "row":
-        logits: Tensor = out.logits.float().cpu()
-        return logits
-    spans = per == "span"
-    scores: Tensor = torch.stack([out.start_logits, out.end_logits], -1) if spans else out.logits
-    return scores.float()[batch["attention_mask"].bool()].cpu()
 
 
 def _word_embeddings(model: nn.Module) -> nn.Embedding:

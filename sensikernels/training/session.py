@@ -19,8 +19,9 @@ from sensikernels.training import checkpoint
 from sensikernels.training.config import DTYPES, Settings
 from sensikernels.training.data import Data, model_path
 from sensikernels.training.distributed import Share, load_whole, shards, whole
+from sensikernels.training.predict import predict
 from sensikernels.training.ready import check_labels
-from sensikernels.training.runner import Runner, method_runner, predict
+from sensikernels.training.runner import Runner, method_runner
 from sensikernels.training.trackers import Log
 
 

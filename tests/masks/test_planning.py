@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -76,6 +77,75 @@ def test_counts_are_multiples_and_budgets_hold(seed: int, share: float) -> None:
     assert max(layer_flops.values()) <= share * scores.structure.flops(10.0) / 3
 
 
+@given(seed=st.integers(0, 1000), share=st.floats(0.75, 1.0))
+def test_a_share_of_all_parameters_counts_the_embeddings(seed: int, share: float) -> None:
+    structure = replace(make_structure(), embedding_params=1000)
+    scores = make_scores(structure, seed)
+    made = plan(scores, Budget(params=share, params_scope="model"), multiples=SMALL, minimums=SMALL)
+    whole = structure.params() + 1000
+    assert made.params_planned + 1000 <= share * whole + 1e-9
+    same = (share * whole - 1000) / structure.params()
+    other = plan(scores, Budget(params=min(same, 1.0)), multiples=SMALL, minimums=SMALL)
+    assert other.kept_counts() == made.kept_counts()
+
+
+@given(
+    seed=st.integers(0, 1000),
+    share=st.floats(0.35, 1.0),
+    layers=st.integers(1, 4),
+    measure=st.sampled_from(["flops", "params"]),
+)
+def test_tensors_keep_shares_by_their_rank(
+    seed: int, share: float, layers: int, measure: str
+) -> None:
+    scores = make_scores(make_structure(layers, neurons=16), seed)
+    budget = Budget(**{measure: max(share, 0.5) if measure == "params" else share})  # type: ignore[arg-type]
+    made = plan(scores, budget, multiples=SMALL, minimums=SMALL, allocation="tensors")
+    ratio = made.params_ratio if measure == "params" else made.flops_ratio
+    assert ratio <= budget.requested + 1e-9  # type: ignore[operator]
+    counts = made.kept_counts()
+    rank = scores.per_tensor() if measure == "flops" else None
+    for coupling in made.couplings:
+        kept = made.kept_units(coupling)
+        values = scores.values[coupling.name]
+        assert counts[coupling.name] >= SMALL[coupling.kind]
+        if 0 < counts[coupling.name] < coupling.units:
+            assert values[kept].min() >= values[~kept].max()
+    for one in made.couplings if rank else ():
+        for other in made.couplings:
+            if one.kind == other.kind and rank[one.name] > rank[other.name]:
+                assert counts[one.name] >= counts[other.name]
+    # No coupling could take one more step.
+    for coupling in made.couplings:
+        if counts[coupling.name] == coupling.units:
+            continue
+        step = SMALL[coupling.kind]
+        cost = coupling.params if measure == "params" else coupling.flops(10.0)
+        whole = made.params_dense if measure == "params" else made.flops_dense
+        assert ratio + step * cost / whole > budget.requested  # type: ignore[operator]
+
+
+def test_tensors_need_a_share() -> None:
+    scores = make_scores(make_structure())
+    with pytest.raises(UsageError, match="^allocation: expected units for a budget of units, got"):
+        plan(scores, Budget(units={"heads": 2}), allocation="tensors")
+    with pytest.raises(UsageError, match="^allocation: expected one of"):
+        plan(scores, Budget(flops=0.5), allocation="layers")
+
+
+def test_a_share_of_all_parameters_below_the_embeddings_names_the_smallest() -> None:
+    scores = make_scores(replace(make_structure(), embedding_params=1000))
+    with pytest.raises(UsageError, match=r"budget params: expected at least 0\.\d+") as error:
+        plan(scores, Budget(params=0.5, params_scope="model"), multiples=SMALL, minimums=SMALL)
+    least = float(str(error.value).split("at least ")[1].split()[0])
+    plan(
+        scores,
+        Budget(params=least + 1e-4, params_scope="model"),
+        multiples=SMALL,
+        minimums=SMALL,
+    )
+
+
 def test_full_budget_keeps_everything() -> None:
     made = plan(make_scores(make_structure()), Budget(flops=1.0), multiples=SMALL)
     assert all(mask.density == 1 for mask in made.weight_masks.values())
@@ -123,6 +193,8 @@ def test_infeasible_budget_names_the_smallest() -> None:
         {"units": {"heads": -1}},
         {"flops": 0.5, "params": 0.5},
         {"flops": 0.5, "scope": "per_tensor"},
+        {"params": 0.5, "params_scope": "all"},
+        {"flops": 0.5, "params_scope": "model"},
     ],
 )
 def test_bad_budgets(budget: dict[str, object]) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-TIMES = ("step_ms", "step_speedup", "tokens_per_s", "seconds")
+TIMES = ("step_ms", "step_speedup", "tokens_per_s", "seconds", "evaluated_after")
 FILES = {"model", "plan.json", "plan.safetensors", "report.json", "sensitivity.png"}
 
 

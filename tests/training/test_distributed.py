@@ -32,7 +32,16 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-TIMES = {"step_ms", "step_speedup", "tokens_per_s", "seconds", "settings", "events", "losses"}
+TIMES = {
+    "step_ms",
+    "step_speedup",
+    "tokens_per_s",
+    "seconds",
+    "evaluated_after",
+    "settings",
+    "events",
+    "losses",
+}
 
 
 @pytest.fixture
