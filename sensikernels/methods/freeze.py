@@ -16,6 +16,7 @@ from sensikernels.hf import (
     packing_of,
     structure_of,
 )
+from sensikernels.hf.packed.prefix_cache import dropouts
 from sensikernels.masks import Plan
 from sensikernels.methods.base import Method, Run, option
 
@@ -42,9 +43,9 @@ def frozen_lowest(model: nn.Module, share: float) -> Plan:
 def drop_nothing_below(model: nn.Module, share: float) -> None:
     """Switch dropout off in the embeddings and the lowest ``share`` of the layers."""
     frozen = below(model, share)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and name.startswith(frozen):
-            module.p = 0.0
+    lowest = (module for name, module in model.named_modules() if f"{name}." in frozen)
+    for owner, rate in dropouts(lowest):
+        setattr(owner, rate, 0.0)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -21,6 +21,7 @@ from sensikernels._core.errors import UsageError
 from sensikernels.data import geometry
 from sensikernels.hf import ComputeLoss, applied, apply, computed, structure_of
 from sensikernels.hf.callback import TrainerCallback, default_loss
+from sensikernels.hf.trained_flops import trained_flops
 from sensikernels.masks import Budget, Geometry, Plan, StepCosts
 from sensikernels.masks.structure import Structure
 from sensikernels.methods import Method, Run, method
@@ -143,8 +144,8 @@ class SensiCallback(TrainerCallback):
         seen = geometry([computed(self.run.model, inputs)])
         dense = self._dense.at(seen)
         length, plan = seen.mean_length, self.plan
-        if plan is not None and plan.trainable is not None:
-            return round(dense.forward_and_input_flops(length) * seen.tokens)
+        if plan is not None and plan.trainable is not None and not plan.update_masks:
+            return round(trained_flops(self.run.model, seen, plan.trainable) * seen.tokens)
         kept = None if plan is None or not plan.weight_masks else plan.kept_counts()
         return round(dense.flops(length, kept) * seen.tokens)
 
@@ -194,7 +195,7 @@ class SensiCallback(TrainerCallback):
         swap = applied(run.model)
         if resumed is not None:
             run.plan, tensors = resumed
-            if swap is None:
+            if swap is None or tensors:
                 with self._followed(run):
                     self.method.resume(run, tensors)
         elif swap is None:
@@ -212,7 +213,7 @@ class SensiCallback(TrainerCallback):
         run, plan = self._at(state), self.plan
         with torch.random.fork_rng(_devices(run.model)), self._followed(run):
             self.method.begin_step(run)
-        if run.plan is not plan and applied(run.model) is not None:
+        if run.plan is not None and run.plan is not plan and run.plan.weight_masks:
             _forget_best(args, state)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -335,3 +335,28 @@ def test_a_step_time_budgets_own_copies_do_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(model, optimizer)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SubsetAdamW"])
+def test_after_freezing_and_thawing_state_fits_a_fresh_optimizer(name: str) -> None:
+    """Groups keep the model's order, so a resumed run, which froze once, loads what is saved."""
+    model, fresh = make_model(), make_model()
+    optimizers = [PER_ENTRY[name](one.parameters()) for one in (model, fresh)]
+    names = [n for n, _ in model.named_parameters()]
+    last = names[::2]
+    for seed, trainable in enumerate((names[3:9], names[1::3], names[::-1][:7], last)):
+        apply(model, Plan(method="x", trainable=tuple(trainable)), optimizer=optimizers[0])
+        step(model, optimizers[0], seed)
+        if trainable is not last:
+            restore(model, optimizer=optimizers[0])
+    held_names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert held_names == last
+    params = dict(model.named_parameters())
+    assert optimizers[0].param_groups[0]["params"] == [params[n] for n in last]
+    apply(fresh, Plan(method="x", trainable=tuple(last)), optimizer=optimizers[1])
+    fresh.load_state_dict(model.state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for one, optimizer in zip((model, fresh), optimizers, strict=True):
+        step(one, optimizer, 9)
+    for (name, one), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(one, other), name

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from transformers import ModernBertConfig, ModernBertForSequenceClassification
 
 from sensikernels._core.errors import UsageError
 from sensikernels.hf import cache_frozen_prefix, restore_packed, use_packed
@@ -89,6 +90,22 @@ def test_what_trains_or_drops_out_is_refused() -> None:
     model.eval()(**batch)
     with pytest.raises(UsageError, match="expected no dropout in the frozen prefix, got p=0.1"):
         model.train()(**batch)
+    config = ModernBertConfig(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        attention_dropout=0.1,
+        pad_token_id=0,
+    )
+    other = ModernBertForSequenceClassification(config)
+    use_packed(other)
+    for module in (other.model.embeddings, other.model.layers[0]):
+        module.requires_grad_(False)
+    cache_frozen_prefix(other)
+    with pytest.raises(UsageError, match="expected no dropout in the frozen prefix, got p=0.1"):
+        other.train()(**batch)
     model = frozen()
     cache_frozen_prefix(model)
     model.get_parameter("bert.encoder.layer.1.output.dense.bias").requires_grad_(True)

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from sensikernels._core.errors import UsageError
-from sensikernels.hf import restore, training_flops, uncached, use_packed
+from sensikernels.hf import encoder_layers, restore, training_flops, uncached, use_packed
 from sensikernels.masks import Geometry
 from sensikernels.methods import Freeze, Run
 from sensikernels.training.memory import resident_bytes
 from sensikernels.world import World
 from tests.hf.conftest import make_batch, make_model
+from tests.hf.families import draw, make
 
 
 def make_run(**named: int) -> Run:
@@ -46,6 +47,19 @@ def test_what_lies_below_does_not_move_and_flops_are_as_planned() -> None:
     assert counted == pytest.approx(run.plan.flops_planned, rel=0.03)
     restore(run.model)
     assert all(p.requires_grad for p in run.model.parameters())
+
+
+def test_dropout_that_no_module_holds_is_off_below_too() -> None:
+    run = make_run()
+    run.model = make("modernbert", "ForSequenceClassification", attention_dropout=0.3)
+    use_packed(run.model)
+    run.optimizer = torch.optim.AdamW(run.model.parameters())
+    Freeze(share=0.5, cache=True).begin(run)
+    layers = encoder_layers(run.model)
+    half = round(0.5 * len(layers))
+    rates = [layer.attention.attention_dropout for layer in layers]
+    assert rates == [0.0] * half + [0.3] * (len(layers) - half)
+    run.model.train()(**draw("ForSequenceClassification", "modernbert")).loss.backward()
 
 
 def test_a_kept_prefix_drops_nothing_and_counts_as_memory() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from sensikernels._core.errors import UsageError
-from sensikernels.hf import applied
+from sensikernels.hf import applied, structure_of
+from sensikernels.hf.criteria import StepScores
 from sensikernels.masks import Budget, Geometry
 from sensikernels.methods import METHODS, Run, SensiBert, method
 from sensikernels.optim import SubsetAdamW
@@ -23,8 +26,7 @@ def make_run(**named: object) -> Run:
         max_steps=10,
         batches=lambda: [make_batch()],
         geometry=Geometry.uniform(9),
-        budget=Budget(flops=0.6),
-        **named,  # type: ignore[arg-type]
+        **{"budget": Budget(flops=0.6), **named},  # type: ignore[arg-type]
     )
 
 
@@ -81,7 +83,67 @@ def test_needs_a_budget_and_known_options() -> None:
 
 
 def test_methods_by_name() -> None:
-    assert sorted(METHODS) == ["bitfit", "dense", "dps", "freeze", "sensi-bert"]
+    names = "autofreeze bitfit child-tuning dense dps dsee far fewer-layers freeze green-trainer"
+    names += " grow lisa lnsr lora s2ft sensi-bert sift smt"
+    assert sorted(METHODS) == names.split()
     assert method("bitfit", subsets=["query"]).options() == {"subsets": ("query",)}
-    with pytest.raises(UsageError, match="method: expected one of bitfit, dense"):
-        method("lora")
+    with pytest.raises(UsageError, match="method: expected one of autofreeze, bitfit"):
+        method("nothing")
+
+
+@pytest.mark.parametrize("ranking", ["ranked", "random", "reversed"])
+def test_warm_up_steps_rank_without_a_pass(ranking: str) -> None:
+    """The scores are the sums of what each step's weight gradients give; no row is read."""
+    run = make_run(budget=Budget(flops=0.7))
+    run.batches = lambda: pytest.fail("a pass over the ranking rows")
+    used = SensiBert(warmup=0.3, ranking=ranking)
+    seen = StepScores(run.model, structure_of(run.model))
+    used.begin(run)
+    for step in range(run.max_steps):
+        run.step = step
+        used.begin_step(run)
+        assert (used.needs_eager() is None) == (step >= 3)
+        run.model(**make_batch(seed=step)).loss.backward()
+        if run.plan is None:
+            seen.add()
+        used.before_step(run)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        if step >= 4:
+            break
+    assert run.scores is not None
+    assert run.plan is not None
+    wanted = seen.scores(9.0)
+    wanted = {"random": wanted.random(0), "reversed": wanted.reversed()}.get(ranking, wanted)
+    assert run.scores.criterion == wanted.criterion
+    for name, value in wanted.values.items():
+        torch.testing.assert_close(run.scores.values[name], value, rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ranked_on": "rows"},
+        {"criterion": "first-order"},
+        {"statistic": "sum_grad_squared"},
+        {"ranking": "uniform"},
+        {"warmup": 0.0},
+    ],
+)
+def test_other_rankings_read_the_rows(options: dict[str, Any]) -> None:
+    run = make_run(budget=Budget(flops=0.7))
+    read: list[int] = []
+    batches = run.batches
+    run.batches = lambda: read.append(run.step) or batches()  # type: ignore[func-returns-value]
+    train(SensiBert(**{"warmup": 0.3, **options}), run, 5)
+    assert read == [0 if options.get("warmup") == 0.0 else 3]
+    assert run.plan is not None
+
+
+def test_tensors_keep_shares_and_need_a_share() -> None:
+    run = make_run(budget=Budget(flops=0.7))
+    train(SensiBert(warmup=0.3, allocation="tensors"), run, 5)
+    assert run.plan is not None
+    assert run.plan.flops_ratio <= 0.7
+    with pytest.raises(UsageError, match="^allocation: expected units for a budget of units"):
+        SensiBert(allocation="tensors").begin(make_run(budget=Budget(units={"heads": 4})))

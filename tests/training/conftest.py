@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sensikernels.masks import Budget
+from sensikernels.methods import METHODS
 from sensikernels.training import Settings
 from tests.training.tiny import save_tiny
 
@@ -46,7 +47,7 @@ def settings(tiny: Path, tmp_path: Path) -> Callable[..., Settings]:
             "device": "cpu",
             **given,
         }
-        if named["method"] == "sensi-bert" and "budget" not in named:
+        if METHODS[named["method"]].needs_budget and "budget" not in named:
             named["budget"] = Budget(flops=0.6)
         return Settings(**named)
 

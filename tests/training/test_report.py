@@ -34,7 +34,7 @@ def case(request, tiny, tmp_path_factory):
         batch_size=16,
         ranking_rows=64,
         device="cpu",
-        budget=Budget(flops=0.6) if method == "sensi-bert" else None,
+        budget=Budget(flops=0.6) if METHODS[method].needs_budget else None,
     )
     report = finetune(asked)
     assert report == json.loads((asked.output / "report.json").read_text())
@@ -46,13 +46,42 @@ def outside_embeddings(tensors):
     return sum(t.numel() for name, t in tensors.items() if "embeddings." not in name)
 
 
-def may_train(method, name):
-    """The parameters that the method's own paper lets move."""
-    if method == "bitfit":
-        return name.endswith("bias") or name.startswith("classifier")
-    if method == "freeze":
-        return "embeddings." not in name and "layer.0." not in name
-    return True
+def names_of(tensors):
+    return [name for name in tensors if not name.endswith("position_ids")]
+
+
+def plan_of(asked):
+    path = asked.output / "plan.json"
+    return Plan.load(path) if path.exists() else None
+
+
+def trained_last(asked, names):
+    """The share of every parameter's gradient that the plan's last word has computed.
+
+    Single entries of a matrix take its whole gradient; bands and blocks theirs.
+    """
+    plan = plan_of(asked)
+    if plan is None or plan.trainable is None:
+        return dict.fromkeys(names, 1.0)
+    shares = dict.fromkeys(plan.trainable, 1.0)
+    for module, mask in plan.update_masks.items():
+        name = f"{module}.weight".replace(".base_layer", "")
+        shares[name] = 1.0 if mask.block_shape == (1, 1) else mask.density
+    return shares
+
+
+STILL = {
+    "bitfit": lambda name: not (name.endswith("bias") or name.startswith("classifier")),
+    "freeze": lambda name: "embeddings." in name or "layer.0." in name,
+    "lora": lambda name: not ("classifier" in name or "pooler" in name or _adapted(name)),
+    "s2ft": lambda name: "embeddings." in name or "LayerNorm" in name or "query" in name,
+    "grow": lambda name: "_embeddings." in name or "pooler.dense.weight" in name,
+}
+"""By method, the parameters that its own paper leaves alone from the first step to the last."""
+
+
+def _adapted(name):
+    return name.endswith(("query.weight", "value.weight"))
 
 
 def test_parameters(case):
@@ -61,64 +90,95 @@ def test_parameters(case):
     assert counted["dense"] == outside_embeddings(before)
     assert counted["planned"] == outside_embeddings(after)
     assert counted["total"] == sum(t.numel() for t in after.values())
-    trains = [t.numel() for n, t in after.items() if may_train(asked.method, n)]
-    assert counted["trainable"] == sum(trains)
+    if asked.method not in ("lora", "dsee"):  # whose own parameters are merged by then
+        assert counted["trainable"] == trainable_by_hand(asked, after)
     assert report["budget"]["params_ratio"] == counted["planned"] / counted["dense"]
     assert report["saved_model"]["parameters"] == counted["total"]
 
 
+def trainable_by_hand(asked, after):
+    """Entries that train in the last step, of the parameters as saved."""
+    plan = plan_of(asked)
+    masks = {} if plan is None or plan.trainable is None else plan.update_masks
+    kept = {f"{module}.weight": mask.kept_entries for module, mask in masks.items()}
+    shares = trained_last(asked, after)
+    return sum(kept.get(name, after[name].numel()) for name in shares if name in after)
+
+
 def test_what_is_said_to_be_frozen_did_not_move(case):
     asked, _, before, after = case
+    still = STILL.get(asked.method, lambda name: False)
     for name, tensor in after.items():
-        if not may_train(asked.method, name):
+        if still(name):
             assert torch.equal(tensor, before[name]), name
+    moved = [
+        n for n, t in after.items() if t.shape != before[n].shape or not torch.equal(t, before[n])
+    ]
+    assert moved
 
 
 def kept_of(asked, report):
     """Heads and neurons of each layer, from the plan's own grids."""
-    plan = asked.output / "plan.json"
+    if asked.method == "fewer-layers":
+        return [(HIDDEN, NEURONS)] * plan_of(asked).origin["layers"]
     if asked.method != "sensi-bert":
         assert report["kept"] == {}
         return [(HIDDEN, NEURONS)] * LAYERS
-    counts = Plan.load(plan).kept_counts()
+    counts = plan_of(asked).kept_counts()
     assert counts == report["kept"]
     return [(8 * counts[f"layer.{i}.heads"], counts[f"layer.{i}.neurons"]) for i in range(LAYERS)]
 
 
-def flops_by_hand(widths, data, method):
+LINEARS = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "out": "attention.output.dense",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+}
+
+
+def flops_by_hand(widths, data, shares, *, joined=True, rank=0):
     """Training FLOPs of one padded-to-64 epoch, per token, for the packed step.
 
-    Products of the encoder forward and twice backward, of the last layer but K and V on one token
-    a row; a frozen layer costs its forward, a bias-only one no gradient of its weight.
+    Every product forward; the gradient of its input where something below it trains; that of its
+    weight by ``shares``, by name. Query, key and value are one product, and so is their gradient,
+    where they are ``joined``; of the last layer, but K and V on one token a row, those two. ``rank``
+    of the adapters beside query and value.
     """
-    total = 0.0
+    total, reached = 0.0, any("embeddings." in name for name in shares)
     for layer, (across, neurons) in enumerate(widths):
-        last = layer == LAYERS - 1
+        last = layer == len(widths) - 1
         once = data["rows"] if last else data["tokens"]
-        pairs = data["real"] if last else data["squares"]
-        every = 2 * HIDDEN * across * data["tokens"]
-        parts = {
-            "query": 2 * HIDDEN * across * once,
-            "key": every,
-            "value": every,
-            "out": 2 * HIDDEN * across * once,
-            "ffn": 4 * HIDDEN * neurons * once,
-        }
-        products = sum(parts.values())
-        attention = 4 * across * pairs
-        frozen = method == "freeze" and layer == 0
-        if frozen:
-            total += products + attention
-        elif method == "bitfit":
-            total += 2 * products + 3 * attention
-        elif method == "freeze":
-            below = parts["query"] + 2 * every  # their input's gradient goes nowhere
-            total += 3 * products + 3 * attention - below
-        else:
-            total += 3 * products + 3 * attention
-    heads = 2 * HIDDEN * (HIDDEN + LABELS) * data["rows"]
+        rows = dict.fromkeys(LINEARS, once) | {"key": data["tokens"], "value": data["tokens"]}
+        prefix = f"bert.encoder.layer.{layer}."
+        own = {role: shares.get(f"{prefix}{path}.weight", 0.0) for role, path in LINEARS.items()}
+        if joined:
+            together = ("key", "value") if last else ("query", "key", "value")
+            own |= dict.fromkeys(together, max(own[role] for role in together))
+        sizes = {role: 2 * HIDDEN * across for role in ("query", "key", "value", "out")}
+        sizes |= {"up": 2 * HIDDEN * neurons, "down": 2 * HIDDEN * neurons}
+        for role, path in LINEARS.items():
+            if role == "out":  # what attends lies between the projections and its output
+                reached = reached or below
+                total += (
+                    4 * across * (data["real"] if last else data["squares"]) * (1 + 2 * reached)
+                )
+            total += rows[role] * sizes[role] * (1 + reached + own[role])
+            adapted = rank if role in ("query", "value") else 0
+            total += rows[role] * 2 * adapted * (2 * HIDDEN * 2 + HIDDEN + HIDDEN * reached)
+            mine = any(name.startswith(f"{prefix}{path}.") for name in shares) or adapted > 0
+            if role in ("query", "key", "value"):
+                below = mine or (role != "query" and below)
+            else:
+                norm = {"out": "attention.output.LayerNorm", "down": "output.LayerNorm"}.get(role)
+                normed = norm and any(name.startswith(f"{prefix}{norm}.") for name in shares)
+                reached = reached or mine or bool(normed)
     pooler, classifier = 2 * HIDDEN**2 * data["rows"], 2 * HIDDEN * LABELS * data["rows"]
-    total += (2 * pooler + 3 * classifier) if method == "bitfit" else 3 * heads
+    total += pooler * (1 + reached + shares.get("bert.pooler.dense.weight", 0.0))
+    reached = reached or any("pooler." in name for name in shares)
+    total += classifier * (1 + reached + shares.get("classifier.weight", 0.0))
     return total / data["tokens"]
 
 
@@ -137,12 +197,20 @@ def shapes_of(asked):
 
 
 def test_flops(case):
-    asked, report, _, _ = case
+    asked, report, before, _ = case
     data = shapes_of(asked)
     assert data["rows"] == 2 * 96
     flops = report["flops_per_token"]
-    dense = flops_by_hand([(HIDDEN, NEURONS)] * LAYERS, data, "dense")
-    ours = flops_by_hand(kept_of(asked, report), data, asked.method)
+    every = dict.fromkeys(before, 1.0)
+    dense = flops_by_hand([(HIDDEN, NEURONS)] * LAYERS, data, every)
+    swapped = plan_of(asked) is not None and bool(plan_of(asked).update_masks)
+    ours = flops_by_hand(
+        kept_of(asked, report),
+        data,
+        trained_last(asked, before),
+        joined=not swapped,
+        rank=OPTIONS[asked.method]["rank"] if asked.method in ("lora", "dsee") else 0,
+    )
     assert flops["dense"] == pytest.approx(dense, rel=1e-6)
     assert flops["measured"] == pytest.approx(ours, rel=1e-6)
     assert flops["planned"] == pytest.approx(ours, rel=2e-3)

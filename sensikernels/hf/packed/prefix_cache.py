@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -73,8 +73,9 @@ class FrozenPrefixCache:
     def _check(self, prefix: Sequence[nn.Module]) -> None:
         trained = [p for module in prefix for p in module.parameters() if p.requires_grad]
         require(not trained, "model", "a frozen prefix", f"{len(trained)} trained parameters in it")
-        active = [d for d in _dropouts(prefix) if d.training and d.p > 0]
-        require(not active, "model", "no dropout in the frozen prefix", f"p={_rate(active)}")
+        rates = (getattr(owner, name) for owner, name in dropouts(prefix) if owner.training)
+        rate = max(rates, default=0.0)
+        require(rate == 0, "model", "no dropout in the frozen prefix", f"p={rate}")
         called = [type(m).__name__ for module in prefix for m in module.modules() if hooked(m)]
         require(not called, "model", "no hooks in the kept prefix", f"hooks on {called[:3]}")
         made_of = _state_of(prefix)
@@ -168,10 +169,16 @@ def _chosen(
     return part, list(zip(ends[:-1], ends[1:], strict=True))
 
 
-def _dropouts(modules: Sequence[nn.Module]) -> Iterator[nn.Dropout]:
-    for module in modules:
-        yield from (m for m in module.modules() if isinstance(m, nn.Dropout))
+def dropouts(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
+    """Owner and attribute of every rate of dropout in ``modules``.
+
+    That of dropout modules, and the numbers that attentions without such a module read.
+    """
+    for module in (inner for outer in modules for inner in outer.modules()):
+        if isinstance(module, nn.Dropout):
+            yield module, "p"
+        elif isinstance(getattr(module, _ATTENTION, None), float):
+            yield module, _ATTENTION
 
 
-def _rate(active: Sequence[nn.Dropout]) -> float:
-    return active[0].p if active else 0.0
+_ATTENTION = "attention_dropout"
