@@ -32,6 +32,7 @@ HOMES = {
     "sklearn": ("data/",),
     "scipy": ("data/",),
     "seqeval": ("data/",),
+    "peft": ("hf/",),
     "torchmetrics": ("data/",),
     "matplotlib": ("bench/", "training/picture.py", "compare/picture.py"),
     "typer": ("cli/",),

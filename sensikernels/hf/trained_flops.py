@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,7 @@ from sensikernels.masks import Geometry
 from sensikernels.masks.structure import Coupling
 
 _PROJECTIONS = ("query", "key", "value")
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class TrainedFlops:
 
     products: tuple[Product, ...]
     depths: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
     def of(cls, model: nn.Module, geometry: Geometry) -> TrainedFlops:
@@ -72,18 +75,36 @@ class TrainedFlops:
         """
         return _Walk(model, geometry).result()
 
-    def total(self, names: Iterable[str]) -> float:
+    def total(
+        self,
+        names: Iterable[str],
+        *,
+        shares: Mapping[str, float] = _NONE,
+        ranks: Mapping[str, int] = _NONE,
+    ) -> float:
         """Training FLOPs per token where the parameters of these names train.
 
+        ``shares``: of weights in layers of their own, the part whose gradient is computed;
+        ``ranks``: of weights with an adapter beside them, its rank, forward and gradients counted.
         Raises UsageError for a name that is not a parameter's, or where there is none.
         """
-        trained = set(names)
+        trained = {*names, *shares, *ranks}
         unknown = sorted(trained - self.depths.keys())
         require(not unknown, "names", "parameters of the model", unknown[:3])
         require(bool(trained), "names", "at least one parameter", "none")
         lowest = min(self.depths[name] for name in trained)
-        weights = sum(p.flops for p in self.products if not trained.isdisjoint(p.weights))
-        return self.forward() + weights + self.passed_down(lowest)
+        whole = trained.difference(ranks).union(shares)
+        weights = sum(_gradient(p, whole, shares) for p in self.products)
+        adapters = sum(self._adapter(name, rank, lowest) for name, rank in ranks.items())
+        return self.forward() + weights + self.passed_down(lowest) + adapters
+
+    def _adapter(self, name: str, rank: int, lowest: int) -> float:
+        """FLOPs per token of an adapter beside a weight: what it computes, and both gradients."""
+        product = next(p for p in self.products if name in p.weights)
+        out, into = self.shapes[name]
+        rows = product.flops / len(product.weights) / (2 * out * into)
+        reached = lowest <= product.depth
+        return rows * 2 * rank * (2 * (out + into) + out + into * reached)
 
     def forward(self) -> float:
         """FLOPs per token of the forward pass."""
@@ -131,6 +152,17 @@ def trained_flops(model: nn.Module, geometry: Geometry, names: Iterable[str]) ->
     return TrainedFlops.of(model, geometry).total(names)
 
 
+def _gradient(product: Product, whole: Collection[str], shares: Mapping[str, float]) -> float:
+    """FLOPs per token of the gradients of a product's weights.
+
+    Weights of which a share trains have products of their own; others share one gradient.
+    """
+    if shares.keys().isdisjoint(product.weights):
+        return 0.0 if set(whole).isdisjoint(product.weights) else product.flops
+    each = product.flops / len(product.weights)
+    return each * sum(shares.get(name, float(name in whole)) for name in product.weights)
+
+
 class _Walk:
     """Goes through the model's modules as they are defined, which is the order they run in.
 
@@ -168,7 +200,8 @@ class _Walk:
             elif not f"{name}.".startswith((*prefixes, *below)):
                 self._outside(name, module)
         self._check()
-        return TrainedFlops(products=tuple(self.products), depths=self.depths)
+        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        return TrainedFlops(products=tuple(self.products), depths=self.depths, shapes=shapes)
 
     def _beside_layers(self, below: tuple[str, ...]) -> tuple[str, ...]:
         """Names of the modules that lie beside the layers and are read by each of them."""

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sensikernels._core.errors import UsageError
+from sensikernels.hf import apply
 from sensikernels.masks import Budget, Geometry, Plan, Scores, StepCosts
+from sensikernels.optim import SubsetAdamW
 from sensikernels.world import ALONE, World
 
 Batch = Mapping[str, Tensor]
@@ -43,6 +45,19 @@ class Run:
     plan: Plan | None = None
     scores: Scores | None = None
     events: list[str] = field(default_factory=list)
+
+    @property
+    def inner_optimizer(self) -> Any:
+        """The optimizer itself, inside accelerate's wrapper or not."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def subset_adamw(self, who: str) -> SubsetAdamW:
+        """The optimizer, which freezes entries. Raises UsageError for another: ``who`` needs it."""
+        inner = self.inner_optimizer
+        if not isinstance(inner, SubsetAdamW):
+            kind = type(inner).__name__
+            raise UsageError(f"optimizer: expected SubsetAdamW for {who}, got {kind}")
+        return inner
 
 
 def option(default: Any, help: str) -> Any:
@@ -95,6 +110,15 @@ class Method:
     def has_own_loss(self) -> bool:
         """True if the loss is not the model's own."""
         return type(self).loss is not Method.loss
+
+    def settled(self, run: Run) -> bool:
+        """True once the model is the one that the run will save."""
+        return run.plan is not None or not self.needs_budget
+
+    def shape(self, model: nn.Module, plan: Plan) -> None:
+        """Give a fresh ``model`` the layers it had under ``plan``; weights are loaded after it."""
+        if plan.weight_masks or plan.trainable is not None:
+            apply(model, plan)
 
     def needs_eager(self) -> str | None:
         """The reason why no CUDA graph can hold its step; None if one can."""

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from sensikernels._core.bits import unpack_bits
 from sensikernels._core.checks import require, require_one_of
-from sensikernels._core.errors import UsageError
 from sensikernels.hf import checked_loss, encoder_layers, modes_kept, own_loss
 from sensikernels.masks import Mask, Plan
 from sensikernels.methods.base import Method, Run, option
-from sensikernels.methods.dps_mix import generator_of
+from sensikernels.methods.streams import stream
 from sensikernels.ops.select_kept import select_elements
-from sensikernels.optim import SubsetAdamW
 
 VARIANTS = ("D", "F")
+_FREEZES = "child-tuning D without as_published"
 MAX_NORM = 1.0
 """Each parameter's gradient of a batch is clipped to this norm before it is squared."""
 
@@ -55,12 +54,8 @@ class ChildTuning(Method):
 
     def begin(self, run: Run) -> None:
         """Check that the optimizer can do what is asked."""
-        inner = getattr(run.optimizer, "optimizer", run.optimizer)
-        if self._freezes and not isinstance(inner, SubsetAdamW):
-            raise UsageError(
-                "optimizer: expected SubsetAdamW for child-tuning D without as_published, got "
-                f"{type(inner).__name__}"
-            )
+        if self._freezes:
+            run.subset_adamw(_FREEZES)
         self._kept.clear()
 
     def begin_step(self, run: Run) -> None:
@@ -116,8 +111,7 @@ class ChildTuning(Method):
     def _freeze(self, run: Run) -> None:
         if not self._freezes:
             return
-        optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
-        assert isinstance(optimizer, SubsetAdamW)
+        optimizer = run.subset_adamw(_FREEZES)
         parameters = dict(layer_parameters(run.model))
         for name, bits in self._kept.items():
             optimizer.set_kept(parameters[name], ("elements", bits))
@@ -177,7 +171,7 @@ def _mask_anew(run: Run, share: float) -> None:
         if grad is None:
             continue
         if grad.device not in streams:
-            streams[grad.device] = generator_of(run, grad.device)
+            streams[grad.device] = stream(grad.device, run.seed, run.step)
         if grad.is_sparse:  # an entry is drawn once, not once for every token
             grad = parameter.grad = grad.coalesce()
         values = grad.values() if grad.is_sparse else grad

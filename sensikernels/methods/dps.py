@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from sensikernels._core.bits import unpack_bits
 from sensikernels._core.checks import require, require_one_of
-from sensikernels._core.errors import UsageError
 from sensikernels.hf import encoder_layers, head_linears
 from sensikernels.masks import Mask, Plan
 from sensikernels.methods.base import Method, Run, option
 from sensikernels.methods.dps_mix import Mix
 from sensikernels.ops.select_kept import select_elements
-from sensikernels.optim import SubsetAdamW
 
 VARIANTS = ("dense", "mix")
 _SCALE = 1000.0  # the published code divides g² by it; it only rescales
@@ -78,11 +76,8 @@ class DPS(Method):
 
     def begin(self, run: Run) -> None:
         """Check that the optimizer can do what is asked; the weights are the pre-trained ones."""
-        if not self.as_published and not isinstance(_inner(run), SubsetAdamW):
-            raise UsageError(
-                "optimizer: expected SubsetAdamW for dps without as_published, got "
-                f"{type(_inner(run)).__name__}"
-            )
+        if not self.as_published:
+            run.subset_adamw("dps without as_published")
         self._sums.clear()
         if self._mix is not None:
             self._mix.seen.clear()
@@ -220,8 +215,7 @@ class DPS(Method):
     def _freeze(self, run: Run, weight: nn.Parameter, kept: Tensor | None) -> None:
         if self.as_published:
             return
-        optimizer = _inner(run)
-        assert isinstance(optimizer, SubsetAdamW)
+        optimizer = run.subset_adamw("dps without as_published")
         optimizer.set_kept(weight, None if kept is None else ("elements", kept))
 
 
@@ -233,7 +227,3 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{name}.weight": module.weight for name, module in model.named_modules() if name in inside
     }
-
-
-def _inner(run: Run) -> object:
-    return getattr(run.optimizer, "optimizer", run.optimizer)

@@ -6,20 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sensikernels.methods.base import Run
+from sensikernels.methods.streams import stream
 
 _PENALISED_FROM = 50
 """Stages of fewer steps have no frequency penalty, as in the published code."""
-
-
-def generator_of(run: Run, device: torch.device) -> torch.Generator:
-    """A stream of random numbers that follows from the run's seed and step alone."""
-    words = np.random.SeedSequence((run.seed, run.step)).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(words[0] >> 1))
 
 
 def mixed(weight: Tensor, target: Tensor, mask: Tensor, share: float) -> Tensor:
@@ -51,7 +45,7 @@ class Mix:
 
     def draw(self, run: Run, weights: Mapping[str, nn.Parameter]) -> Mapping[str, Tensor]:
         """Draw the columns of each matrix that train in this step: bool ``[in]``, 1 − p of them."""
-        generator = generator_of(run, torch.device("cpu"))
+        generator = stream(torch.device("cpu"), run.seed, run.step)
         self._columns = {
             name: torch.rand(weight.shape[1], generator=generator).ge(self.share).to(weight.device)
             for name, weight in weights.items()

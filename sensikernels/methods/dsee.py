@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sensikernels._core.checks import require, require_one_of
 from sensikernels.hf import apply, encoder_layers, restore
-from sensikernels.hf.adapters import BASE, deltas, inject_lora, merge_lora
-from sensikernels.masks import Mask
+from sensikernels.hf.adapters import BASE, deltas, merge_lora
+from sensikernels.masks import Mask, Plan
 from sensikernels.methods.base import Method, Run, option
-from sensikernels.methods.lora import check_adapters
-from sensikernels.methods.parts import Parts, head_parameters, linears_of, plan_of
+from sensikernels.methods.lora import adapt, check_adapters
+from sensikernels.methods.parts import Parts, head_and_pooler, linears_of, plan_of
 from sensikernels.nn import SelectiveLinear
 from sensikernels.ops.select_kept import select_elements
 
@@ -72,7 +72,7 @@ class DSEE(Method):
 
     def begin_step(self, run: Run) -> None:
         """Prune when the moment has come."""
-        if self.pruning > 0 and run.step == int(self.prune_at * run.max_steps):
+        if self.pruning > 0 and run.step == self._moment(run):
             self._prune(run)
 
     def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
@@ -81,10 +81,22 @@ class DSEE(Method):
         masks = run.plan.update_masks.items()
         self._prepare(run, {name.removesuffix(f".{BASE}"): mask for name, mask in masks})
 
+    def settled(self, run: Run) -> bool:
+        """Not before it is pruned."""
+        return self.pruning == 0 or run.step >= self._moment(run)
+
+    def shape(self, model: nn.Module, plan: Plan) -> None:
+        """Adapters first: the plan names them."""
+        adapt(self, model, seed=0)
+        super().shape(model, plan)
+
     def end(self, run: Run) -> None:
         """Merge S and the adapters, so that the model is a plain one."""
         restore(run.model, optimizer=run.optimizer)
         merge_lora(run.model)
+
+    def _moment(self, run: Run) -> int:
+        return int(self.prune_at * run.max_steps)
 
     @torch.no_grad()
     def _places(self, run: Run, linears: Mapping[str, Any]) -> dict[str, Mask]:
@@ -101,17 +113,10 @@ class DSEE(Method):
         names = tuple(linears_of(run.model, tuple(self.roles)))
         # Single entries take a dense gradient, of which theirs stay.
         whole = dict.fromkeys(places, 1.0)
-        parts = Parts(shares=whole, ranks=dict.fromkeys(names, self.rank))
-        head = head_parameters(run.model)
+        head = head_and_pooler(run.model)
+        parts = Parts(whole=head, shares=whole, ranks=dict.fromkeys(names, self.rank))
         plan = plan_of(run, self.name, parts, origin=self.options() | {"roles": [*self.roles]})
-        added = inject_lora(
-            run.model,
-            names,
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            seed=run.seed,
-        )
+        added = adapt(self, run.model, seed=run.seed)
         run.plan = replace(
             plan,
             update_masks={f"{name}.{BASE}": mask for name, mask in places.items()},

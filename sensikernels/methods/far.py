@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from sensikernels._core.checks import require
-from sensikernels._core.errors import UsageError
 from sensikernels.hf import apply, structure_of
 from sensikernels.hf.criteria import unit_sums
 from sensikernels.masks import Coupling, Mask, Plan
 from sensikernels.methods.base import Method, Run, option
+from sensikernels.methods.parts import Parts, plan_of
 from sensikernels.ops.select_kept import select_kept
-from sensikernels.optim import SubsetAdamW
 
 MULTIPLE = 16
 """Kept neurons of a layer are a multiple of this, where it has as many: a tensor core's tile."""
@@ -50,7 +49,7 @@ class FAR(Method):
 
     def begin(self, run: Run) -> None:
         """Remember the weights of the FFN. Raises UsageError for another optimizer."""
-        _optimizer(run)
+        run.subset_adamw("far")
         weights = _weights(run)
         self._start = {name: weight.detach().clone() for name, weight in weights.items()}
 
@@ -72,31 +71,26 @@ class FAR(Method):
 
     def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
         """Freeze again where the run had frozen already; else remember where it started."""
-        _optimizer(run)
+        run.subset_adamw("far")
         weights = _weights(run)
         self._start = {name: value.to(weights[name].device) for name, value in tensors.items()}
         if run.plan is not None:
             self._apply(run, run.plan)
 
     def _plan(self, run: Run) -> Plan:
-        structure, length = structure_of(run.model).at(run.geometry), run.geometry.mean_length
-        couplings = [c for c in structure.couplings if c.kind == "neurons"]
+        couplings = _neurons(run)
         kept = dict(zip((c.name for c in couplings), self._kept(run, couplings), strict=True))
         masks = {
             m.module: _mask(c, m.axis, m.shape, kept[c.name]) for c in couplings for m in c.members
         }
-        frozen = sum(c.linear(length) * (c.units - int(kept[c.name].sum())) for c in couplings)
-        dense = structure.flops(length)
-        return Plan(
-            method=self.name,
+        trainable = tuple(n for n, p in run.model.named_parameters() if p.requires_grad)
+        return plan_of(
+            run,
+            self.name,
+            Parts(whole=trainable, shares={name: mask.density for name, mask in masks.items()}),
             update_masks=masks,
-            trainable=tuple(n for n, p in run.model.named_parameters() if p.requires_grad),
-            sequence_length=length,
-            flops_dense=dense,
-            flops_planned=dense - frozen,
-            params_dense=structure.params(),
-            params_planned=structure.params(),
-            shapes=structure.shapes(),
+            trainable=trainable,
+            shapes=structure_of(run.model).shapes(),
             origin=self.options() | {"step": run.step},
         )
 
@@ -124,7 +118,7 @@ class FAR(Method):
             if _is_columns(mask) or module.bias is None or not module.bias.requires_grad:
                 continue
             rows = mask.kept.to(module.bias.device)
-            _optimizer(run).set_kept(module.bias, ("rows", rows))
+            run.subset_adamw("far").set_kept(module.bias, ("rows", rows))
 
 
 def priming_steps(max_steps: int, share: float) -> int:
@@ -159,13 +153,5 @@ def _weights(run: Run, *, masters: bool = False) -> dict[str, Tensor]:
     weights: dict[str, Any] = {name: run.model.get_submodule(name).weight for name in modules}
     if not masters:
         return weights
-    state = _optimizer(run).state
+    state = run.subset_adamw("far").state
     return {n: state.get(w, {}).get("master", w.detach()) for n, w in weights.items()}
-
-
-def _optimizer(run: Run) -> SubsetAdamW:
-    """The run's own optimizer. Raises UsageError for one that cannot freeze parts of a bias."""
-    inner = getattr(run.optimizer, "optimizer", run.optimizer)
-    if not isinstance(inner, SubsetAdamW):
-        raise UsageError(f"optimizer: expected SubsetAdamW for far, got {type(inner).__name__}")
-    return inner

@@ -53,6 +53,10 @@ class FewerLayers(Method):
         )
         run.events.append(f"step {run.step}: {depth} layers kept")
 
+    def shape(self, model: nn.Module, plan: Plan) -> None:
+        """As many layers as were kept."""
+        keep_lowest(model, int(plan.origin["layers"]))
+
     def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
         """Dropping needs nothing but the budget."""
         self.begin(run)
@@ -73,7 +77,7 @@ class FewerLayers(Method):
 
 
 def _share(whole: Structure, depth: int, every: int, budget: Budget, length: float) -> float:
-    """FLOPs or parameters of the ``depth`` lowest layers, the last one costing what a last costs."""
+    """The share of the ``depth`` lowest layers, the last of which costs what a last one costs."""
     stays = [c for c in whole.couplings if c.layer < depth - 1 or c.layer == every - 1]
     left = replace(whole, couplings=tuple(stays))
     if budget.params is not None:

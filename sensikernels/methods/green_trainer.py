@@ -84,7 +84,7 @@ class GreenTrainer(Method):
 
     def begin(self, run: Run) -> None:
         """Check optimizer, head and budget. Raises UsageError, naming the smallest ``share``."""
-        inner = _inner(run)
+        inner = run.inner_optimizer
         known = isinstance(inner, (SubsetAdamW, torch.optim.AdamW))
         require(known, "optimizer", "SubsetAdamW or AdamW", type(inner).__name__)
         head = head_of(run.model)
@@ -148,7 +148,7 @@ def _put_back(params: Mapping[str, nn.Parameter]) -> Iterator[None]:
 
 def _trial(run: Run, rate: float) -> SubsetAdamW:
     """An optimizer of the same parameters, settings and moments, which are its own copies."""
-    inner = _inner(run)
+    inner = run.inner_optimizer
     clip = getattr(inner, "max_grad_norm", None)
     groups = [{"params": list(group["params"])} for group in inner.param_groups]
     trial = SubsetAdamW(groups, max_grad_norm=clip)
@@ -169,7 +169,3 @@ def _dot(moved: Tensor, grad: Tensor) -> float:
         grad = grad.coalesce()
         moved, grad = moved[grad.indices()[0]], grad.values()
     return float((moved * grad.float()).sum(dtype=torch.float64))
-
-
-def _inner(run: Run) -> Any:
-    return getattr(run.optimizer, "optimizer", run.optimizer)

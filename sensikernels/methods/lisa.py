@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sensikernels._core.checks import require
 from sensikernels.hf import encoder_layers
 from sensikernels.methods.base import Method, Run, option
+from sensikernels.methods.streams import stream
 from sensikernels.methods.trained import names_of, outside_layers, train_as_planned, train_only
 
 
 def drawn(seed: int, number: int, layers: int, count: int) -> list[int]:
     """``count`` of ``layers`` layers, ascending, each set as likely: of interval ``number``."""
-    words = np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(words[0] >> 1))
+    generator = stream(torch.device("cpu"), seed, number)
     return sorted(torch.randperm(layers, generator=generator)[:count].tolist())
 
 

@@ -17,6 +17,7 @@ from sensikernels.hf.layers import Layer
 from sensikernels.hf.packed.layer import run_layer
 from sensikernels.hf.packed.tokens import Tokens
 from sensikernels.methods.base import Batch, Method, Run, option
+from sensikernels.methods.streams import stream
 
 
 @dataclass(kw_only=True, eq=False)
@@ -80,15 +81,7 @@ class LNSR(Method):
         step, batch = self._drawn
         self._drawn = (run.step, batch + 1 if step == run.step else 0)
         device = next(run.model.parameters()).device
-        return seeded_noise(device, run.seed, run.step, run.world.rank, self._drawn[1])
-
-
-def seeded_noise(device: torch.device, *numbers: int) -> torch.Generator:
-    """A generator seeded by these numbers together: seed, step, process, batch of the step."""
-    mixed = 0
-    for number in numbers:
-        mixed = (mixed * 1_000_003 + number + 1) % (1 << 63)
-    return torch.Generator(device=device).manual_seed(mixed)
+        return stream(device, run.seed, run.step, run.world.rank, self._drawn[1])
 
 
 @dataclass(eq=False)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sensikernels._core.checks import require
 from sensikernels.hf import apply, restore
 from sensikernels.hf.adapters import inject_lora, merge_lora
+from sensikernels.masks import Plan
 from sensikernels.methods.base import Method, Run, option
-from sensikernels.methods.parts import Parts, head_parameters, linears_of, plan_of
+from sensikernels.methods.parts import Parts, head_and_pooler, linears_of, plan_of
 
 
 @dataclass(kw_only=True, eq=False)
@@ -46,26 +48,43 @@ class LoRA(Method):
         """Weights of adapters come with the model's; their places follow from the options."""
         self._prepare(run)
 
+    def shape(self, model: nn.Module, plan: Plan) -> None:
+        """Adapters first: the plan names them."""
+        adapt(self, model, seed=0)
+        super().shape(model, plan)
+
     def end(self, run: Run) -> None:
         """Merge the adapters, so that the model is a plain one."""
         restore(run.model, optimizer=run.optimizer)
         merge_lora(run.model)
 
     def _prepare(self, run: Run) -> None:
-        names = tuple(linears_of(run.model, tuple(self.roles)))
-        parts = Parts(ranks=dict.fromkeys(names, self.rank))
-        head = head_parameters(run.model)
+        head, names = head_and_pooler(run.model), linears_of(run.model, tuple(self.roles))
+        parts = Parts(whole=head, ranks=dict.fromkeys(names, self.rank))
         plan = plan_of(run, self.name, parts, origin=self.options() | {"roles": [*self.roles]})
-        added = inject_lora(
-            run.model,
-            names,
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            seed=run.seed,
-        )
-        run.plan = replace(plan, trainable=(*added, *head))
+        run.plan = replace(plan, trainable=(*adapt(self, run.model, seed=run.seed), *head))
         apply(run.model, run.plan, optimizer=run.optimizer)
+
+
+class Adapters(Protocol):
+    """A method's options for its adapters."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    roles: Sequence[str]
+
+
+def adapt(asked: Adapters, model: nn.Module, *, seed: int) -> tuple[str, ...]:
+    """Put a method's adapters into ``model``; the names of their parameters."""
+    return inject_lora(
+        model,
+        linears_of(model, tuple(asked.roles)),
+        rank=asked.rank,
+        alpha=asked.alpha,
+        dropout=asked.dropout,
+        seed=seed,
+    )
 
 
 def check_adapters(rank: int, alpha: float, dropout: float) -> None:

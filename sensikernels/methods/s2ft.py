@@ -14,7 +14,7 @@ from sensikernels.hf.layers import Layer
 from sensikernels.masks import Mask, Plan, Scores
 from sensikernels.masks.structure import Coupling, Member
 from sensikernels.methods.base import Method, Run, option
-from sensikernels.methods.parts import Parts, head_parameters, plan_of
+from sensikernels.methods.parts import Parts, head_and_pooler, plan_of
 from sensikernels.ops.select_kept import select_kept
 
 SELECTIONS = ("random", "weight", "gradient")
@@ -106,9 +106,9 @@ class S2FT(Method):
         return plan_of(
             run,
             self.name,
-            Parts(shares=shares),
+            Parts(whole=head_and_pooler(run.model), shares=shares),
             update_masks=masks,
-            trainable=(*weights, *head_parameters(run.model)),
+            trainable=(*weights, *head_and_pooler(run.model)),
             shapes=scores.structure.shapes(),
             origin=self.options(),
         )

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sensikernels._core.bits import unpack_bits
 from sensikernels._core.checks import require, require_one_of
-from sensikernels.hf import apply, encoder_layers, packing_of, structure_of
+from sensikernels.hf import apply, structure_of
 from sensikernels.masks import Mask, Plan
 from sensikernels.methods.base import Method, Run, option
+from sensikernels.methods.parts import Parts, linears_of, plan_of
+from sensikernels.methods.trained import head_of
 from sensikernels.nn import SelectiveLinear
 from sensikernels.ops.select_kept import select_elements
 
 ROLES = ("query", "key", "value", "attention_output", "intermediate", "output")
-_JOINED = "query_key_value"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -72,7 +72,7 @@ class SIFT(Method):
         """Choose the entries by the first gradients, and drop these."""
         if run.plan is not None:
             return
-        weights = linears_of(run.model, self.roles)
+        weights = self._weights(run)
         grads = {name: w.grad for name, w in weights.items() if w.grad is not None}
         require(len(grads) == len(weights), "roles", "linears with a gradient", "one without")
         counts = [kept_count(grad.numel(), self.share) for grad in grads.values()]
@@ -99,30 +99,24 @@ class SIFT(Method):
         return "sift reads the gradients of the first step"
 
     def _plan(self, run: Run) -> Plan:
-        model, length = run.model, run.geometry.mean_length
-        structure = structure_of(model).at(run.geometry)
-        weights = linears_of(model, self.roles)
-        dense = structure.flops(length)
-        # The lowest layer's input needs no gradient, as nothing below trains.
-        read = dense - structure.flops_above(length, 0)
-        planned = structure.forward_and_input_flops(length) - read + _gradient_flops(run, weights)
-        return Plan(
-            method=self.name,
-            update_masks={
-                name: Mask.elements(
-                    unpack_bits(self._kept[name], weight.numel()).view(weight.shape)
-                )
-                for name, weight in weights.items()
-            },
-            trainable=(*(f"{name}.weight" for name in weights), *head_parameters(model)),
-            sequence_length=length,
-            flops_dense=dense,
-            flops_planned=planned,
-            params_dense=structure.params(),
-            params_planned=structure.params(),
-            shapes=structure.shapes(),
+        weights, head = self._weights(run), head_of(run.model)
+        masks = {
+            name: Mask.elements(unpack_bits(self._kept[name], weight.numel()).view(weight.shape))
+            for name, weight in weights.items()
+        }
+        return plan_of(
+            run,
+            self.name,
+            Parts(whole=head, shares=dict.fromkeys(weights, 1.0)),  # single entries: all of it
+            update_masks=masks,
+            trainable=(*(f"{name}.weight" for name in weights), *head),
+            shapes=structure_of(run.model).shapes(),
             origin={"share": self.share, "roles": list(self.roles), "step": run.step},
         )
+
+    def _weights(self, run: Run) -> dict[str, Tensor]:
+        linears = linears_of(run.model, self.roles)
+        return {name: linear.weight for name, linear in linears.items()}
 
     def _apply(self, run: Run, plan: Plan) -> None:
         apply(run.model, plan, optimizer=run.optimizer)
@@ -134,55 +128,10 @@ def kept_count(entries: int, share: float) -> int:
     return min(int(share * entries) + 1, entries)
 
 
-def linears_of(model: nn.Module, roles: Sequence[str]) -> dict[str, nn.Parameter]:
-    """The weights of the linears of ``roles`` in every layer, by module name.
-
-    Raises UsageError where the family has one linear of query, key and value and not all three
-    are asked for, or has no linear of a role.
-    """
-    layers = encoder_layers(model)
-    family = layers[0].family
-    wanted = list(roles)
-    if _JOINED in family.linears:
-        three = [role for role in ROLES[:3] if role in wanted]
-        whole = f"query, key and value together for {family.title}"
-        require(len(three) in (0, 3), "roles", whole, ", ".join(three))
-        if three:
-            wanted = [_JOINED, *(role for role in wanted if role not in three)]
-    for role in wanted:
-        known = f"one of {', '.join(family.linears)} for {family.title}"
-        require(role in family.linears, "roles", known, role)
-    linears: dict[str, Any] = {
-        layer.name(role): layer.linear(role) for layer in layers for role in wanted
-    }
-    return {name: linear.weight for name, linear in linears.items()}
-
-
-def head_parameters(model: nn.Module) -> Iterator[str]:
-    """Names of the parameters outside the encoder."""
-    layer = encoder_layers(model)[0]
-    root = layer.prefix.removesuffix(f"{layer.family.layers}.0")
-    return (name for name, _ in model.named_parameters() if not name.startswith(root))
-
-
-def _gradient_flops(run: Run, weights: Mapping[str, Tensor]) -> float:
-    """FLOPs per token of the dense gradients of ``weights``."""
-    layers, packing = encoder_layers(run.model), packing_of(run.model)
-    total = 0.0
-    for name, weight in weights.items():
-        layer = next(one for one in layers if name.startswith(f"{one.prefix}."))
-        keys = [layer.name(role) for role in (*ROLES[1:3], _JOINED) if layer.has(role)]
-        first_tokens = packing is not None and packing.cls_only and layer is layers[-1]
-        once = first_tokens and name not in keys
-        total += 2 * weight.numel() / (run.geometry.tokens_per_sequence if once else 1)
-    return total
-
-
 def _stop_decay(run: Run, plan: Plan) -> None:
     """Let no group that holds chosen entries decay."""
     modules = (run.model.get_submodule(name) for name in plan.update_masks)
     chosen = {id(m.values) for m in modules if isinstance(m, SelectiveLinear)}
-    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
-    for group in optimizer.param_groups:
+    for group in run.inner_optimizer.param_groups:
         if any(id(parameter) in chosen for parameter in group["params"]):
             group["weight_decay"] = 0.0

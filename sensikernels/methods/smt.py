@@ -14,7 +14,7 @@ from sensikernels._core.checks import require
 from sensikernels.hf import apply, checked_loss, modes_kept, own_loss, structure_of
 from sensikernels.masks import Mask, Plan
 from sensikernels.methods.base import Method, Run, option
-from sensikernels.methods.parts import Parts, head_parameters, linears_of, plan_of
+from sensikernels.methods.parts import Parts, head_and_pooler, linears_of, plan_of
 from sensikernels.ops.group_reduce import group_reduce
 from sensikernels.ops.select_kept import select_kept
 
@@ -149,9 +149,12 @@ class SMT(Method):
         return plan_of(
             run,
             self.name,
-            Parts(shares={name: mask.density for name, mask in masks.items()}),
+            Parts(
+                whole=head_and_pooler(run.model),
+                shares={name: mask.density for name, mask in masks.items()},
+            ),
             update_masks=masks,
-            trainable=(*(f"{name}.weight" for name in masks), *head_parameters(run.model)),
+            trainable=(*(f"{name}.weight" for name in masks), *head_and_pooler(run.model)),
             shapes=structure_of(run.model).shapes(),
             origin=self.options() | {"roles": list(self.roles), "block": side, "step": run.step},
         )

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from sensikernels._core.checks import require
 from sensikernels._core.errors import UsageError
 from sensikernels.data import geometry
-from sensikernels.hf import ComputeLoss, applied, apply, computed, structure_of
+from sensikernels.hf import ComputeLoss, applied, computed, structure_of
 from sensikernels.hf.callback import TrainerCallback, default_loss
 from sensikernels.hf.trained_flops import trained_flops
 from sensikernels.masks import Budget, Geometry, Plan, StepCosts
@@ -132,8 +132,8 @@ class SensiCallback(TrainerCallback):
         _know_numbered_cpus()
         self._dense = structure_of(model)
         state, plan = checkpoint.load(Path(folder) / FOLDER, settings=self._identity())
-        if plan is not None and (plan.weight_masks or plan.trainable is not None):
-            apply(model, plan)
+        if plan is not None:
+            self.method.shape(model, plan)
         self._resumed = plan, state["method"]
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
@@ -147,7 +147,8 @@ class SensiCallback(TrainerCallback):
         if plan is not None and plan.trainable is not None and not plan.update_masks:
             return round(trained_flops(self.run.model, seen, plan.trainable) * seen.tokens)
         kept = None if plan is None or not plan.weight_masks else plan.kept_counts()
-        return round(dense.flops(length, kept) * seen.tokens)
+        share = plan.flops_ratio if plan is not None and plan.update_masks else 1.0
+        return round(share * dense.flops(length, kept) * seen.tokens)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin, or go on from where ``prepare`` left off."""

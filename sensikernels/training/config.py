@@ -299,6 +299,8 @@ def _typed(key: str, text: str, default: Any) -> Any:
     if isinstance(default, bool):
         require(text in ("true", "false"), argument, "true or false", repr(text))
         return text == "true"
+    if isinstance(default, int):
+        return _number(argument, text, int)
     if isinstance(default, float):
         return _number(argument, text, float)
     if isinstance(default, tuple):

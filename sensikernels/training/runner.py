@@ -194,7 +194,7 @@ class Runner:
     @property
     def settled(self) -> bool:
         """True once the model is the one that the run will save."""
-        return self.run.plan is not None or not self.method.needs_budget
+        return self.method.settled(self.run)
 
     @contextmanager
     def own_random(self) -> Iterator[None]:

@@ -19,7 +19,8 @@ from sensikernels.hf import use_packed
 from sensikernels.masks import Geometry
 from sensikernels.methods import DPS, Run
 from sensikernels.methods.dps import kept_count, matrices
-from sensikernels.methods.dps_mix import Mix, generator_of, mixed
+from sensikernels.methods.dps_mix import Mix, mixed
+from sensikernels.methods.streams import stream
 from sensikernels.optim import SubsetAdamW
 from tests.hf.conftest import make_batch, make_model
 from tests.hf.families import draw, make
@@ -98,7 +99,7 @@ def test_two_stages_against_the_equations(published: bool, dtype: torch.dtype) -
     for index in range(LENGTH):
         run.step = index
         method.begin_step(run)
-        generator = generator_of(run, torch.device("cpu"))
+        generator = stream(torch.device("cpu"), run.seed, run.step)
         columns = {n: torch.rand(w.shape[1], generator=generator) >= p for n, w in first.items()}
         for name, weight in matrices(run.model).items():
             want = by_hand(raw[name], first[name], columns[name], p)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sensikernels._core.errors import UsageError
 from sensikernels.hf import encoder_layers, use_counter_dropout, use_packed
 from sensikernels.methods import method
-from sensikernels.methods.lnsr import LNSR, seeded_noise
+from sensikernels.methods.lnsr import LNSR
+from sensikernels.methods.streams import stream
 from sensikernels.training.callback import SensiCallback
 from tests.hf.conftest import make_batch, make_model
 from tests.hf.families import draw, make
@@ -53,7 +54,7 @@ def by_equation(
         return loss, made, into[0]
 
     loss, clean, x = forward(None)
-    generator = seeded_noise(x.device, 0, 0, 0, 0)
+    generator = stream(x.device, 0, 0, 0, 0)
     count = -(-int(real.sum()) // 32) * 32
     shape = (count, x.shape[-1]) if packed else x.shape
     drawn = torch.empty(shape).normal_(generator=generator)

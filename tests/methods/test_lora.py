@@ -205,7 +205,8 @@ def make_family(kind: str) -> Any:
 
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        UsageError, match="roles: expected some of query_key_value, .*got query, va"
+        UsageError,
+        match="roles: expected query, key and value together for Mod.*, got query, va",
     ):
         LoRA().begin(family_run("modernbert"))
     run, _ = begun()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sensikernels._core.errors import UsageError
 from sensikernels.hf import compact, training_flops, use_packed
 from sensikernels.methods import method
-from sensikernels.methods.parts import head_parameters
+from sensikernels.methods.parts import head_and_pooler
 from sensikernels.methods.s2ft import S2FT, kept_count
 from tests.hf.conftest import make_batch, make_model
 from tests.hf.families import draw, make
@@ -239,7 +239,7 @@ def test_other_families(kind: str) -> None:
 def test_the_head_trains_for_every_task(kind: str) -> None:
     for head in ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"):
         model = make(kind, head)
-        names = set(head_parameters(model))
+        names = set(head_and_pooler(model))
         outside = {n for n, _ in model.named_parameters() if not n.startswith(root_of(model))}
         assert outside <= names
         assert all(in_head(n) or n.startswith("qa_outputs") for n in names)

@@ -19,7 +19,9 @@ from sensikernels.hf import (
     use_packed,
 )
 from sensikernels.masks import Budget, StepCosts
+from sensikernels.methods import METHODS
 from sensikernels.training import SensiCallback
+from tests.methods.small import OPTIONS
 from tests.training.tiny import trainer_rows
 
 ROWS, BATCH = 96, 8
@@ -183,6 +185,35 @@ def test_resumes_before_and_after_the_trim(make, tmp_path, step):
     assert history(trainer) == history(whole)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, trainer.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "method", ["autofreeze", "child-tuning", "dsee", "fewer-layers", "lisa", "lora", "s2ft", "sift"]
+)
+def test_every_kind_of_method_resumes(make, tmp_path, method):
+    """Layers cut, frozen, swapped or added before the checkpoint; sums that are on the way."""
+    budget = Budget(flops=0.6) if METHODS[method].needs_budget else None
+
+    def begun(name):
+        watcher = SensiCallback(method, budget=budget, ranking_rows=32, **OPTIONS.get(method, {}))
+        trainer = make(watcher, name=name, optimizer=SubsetAdamW if method in MASKED else None)
+        return watcher, trainer
+
+    whole = begun("out")[1]
+    whole.train()
+    folder = tmp_path / "out" / "checkpoint-6"
+    watcher, trainer = begun("again")
+    watcher.prepare(trainer.model, folder)
+    trainer.train(resume_from_checkpoint=str(folder))
+    assert history(trainer) == history(whole)
+    ours, theirs = trainer.model.state_dict(), whole.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(value, ours[name]), name
+
+
+MASKED = ("child-tuning",)
+"""Methods whose masks an optimizer of this package must hold."""
 
 
 def test_bitfit_and_dps_train_under_trainer(make):

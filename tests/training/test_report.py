@@ -144,8 +144,8 @@ def flops_by_hand(widths, data, shares, *, joined=True, rank=0):
 
     Every product forward; the gradient of its input where something below it trains; that of its
     weight by ``shares``, by name. Query, key and value are one product, and so is their gradient,
-    where they are ``joined``; of the last layer, but K and V on one token a row, those two. ``rank``
-    of the adapters beside query and value.
+    where they are ``joined``; of the last layer, on one token a row but for K and V, those two.
+    ``rank``: of the adapters beside query and value.
     """
     total, reached = 0.0, any("embeddings." in name for name in shares)
     for layer, (across, neurons) in enumerate(widths):
@@ -159,9 +159,10 @@ def flops_by_hand(widths, data, shares, *, joined=True, rank=0):
             own |= dict.fromkeys(together, max(own[role] for role in together))
         sizes = {role: 2 * HIDDEN * across for role in ("query", "key", "value", "out")}
         sizes |= {"up": 2 * HIDDEN * neurons, "down": 2 * HIDDEN * neurons}
+        projected = False
         for role, path in LINEARS.items():
             if role == "out":  # what attends lies between the projections and its output
-                reached = reached or below
+                reached = reached or projected
                 total += (
                     4 * across * (data["real"] if last else data["squares"]) * (1 + 2 * reached)
                 )
@@ -170,7 +171,7 @@ def flops_by_hand(widths, data, shares, *, joined=True, rank=0):
             total += rows[role] * 2 * adapted * (2 * HIDDEN * 2 + HIDDEN + HIDDEN * reached)
             mine = any(name.startswith(f"{prefix}{path}.") for name in shares) or adapted > 0
             if role in ("query", "key", "value"):
-                below = mine or (role != "query" and below)
+                projected = projected or mine
             else:
                 norm = {"out": "attention.output.LayerNorm", "down": "output.LayerNorm"}.get(role)
                 normed = norm and any(name.startswith(f"{prefix}{norm}.") for name in shares)
