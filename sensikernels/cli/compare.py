@@ -26,13 +26,17 @@ def _compare(given: dict[str, Any]) -> None:
     from sensikernels.methods import BASELINE
     from sensikernels.training import Settings
 
-    methods = [text.strip() for text in given.pop("methods").split(",")]
+    methods, once = (
+        [text.strip() for text in given.pop(name).split(",") if text.strip()]
+        for name in ("methods", "once")
+    )
     factors, seeds, held_out = (given.pop(n) for n in ("rate_factors", "seeds", "held_out"))
     common = Settings(**given, method=BASELINE.name)
     with progress_lines() as progress:
         content = run(
             common,
             methods,
+            once=once,
             seeds=seeds,
             factors=_factors(factors),
             held_out=held_out,
@@ -55,9 +59,12 @@ def compare(
         str,
         typer.Option(
             help="Contestants, separated by commas: METHOD[@SHARE of the FLOPs][/EPOCHS]"
-            "[:OPTION=VALUE]…, or hf, the stock model on padded batches of like length."
+            "[:OPTION=VALUE]…[:lr=RATE], or hf, the stock model on padded batches of like length."
         ),
     ],
+    once: Annotated[
+        str, typer.Option(help="More contestants, which run with the first seed alone.")
+    ] = "",
     task: o.Task = "demo",
     data_dir: o.DataDir = None,
     train_file: o.TrainFile = None,

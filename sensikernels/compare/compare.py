@@ -28,6 +28,7 @@ def compare(
     common: Settings,
     methods: Sequence[str],
     *,
+    once: Sequence[str] = (),
     seeds: int = 3,
     factors: Sequence[float] = FACTORS,
     held_out: int = HELD_OUT,
@@ -35,11 +36,12 @@ def compare(
 ) -> dict[str, Any]:
     """Run every contestant on ``common``'s task and say what each reaches and costs.
 
-    ``methods``: ``METHOD[@SHARE][/EPOCHS][:OPTION=VALUE]…``, or ``hf``, the stock model on padded
-    batches of like length. ``common`` has the data, the model and the rest of the training; its
-    method, budget, options and learning rates are not used. Learning rates are each method's own
-    times one of ``factors``, chosen on ``held_out`` training rows that share no text with those
-    trained on, never on the development rows, which only the ``seeds`` runs that follow see.
+    ``methods``: ``METHOD[@SHARE][/EPOCHS][:OPTION=VALUE]…[:lr=RATE]``, or ``hf``, the stock model
+    on padded batches of like length; ``once``: more of them, for the first seed alone. ``common``
+    has the data, the model and the rest of the training; its method, budget, options and learning
+    rates are not used. Learning rates are each method's own times one of ``factors``, chosen on
+    ``held_out`` training rows that share no text with those trained on, never on the development
+    rows, which only the runs of the ``seeds`` that follow see.
 
     ``common.output`` gets ``compare.json`` after each run, ``compare.png`` at the end, and a folder
     for each run, so that the same call goes on where one was cut off. Returns what the file holds.
@@ -47,7 +49,7 @@ def compare(
     Raises:
         UsageError: a contestant is none, or a number out of range; what ``finetune`` raises, too.
     """
-    asked = contestants(methods)
+    asked = contestants(methods, once)
     require(type(seeds) is int and seeds >= 1, "seeds", "at least 1", seeds)
     known = bool(factors) and all(0 < factor < 1e6 for factor in factors)
     require(known, "rate_factors", "numbers above 0", list(factors))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,8 @@ from sensikernels.training.config import parse_options
 
 HUGGING_FACE = "hf"
 """The stock model on padded batches of like length, with torch's fused AdamW."""
-FORM = "METHOD[@SHARE][/EPOCHS][:OPTION=VALUE]…"
+FORM = "METHOD[@SHARE][/EPOCHS][:OPTION=VALUE]…[:lr=RATE]"
+_RATE = "lr="
 _TEXT = re.compile(
     r"(?P<name>[\w-]+)(@(?P<share>[\d.]+))?(/(?P<epochs>\d+))?(?P<options>(:[^:]+)*)"
 )
@@ -24,13 +26,18 @@ _TEXT = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """One contestant; ``epochs`` None: those of the comparison. ``share``: of the FLOPs."""
+    """One contestant; ``epochs`` None: those of the comparison. ``share``: of the FLOPs.
+
+    ``rate``: a learning rate that is not to be chosen. ``once``: runs with the first seed alone.
+    """
 
     text: str
     method: str
     share: float | None = None
     epochs: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    rate: float | None = None
+    once: bool = False
 
     @property
     def stock(self) -> bool:
@@ -44,8 +51,8 @@ class Contestant:
 
     @property
     def default_rate(self) -> float:
-        """The method's own learning rate."""
-        return METHODS[self.method].learning_rate
+        """The learning rate given, else the method's own."""
+        return METHODS[self.method].learning_rate if self.rate is None else self.rate
 
     @property
     def run(self) -> str:
@@ -67,15 +74,18 @@ class Contestant:
 
 
 def contestant(text: str) -> Contestant:
-    """A contestant from ``METHOD[@SHARE][/EPOCHS][:OPTION=VALUE]…``, or ``hf[/EPOCHS]``.
+    """A contestant from ``METHOD[@SHARE][/EPOCHS][:OPTION=VALUE]…[:lr=RATE]``, or ``hf``.
 
+    With ``lr`` its learning rate is given, else it is chosen; ``hf`` takes epochs and ``lr`` too.
     Raises UsageError for another form, an unknown method or option, or a share that is none.
     """
     found = _TEXT.fullmatch(text)
     require(found is not None, "methods", f"{FORM} or {HUGGING_FACE}", repr(text))
     assert found is not None
     name, share, epochs = found["name"], found["share"], found["epochs"]
-    pairs = found["options"].split(":")[1:]
+    given = found["options"].split(":")[1:]
+    pairs = [pair for pair in given if not pair.startswith(_RATE)]
+    rates = [pair.removeprefix(_RATE) for pair in given if pair.startswith(_RATE)]
     if name == HUGGING_FACE:
         plain = share is None and not pairs
         require(plain, "methods", f"{HUGGING_FACE} without share and options", repr(text))
@@ -91,15 +101,33 @@ def contestant(text: str) -> Contestant:
         share=None if share is None else _share(text, share),
         epochs=None if epochs is None else int(epochs),
         options=parse_options(name, pairs),
+        rate=_rate(text, rates),
     )
 
 
-def contestants(texts: Sequence[str]) -> tuple[Contestant, ...]:
-    """All of ``texts``. Raises UsageError: there is none, or one twice; as ``contestant``."""
+def contestants(texts: Sequence[str], once: Sequence[str] = ()) -> tuple[Contestant, ...]:
+    """All of ``texts``, and those of ``once`` marked so.
+
+    Raises UsageError: there is none, or one twice; as ``contestant``.
+    """
+    every = [*texts, *once]
     require(len(texts) > 0, "methods", "at least one", "none")
-    twice = sorted({text for text in texts if list(texts).count(text) > 1})
+    twice = sorted({text for text in every if every.count(text) > 1})
     require(not twice, "methods", "each once", twice)
-    return tuple(contestant(text) for text in texts)
+    marked = tuple(replace(contestant(text), once=True) for text in once)
+    return (*(contestant(text) for text in texts), *marked)
+
+
+def _rate(text: str, rates: Sequence[str]) -> float | None:
+    if not rates:
+        return None
+    try:
+        value = float(rates[-1])
+    except ValueError:
+        value = math.nan
+    known = len(rates) == 1 and math.isfinite(value) and value > 0
+    require(known, "methods", "one learning rate above 0", repr(text))
+    return value
 
 
 def _share(text: str, share: str) -> float:

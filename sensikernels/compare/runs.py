@@ -39,6 +39,16 @@ class Entry:
         """Whose settings the run has."""
         return next(iter(self.sides.values()))
 
+    @property
+    def fixed(self) -> bool:
+        """True if no learning rate is to be chosen."""
+        return all(one.rate is not None for one in self.sides.values())
+
+    @property
+    def once(self) -> bool:
+        """True if the first seed is enough."""
+        return all(one.once for one in self.sides.values())
+
 
 @dataclass(kw_only=True, eq=False)
 class Results:
@@ -73,28 +83,38 @@ def run_all(
     """Results after each run; the last are whole.
 
     With several ``factors`` each method's learning rate times them is tried with the first seed on
-    ``held_out`` training rows; the best (of equals the lowest) is taken. One factor tries nothing.
+    ``held_out`` training rows; the best (of equals the lowest) is taken. One factor tries nothing,
+    nor does a contestant whose rate is given.
     Seeds go round all contestants, so that a machine that slows down slows all.
     """
     known, served = Results(), entries(asked)
-    tries = len(factors) if len(factors) > 1 else 0
-    clock = _Clock(len(served) * (tries + seeds), progress)
+    chosen = [entry for entry in served if len(factors) > 1 and not entry.fixed]
+    often = sum(1 if entry.once else seeds for entry in served)
+    clock = _Clock(len(chosen) * len(factors) + often, progress)
     for one in asked:
-        known.rates[one.text] = factors[0] * one.default_rate
-    for entry in served:
-        for factor in factors if tries else ():
-            rates = {side: factor * one.default_rate for side, one in entry.sides.items()}
+        scale = factors[0] if one.rate is None else 1.0
+        known.rates[one.text] = scale * one.default_rate
+    for entry in chosen:
+        for factor in factors:
+            rates = {
+                side: one.default_rate * (factor if one.rate is None else 1.0)
+                for side, one in entry.sides.items()
+            }
             settings = entry.first.settings(replace(common, held_out=held_out), rates)
             folder = common.output / CHOICE / f"{_name(entry)} x{factor:g}"
             report = clock.timed(folder, entry, settings)
             for side, one in entry.sides.items():
                 known.grids.setdefault(one.text, {})[rates[side]] = _value(report, side)
             yield known
-        for one in entry.sides.values() if tries else ():
+        for one in entry.sides.values():
+            if one.rate is not None:
+                continue
             grid = known.grids[one.text]
             known.rates[one.text] = max(sorted(grid), key=lambda rate: grid[rate])
     for seed in range(common.seed, common.seed + seeds):
         for entry in served:
+            if entry.once and seed > common.seed:
+                continue
             rates = {side: known.rates[one.text] for side, one in entry.sides.items()}
             settings = replace(entry.first.settings(common, rates), seed=seed)
             folder = common.output / RUNS / f"{_name(entry)} seed {seed}"

@@ -87,6 +87,7 @@ def _line(name: str, one: Mapping[str, Any], dense: Curve | None) -> dict[str, A
 
 
 def _dense_of(known: Mapping[str, Any]) -> Curve | None:
-    """The mean curve of the dense contestant with the comparison's epochs."""
-    one = known.get(BASELINE.name)
+    """The mean curve of the dense contestant with the comparison's epochs, however it is tuned."""
+    named = (one for name, one in known.items() if name.split(":")[0] == BASELINE.name)
+    one = next(named, None)
     return None if one is None else mean_curve([run["curve"] for run in one["runs"]])

@@ -107,27 +107,6 @@ class Structure:
         trimmable = sum(c.flops(sequence_length) * counts[c.name] for c in self.couplings)
         return trimmable + self.fixed_flops(sequence_length)
 
-    def forward_and_input_flops(self, sequence_length: float) -> float:
-        """Training FLOPs per token when no encoder weight has a gradient."""
-        weights = sum(c.linear(sequence_length) * c.units for c in self.couplings)
-        linear = weights + self.fixed_token_flops
-        return self.flops(sequence_length) - linear
-
-    def flops_above(self, sequence_length: float, depth: int) -> float:
-        """Training FLOPs per token when embeddings and layers below ``depth`` are frozen.
-
-        Forward alone there, and no gradient for what layer ``depth`` reads.
-        """
-        total = self.fixed_flops(sequence_length)
-        for c in self.couplings:
-            unit = c.flops(sequence_length)
-            if c.layer < depth:
-                unit /= TRAIN_FACTOR
-            elif c.layer == depth and c.kind != "neurons":
-                unit -= _reading(c, sequence_length)
-            total += unit * c.units
-        return total
-
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Every weight that can be trimmed, by module name."""
         return {m.module: m.shape for c in self.couplings for m in c.members}
@@ -136,22 +115,6 @@ class Structure:
         """Parameters outside the embeddings with ``kept`` units by coupling name."""
         counts = {c.name: c.units for c in self.couplings} | dict(kept or {})
         return self.fixed_params + sum(c.params * counts[c.name] for c in self.couplings)
-
-
-# Of a kind whose queries ask on first tokens alone: members that still run on every token.
-_ON_EVERY_TOKEN = {"heads": 2, "qk": 1, "vo": 1}
-
-
-def _reading(coupling: Coupling, sequence_length: float) -> float:
-    """Forward FLOPs per token and unit of the members that read the layer's input."""
-    rows = [m.repeats for m in coupling.members if m.axis == 0]
-    readers, lines = sum(rows), sum(m.repeats for m in coupling.members)
-    each = 2 * coupling.members[0].shape[1] * coupling.unit_size
-    if not coupling.key_flops:
-        return coupling.linear_flops - each * (lines - readers)
-    every = readers if max(rows) > 1 else _ON_EVERY_TOKEN[coupling.kind]
-    once = coupling.linear(sequence_length) - each * every
-    return each * every + once * (readers - every) / (lines - every)
 
 
 def coupling_to_json(coupling: Coupling) -> dict[str, Any]:

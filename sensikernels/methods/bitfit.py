@@ -16,8 +16,8 @@ from sensikernels.hf import (
     family_of,
     structure_of,
 )
-from sensikernels.masks import Plan
 from sensikernels.methods.base import Method, Run, option
+from sensikernels.methods.parts import Parts, plan_of
 
 SUBSETS: Mapping[str, tuple[str, ...]] = {
     "all": (),
@@ -74,20 +74,15 @@ class BitFit(Method):
 
         Raises UsageError where nothing but the head would train, unless ``frozen`` asks for it.
         """
-        structure = structure_of(run.model).at(run.geometry)
-        length = run.geometry.mean_length
         names = (name for name, _ in run.model.named_parameters())
         trainable = select(names, self.subsets, family_of(run.model))
         self._require_biases(run.model, trainable)
-        run.plan = Plan(
-            method=self.name,
+        run.plan = plan_of(
+            run,
+            self.name,
+            Parts(whole=trainable),
             trainable=trainable,
-            sequence_length=length,
-            flops_dense=structure.flops(length),
-            flops_planned=structure.forward_and_input_flops(length),
-            params_dense=structure.params(),
-            params_planned=structure.params(),
-            shapes=structure.shapes(),
+            shapes=structure_of(run.model).shapes(),
             origin={"subsets": list(self.subsets)},
         )
         apply(run.model, run.plan, optimizer=run.optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from sensikernels.hf import (
 from sensikernels.hf.packed.prefix_cache import dropouts
 from sensikernels.masks import Plan
 from sensikernels.methods.base import Method, Run, option
+from sensikernels.methods.parts import Parts, plan_of
 
 
 def depth_of(model: nn.Module, share: float) -> int:
@@ -69,21 +70,21 @@ class Freeze(Method):
 
     def begin(self, run: Run) -> None:
         """Freeze before the first step."""
-        model, length = run.model, run.geometry.mean_length
+        model = run.model
         if self.cache:
             require(run.world.size == 1, "cache", "one process", run.world.size)
             require(packing_of(model) is not None, "cache", "packed tokens", "padded ones")
         depth = depth_of(model, self.share)
         require(depth > 0, "share", "at least one layer's", self.share)
-        structure = structure_of(model).at(run.geometry)
-        run.plan = replace(
-            frozen_lowest(model, self.share),
-            sequence_length=length,
-            flops_dense=structure.flops(length),
-            flops_planned=structure.flops_above(length, depth),
-            params_dense=structure.params(),
-            params_planned=structure.params(),
-            shapes=structure.shapes(),
+        upper = frozen_lowest(model, self.share)
+        assert upper.trainable is not None
+        run.plan = plan_of(
+            run,
+            self.name,
+            Parts(whole=upper.trainable),
+            trainable=upper.trainable,
+            shapes=structure_of(model).shapes(),
+            origin=upper.origin,
         )
         apply(model, run.plan, optimizer=run.optimizer)
         kept = ""

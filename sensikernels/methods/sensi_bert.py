@@ -41,6 +41,7 @@ class SensiBert(Method):
     name = "sensi-bert"
     summary = "rank heads and neurons once, trim them, train what is left"
     needs_budget = True
+    learning_rate = 1e-4
 
     warmup: float = option(0.1, "share of the steps that train dense before the trim")
     criterion: str = option("mask-gradient", f"how units are ranked: {', '.join(CRITERIA)}")

@@ -23,9 +23,8 @@ from sensikernels.hf import (
     structure_of,
 )
 from sensikernels.hf.features import has_features
-from sensikernels.hf.trained_flops import trained_flops
-from sensikernels.masks import Plan
 from sensikernels.methods.base import Batch, Run
+from sensikernels.methods.parts import Parts, plan_of
 
 Gradients = Callable[[Batch], Mapping[str, Tensor]]
 
@@ -51,16 +50,12 @@ def train_only(run: Run, names: Iterable[str], *, method: str, **origin: Any) ->
         restore(model, optimizer=run.optimizer)
     trainable = tuple(n for n, p in model.named_parameters() if n in wanted and p.requires_grad)
     require(bool(trainable), "names", "at least one parameter that is not frozen", "none")
-    structure, length = structure_of(model).at(run.geometry), run.geometry.mean_length
-    run.plan = Plan(
-        method=method,
+    run.plan = plan_of(
+        run,
+        method,
+        Parts(whole=trainable),
         trainable=trainable,
-        sequence_length=length,
-        flops_dense=structure.flops(length),
-        flops_planned=trained_flops(model, run.geometry, trainable),
-        params_dense=structure.params(),
-        params_planned=structure.params(),
-        shapes=structure.shapes(),
+        shapes=structure_of(model).shapes(),
         origin=origin,
     )
     apply(model, run.plan, optimizer=run.optimizer)

@@ -105,6 +105,25 @@ def test_runs_choice_table_and_picture(common: Settings, made: list[Settings]) -
     assert said[-1] == "latency of the models"
 
 
+def test_rates_that_are_given_and_one_seed(common: Settings, made: list[Settings]) -> None:
+    content = compare(
+        common,
+        ["dense:lr=1e-3", "bitfit"],
+        once=["freeze:share=0.5"],
+        seeds=2,
+        factors=(1.0, 2.0),
+        held_out=64,
+    )
+    known = content["contestants"]
+    counts = {name: (len(one["grid"]), len(one["runs"])) for name, one in known.items()}
+    assert counts == {"dense:lr=1e-3": (0, 2), "bitfit": (2, 2), "freeze:share=0.5": (2, 1)}
+    assert known["dense:lr=1e-3"]["learning_rate"] == 1e-3
+    assert [run.lr for run in made if run.method == "dense"] == [1e-3, 1e-3]
+    assert {line["contestant"]: line["deviation"] for line in lines(known)}[
+        "freeze:share=0.5"
+    ] is None
+
+
 def test_what_is_done_is_not_done_again(
     common: Settings, made: list[Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:

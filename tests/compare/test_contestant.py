@@ -25,6 +25,13 @@ def test_a_method_with_everything() -> None:
     assert contestant("bitfit").settings(COMMON, {"planned": 1e-3}).epochs == 3
 
 
+def test_a_rate_that_is_given() -> None:
+    one = contestant("lora/4:rank=4:lr=3e-3")
+    assert (one.rate, one.default_rate, one.options) == (3e-3, 3e-3, {"rank": 4})
+    assert contestant("hf/2:lr=1e-4").run == "dense/2:lr=1e-4"
+    assert contestant("lora").default_rate == 3e-4
+
+
 def test_the_stock_model_trains_beside_ours() -> None:
     asked = contestants(["hf", "sensi-bert@0.5", "dense", "hf/5", "dense/2"])
     served = {
@@ -57,6 +64,9 @@ def test_the_stock_model_trains_beside_ours() -> None:
         ("dense/0", "expected at least one epoch"),
         ("hf@0.5", "expected hf without share and options"),
         ("bitfit:colour=red", "bitfit takes subsets; got 'colour'"),
+        ("bitfit:lr=fast", "expected one learning rate above 0"),
+        ("bitfit:lr=0", "expected one learning rate above 0"),
+        ("bitfit:lr=1e-3:lr=1e-4", "expected one learning rate above 0"),
     ],
 )
 def test_what_is_none_is_refused(text: str, expected: str) -> None:
@@ -70,3 +80,6 @@ def test_contestants_are_some_and_each_once() -> None:
         contestants([])
     with pytest.raises(UsageError, match=r"^methods: expected each once, got \['dense'\]"):
         contestants(["dense", "bitfit", "dense"])
+    with pytest.raises(UsageError, match=r"^methods: expected each once, got \['dense'\]"):
+        contestants(["dense"], ["dense"])
+    assert [one.once for one in contestants(["dense"], ["bitfit"])] == [False, True]

@@ -115,22 +115,13 @@ def test_weights_that_are_one_product_have_one_gradient(
     assert len(together.names) == (3 if limit else 1)
 
 
-def test_the_structures_own_formulas_are_special_cases() -> None:
+def test_everything_is_what_the_structure_counts() -> None:
     model, batch = make("bert", HEAD, num_hidden_layers=3), draw(HEAD)
     use_packed(model)
     shapes = seen(model, batch)
-    structure, length = structure_of(model).at(shapes), shapes.mean_length
-    names = names_of(model)
-    costs = TrainedFlops.of(model, shapes)
-    assert costs.total(names) == pytest.approx(structure.flops(length), rel=1e-12)
-    for depth in (1, 2):
-        low = ("bert.embeddings.", *(f"bert.encoder.layer.{i}." for i in range(depth)))
-        upper = [name for name in names if not name.startswith(low)]
-        above = structure.flops_above(length, depth)
-        assert trained_flops(model, shapes, upper) == pytest.approx(above, rel=1e-12)
-    biases = [name for name in names if name.endswith("bias")]
-    no_weight = structure.forward_and_input_flops(length)
-    assert costs.total(biases) == pytest.approx(no_weight, rel=1e-12)
+    structure = structure_of(model).at(shapes)
+    whole = trained_flops(model, shapes, names_of(model))
+    assert whole == pytest.approx(structure.flops(shapes.mean_length), rel=1e-12)
 
 
 MODEL = make("roberta", HEAD, num_hidden_layers=3)
