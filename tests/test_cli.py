@@ -103,7 +103,7 @@ def test_plan_then_finetune_with_it(call, tmp_path):
     ("extra", "code", "said"),
     [
         ("--task sst3", 2, "task: expected one of cola, demo"),
-        ("--method magic", 2, "method: expected one of bitfit"),
+        ("--method magic", 2, "method: expected one of autofreeze, bitfit"),
         ("--flops 0", 2, "budget flops: expected a share above 0 and at most 1, got 0"),
         ("--flops -1", 2, "budget flops: expected a share above 0 and at most 1, got -1"),
         ("--flops 1.5", 2, "budget flops: expected a share above 0 and at most 1, got 1.5"),
@@ -115,7 +115,8 @@ def test_plan_then_finetune_with_it(call, tmp_path):
         ("--costs /nowhere/costs.json", 2, "costs: expected none without a step_time budget"),
         ("--scope layer", 2, "budget scope: expected one of global, per_layer"),
         ("--method bitfit", 2, "budget: expected none for method bitfit"),
-        ("--method-option colour=red", 2, "method-option: sensi-bert takes criterion"),
+        ("--method-option colour=red", 2, "method-option: sensi-bert takes allocation, criterion"),
+        ("--method lora --method-option rank=2.5", 2, "method-option rank: expected a whole number"),
         ("--method-option warmup", 2, "method-option: expected key=value"),
         ("--method-option warmup=x", 2, "method-option warmup: expected a number, got 'x'"),
         ("--method-option warmup=2", 2, "warmup: expected a share of the steps"),
@@ -302,7 +303,7 @@ def test_every_setting_has_an_option_and_reaches_the_report(call, tmp_path):
     from sensikernels.data import load
     from sensikernels.training import Settings
 
-    made_of = {"budget": {"flops", "params", "step_time", "units", "scope"}}
+    made_of = {"budget": {"flops", "params", "step_time", "units", "scope", "params_scope"}}
     made_of["options"] = {"method_option"}
     options = set(signature(finetune).parameters)
     for name in (field.name for field in fields(Settings)):

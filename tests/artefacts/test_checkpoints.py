@@ -109,7 +109,8 @@ def test_every_field_forged(folder, identity, refused):
     for what, spoiled in values(body, 4, seed=2):
         seal(folder, spoiled)
         got = refused(lambda: checkpoint.load(folder, settings=settings), folder, what)
-        assert got is None or text_of(spoiled) == text_of(body) or what[:8] == "('state'", what
+        # An equal number of another kind, 0 for 0.0, says the same.
+        assert got is None or spoiled == body or what[:8] == "('state'", what
     deep = '{"a":' * 3000 + "1" + "}" * 3000
     seal(folder, json.dumps(body)[:-1] + f', "more": {deep}}}')
     assert refused(lambda: checkpoint.load(folder, settings=settings), folder, "deep") is None
