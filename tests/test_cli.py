@@ -116,7 +116,7 @@ def test_plan_then_finetune_with_it(call, tmp_path):
         ("--scope layer", 2, "budget scope: expected one of global, per_layer"),
         ("--method bitfit", 2, "budget: expected none for method bitfit"),
         ("--method-option colour=red", 2, "method-option: sensi-bert takes allocation, criterion"),
-        ("--method lora --method-option rank=2.5", 2, "method-option rank: expected a whole number"),
+        ("--method lora --method-option rank=2.5", 2, "option rank: expected a whole number"),
         ("--method-option warmup", 2, "method-option: expected key=value"),
         ("--method-option warmup=x", 2, "method-option warmup: expected a number, got 'x'"),
         ("--method-option warmup=2", 2, "warmup: expected a share of the steps"),
