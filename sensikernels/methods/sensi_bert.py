@@ -24,16 +24,18 @@ from sensikernels.methods.base import Method, Run, option
 from sensikernels.methods.step_time import by_the_clock
 
 RANKINGS = ("ranked", "uniform", "random", "reversed")
-RANKED_ON = ("steps", "rows")
+RANKED_ON = ("rows", "steps")
 
 
 @dataclass(kw_only=True, eq=False)
 class SensiBert(Method):
     """Train ``warmup`` of the steps dense, rank once, trim, go on.
 
-    ``ranked_on`` ``steps`` adds up the mask gradients of the warm-up's own steps, which costs no
-    pass; ``rows`` takes those of the ranking rows once the warm-up is over, without dropout. Other
-    criteria and statistics, and a run without a warm-up, are ranked on rows.
+    ``ranked_on`` ``rows`` takes the mask gradients of the ranking rows once the warm-up is over,
+    without dropout; ``steps`` adds up those of the warm-up's own steps, which costs no pass and
+    ranks a little worse at small budgets. Other criteria and statistics, and a run without a
+    warm-up, are ranked on rows.
+
     ``ranking`` other than ``ranked`` is a control at the same budget: ``uniform`` keeps the same
     share in every layer (by magnitude), ``random`` and ``reversed`` permute the scores.
     """
@@ -46,7 +48,7 @@ class SensiBert(Method):
     warmup: float = option(0.1, "share of the steps that train dense before the trim")
     criterion: str = option("mask-gradient", f"how units are ranked: {', '.join(CRITERIA)}")
     statistic: str = option("sum_batch_grad_squared", f"of mask gradients: {', '.join(STATISTICS)}")
-    ranked_on: str = option("steps", "mask gradients of the warm-up's steps, or of ranking rows")
+    ranked_on: str = option("rows", "mask gradients of ranking rows, or of the warm-up's steps")
     granularity: str = option("heads", f"units of attention: {', '.join(GRANULARITIES)}")
     allocation: str = option(
         "units", "what competes: units, or tensors, each of which keeps a share by its own score"

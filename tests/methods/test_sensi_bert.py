@@ -96,7 +96,7 @@ def test_warm_up_steps_rank_without_a_pass(ranking: str) -> None:
     """The scores are the sums of what each step's weight gradients give; no row is read."""
     run = make_run(budget=Budget(flops=0.7))
     run.batches = lambda: pytest.fail("a pass over the ranking rows")
-    used = SensiBert(warmup=0.3, ranking=ranking)
+    used = SensiBert(warmup=0.3, ranking=ranking, ranked_on="steps")
     seen = StepScores(run.model, structure_of(run.model))
     used.begin(run)
     for step in range(run.max_steps):
@@ -124,6 +124,7 @@ def test_warm_up_steps_rank_without_a_pass(ranking: str) -> None:
     "options",
     [
         {"ranked_on": "rows"},
+        {},
         {"criterion": "first-order"},
         {"statistic": "sum_grad_squared"},
         {"ranking": "uniform"},
@@ -135,7 +136,11 @@ def test_other_rankings_read_the_rows(options: dict[str, Any]) -> None:
     read: list[int] = []
     batches = run.batches
     run.batches = lambda: read.append(run.step) or batches()  # type: ignore[func-returns-value]
-    train(SensiBert(**{"warmup": 0.3, **options}), run, 5)
+    train(
+        SensiBert(**{"warmup": 0.3, **({"ranked_on": "steps"} if options else {}), **options}),
+        run,
+        5,
+    )
     assert read == [0 if options.get("warmup") == 0.0 else 3]
     assert run.plan is not None
 

@@ -116,7 +116,7 @@ class Once(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
 
 
 def test_a_stream_is_ranked_by_its_first_rows(make: Any) -> None:
-    watcher = sensi(ranked_on="rows")
+    watcher = sensi()
     trainer = make(watcher, dataset=Stream())
     trainer.train()
     trimmed(trainer)
