@@ -100,6 +100,12 @@ def test_killed_while_writing_a_checkpoint(settings, tmp_path):
     assert killed(settings, kills, **given) == whole
 
 
+def test_sums_of_the_warm_up_survive_a_kill(settings, tmp_path):
+    given = {"options": {**options("sensi-bert"), "ranked_on": "steps"}}
+    whole = kept_alive(settings, tmp_path, **given)
+    assert killed(settings, [(STEP, TRIM - 1)], **given) == whole
+
+
 def test_the_command_killed_from_outside_resumes(settings, tiny, tmp_path):
     given = {"checkpoint_every": 1, "epochs": 3, "ranking_rows": 2048}
     whole = settings(output=tmp_path / "whole", **given)
