@@ -1,7 +1,7 @@
 """What a budget costs and gains: ``python -m bench.studies.curve TASK DATA --output DIR``.
 
-MiniLM, bf16, at most 5,000 training rows (of SQuAD 2,000 questions). Dense trains for some epochs,
-half and a quarter of the FLOPs for as many more as take no more seconds. Three seeds of these; one
+MiniLM, bf16, at most 5,000 training rows (of SQuAD 2,000 questions). Dense trains for three epochs,
+half the FLOPs for five, a quarter for eight; the table has the seconds. Three seeds of these; one
 of the controls (uniform, random, reversed, a smaller dense model) and, where asked for, of every
 other method. With ``--choose`` the learning rates of the three are chosen on held-out training
 rows, by the same factors for each; without, they are those that were chosen so. DATA is the folder
