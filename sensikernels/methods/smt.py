@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from sensikernels._core.checks import require
-from sensikernels.hf import apply, checked_loss, modes_kept, own_loss, structure_of
+from sensikernels.hf import apply, structure_of
 from sensikernels.masks import Mask, Plan
 from sensikernels.methods.base import Method, Run, option
 from sensikernels.methods.parts import Parts, head_and_pooler, linears_of, plan_of
+from sensikernels.methods.trained import ranking_gradients
 from sensikernels.ops.group_reduce import group_reduce
 from sensikernels.ops.select_kept import select_kept
 
@@ -104,18 +105,17 @@ class SMT(Method):
 
     def _gradients(self, run: Run) -> dict[str, Tensor]:
         """Gradients of the weights, summed over the ranking batches of all processes."""
-        weights = {name: linear.weight for name, linear in self._linears(run).items()}
-        loss = checked_loss(run.compute_loss or own_loss)
-        sums = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
-        devices = list({w.device for w in weights.values() if w.device.type == "cuda"})
+        weights = {f"{n}.weight": linear.weight for n, linear in self._linears(run).items()}
+        sums = {
+            name.removesuffix(".weight"): torch.zeros_like(w, dtype=torch.float32)
+            for name, w in weights.items()
+        }
         rows = 0
-        with torch.random.fork_rng(devices), modes_kept(run.model), torch.enable_grad():
-            run.model.eval()
+        with ranking_gradients(run, weights) as gradients:
             for batch in run.batches():
                 rows += len(batch["input_ids"])
-                grads = torch.autograd.grad(loss(run.model, batch), list(weights.values()))
-                for name, grad in zip(weights, grads, strict=True):
-                    sums[name] += grad
+                for name, grad in gradients(batch).items():
+                    sums[name.removesuffix(".weight")] += grad
         seen = sum(run.world.gather(rows))
         require(seen > 0, "batches", "at least one batch to sum gradients of", "none")
         run.world.sum_(sums)

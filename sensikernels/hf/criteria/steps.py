@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sensikernels._core.checks import require
 from sensikernels.masks.scores import Scores
 from sensikernels.masks.structure import Coupling, Member, Structure
-from sensikernels.ops.group_reduce import group_reduce
+from sensikernels.ops.group_reduce import GroupTable, group_reduce
 
 STATISTIC = "sum_batch_grad_squared"
 
@@ -33,6 +33,8 @@ class StepScores:
             c.name: torch.zeros(c.units, dtype=torch.float64) for c in structure.couplings
         }
         self._readers = [_reader(c) for c in structure.couplings]
+        self._there: list[int] = []  # the readers that the table is of
+        self._table: GroupTable | None = None
 
     @torch.no_grad()
     def add(self) -> None:
@@ -42,9 +44,11 @@ class StepScores:
         if not there:
             return
         weights = [linears[i].weight for i in there]
-        groups = ["row" if self._readers[i].axis == 0 else "column" for i in there]
+        if there != self._there:
+            groups = ["row" if self._readers[i].axis == 0 else "column" for i in there]
+            self._there, self._table = there, GroupTable(weights, groups=groups)
         sums = group_reduce(
-            weights, [w.grad for w in weights], statistics=("sum_wg",), groups=groups
+            weights, [w.grad for w in weights], statistics=("sum_wg",), table=self._table
         )
         for place, i in enumerate(there):
             coupling, linear = self.structure.couplings[i], linears[i]
