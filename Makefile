@@ -28,7 +28,7 @@ demo: .venv/ready-demo
 	rm -rf runs/demo
 	.venv/bin/sensikernels finetune --task demo --model minilm --method sensi-bert \
 	  --flops 0.35 --compare-dense --output runs/demo --epochs 2 --max-train-samples 1536 \
-	  --batch-size 16 --lr 1e-4 --ranking-rows 512 --method-option warmup=0.3
+	  --batch-size 16 --lr 1e-4 --method-option warmup=0.3
 
 ## test      the suite, then Triton's kernels in its interpreter
 test: test-cpu test-interpret

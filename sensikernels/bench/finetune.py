@@ -68,7 +68,6 @@ PLANS: dict[str, Entry] = {
             "method": "sensi-bert",
             "budget": Budget(flops=0.5),
             "lr": 1e-4,
-            "ranking_rows": 512,
         },
         epochs=1.6,
     ),

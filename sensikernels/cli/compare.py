@@ -75,6 +75,7 @@ def compare(
     doc_stride: o.DocStride = None,
     model: o.Model = "minilm",
     max_train_samples: o.MaxTrain = None,
+    max_eval_samples: o.MaxEval = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Repetitions.")] = 3,
     rate_factors: Annotated[
         str,
@@ -87,7 +88,7 @@ def compare(
     ] = 1000,
     epochs: o.Epochs = 1,
     batch_size: o.BatchSize = 32,
-    ranking_rows: o.Ranking = 2048,
+    ranking_rows: o.Ranking = 512,
     weight_decay: o.WeightDecay = 0.01,
     dtype: o.Dtype = "fp32",
     max_length: o.MaxLength = None,

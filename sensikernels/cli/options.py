@@ -88,6 +88,7 @@ Predict = Annotated[
     ),
 ]
 MaxTrain = Annotated[int | None, _task(help="Train on this many rows, drawn by --seed.")]
+MaxEval = Annotated[int | None, _task(help="Score this many development rows, always the same.")]
 
 HeldOut = Annotated[
     int | None,

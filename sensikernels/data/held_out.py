@@ -11,7 +11,7 @@ from sensikernels._core.checks import require
 from sensikernels.data.kinds.base import Kind
 
 SEED = 20_230_714
-"""Of the draw of held-out rows, whatever the run's own seed: every run is judged by the same."""
+"""Of the draw of rows to score, whatever the run's own seed: every run is judged by the same."""
 _SHORT = 4  # words; shorter texts are part of any other
 
 

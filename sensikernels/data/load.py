@@ -15,6 +15,7 @@ from sensikernels._core.checks import require, require_one_of
 from sensikernels._core.errors import DataError, UsageError
 from sensikernels.data import demo
 from sensikernels.data.columns import Columns, find_columns, from_dataset
+from sensikernels.data.held_out import SEED
 from sensikernels.data.held_out import held_out as hold_out
 from sensikernels.data.kinds import Settled, kind_of
 from sensikernels.data.sources import DEV, TRAIN, choose, read_file, read_hub
@@ -94,12 +95,14 @@ def load_splits(
     places: Places,
     *,
     max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
     held_out: int | None = None,
     seed: int = 0,
 ) -> Settled:
     """Both splits of any task, and the task with what its rows say: labels and metrics.
 
-    ``max_train_samples`` training rows are drawn as in ``load``; labels are those of all rows.
+    ``max_train_samples`` training rows are drawn as in ``load``, ``max_eval_samples`` development
+    rows likewise, the same ones for every ``seed``; labels are those of all rows.
     ``held_out`` training rows take the development rows' place, to choose settings by.
     Raises UsageError and DataError as ``load`` and ``from_dataset`` do.
     """
@@ -125,7 +128,8 @@ def load_splits(
     notes = (*notes, *settled.notes)
     if held_out is None:
         chosen = _drawn(settled.train, max_train_samples, seed)
-        return replace(settled, train=chosen, notes=notes)
+        scored = _drawn(settled.dev, max_eval_samples, SEED)
+        return replace(settled, train=chosen, dev=scored, notes=notes)
     kept, held = hold_out(kind_of(task), settled.train, held_out, max_train_samples, seed)
     return replace(settled, train=kept, dev=held, notes=(*notes, f"held out: {len(held):,} rows"))
 

@@ -27,6 +27,7 @@ class Run:
     training batches for ranking, the same ones at every call; ``geometry`` is that of the batches
     to train on. ``make_optimizer`` gives a copy of the model an optimizer like the run's, to time
     steps for a ``step_time`` budget; ``costs`` were measured earlier (None: measured when needed).
+    ``trimmed_at``: the step before which this run itself trimmed the model.
     ``compute_loss``: the loss of a model and a batch to rank by (None: the model's own).
     """
 
@@ -43,6 +44,7 @@ class Run:
     seed: int = 0
     step: int = 0
     plan: Plan | None = None
+    trimmed_at: int | None = None
     scores: Scores | None = None
     events: list[str] = field(default_factory=list)
 
@@ -102,6 +104,10 @@ class Method:
         """The loss [] of a batch, of ``forward``: ``run.model``, or DDP or FSDP around it."""
         loss: Tensor = forward(**batch).loss
         return loss
+
+    def rate_factor(self, run: Run) -> float:
+        """What the schedule's learning rate of this step is multiplied by."""
+        return 1.0
 
     def end(self, run: Run) -> None:
         """Make ``run.model`` one that can be saved plain, after its last step and measurements."""

@@ -36,6 +36,9 @@ class SensiBert(Method):
     ranks a little worse at small budgets. Other criteria and statistics, and a run without a
     warm-up, are ranked on rows.
 
+    After the trim the learning rate rises again over ``rewarm`` of the steps, as the moments and
+    the loss are no longer those of the whole model.
+
     ``ranking`` other than ``ranked`` is a control at the same budget: ``uniform`` keeps the same
     share in every layer (by magnitude), ``random`` and ``reversed`` permute the scores.
     """
@@ -46,6 +49,7 @@ class SensiBert(Method):
     learning_rate = 1e-4
 
     warmup: float = option(0.1, "share of the steps that train dense before the trim")
+    rewarm: float = option(0.05, "share of the steps in which the rate rises again after the trim")
     criterion: str = option("mask-gradient", f"how units are ranked: {', '.join(CRITERIA)}")
     statistic: str = option("sum_batch_grad_squared", f"of mask gradients: {', '.join(STATISTICS)}")
     ranked_on: str = option("rows", "mask gradients of ranking rows, or of the warm-up's steps")
@@ -62,6 +66,7 @@ class SensiBert(Method):
 
     def __post_init__(self) -> None:
         require(0 <= self.warmup < 1, "warmup", "a share of the steps in [0, 1)", self.warmup)
+        require(0 <= self.rewarm <= 1, "rewarm", "a share of the steps in [0, 1]", self.rewarm)
         require_one_of(self.ranking, "ranking", RANKINGS)
         require_one_of(self.ranked_on, "ranked_on", RANKED_ON)
         require_one_of(self.criterion, "criterion", CRITERIA)
@@ -99,6 +104,13 @@ class SensiBert(Method):
         """Steps before the trim."""
         return int(self.warmup * run.max_steps)
 
+    def rate_factor(self, run: Run) -> float:
+        """Rises to 1 over the steps that follow the trim."""
+        if run.trimmed_at is None:
+            return 1.0
+        done = run.step - run.trimmed_at + 1
+        return min(1.0, done / max(1.0, self.rewarm * run.max_steps))
+
     def begin_step(self, run: Run) -> None:
         """Rank and trim once the warm-up is over."""
         if run.plan is not None or run.step < self.warmup_steps(run):
@@ -126,7 +138,7 @@ class SensiBert(Method):
     def resume(self, run: Run, tensors: Mapping[str, Tensor]) -> None:
         """Trim at once where the run had trimmed already; else go on with the ranking."""
         if run.plan is not None:
-            self._trim(run, run.plan)
+            apply(run.model, run.plan, optimizer=run.optimizer)
         elif self._on_steps(run):
             self._seen = self._step_scores(run)
             self._seen.load(tensors)
@@ -182,7 +194,7 @@ class SensiBert(Method):
 
     def _trim(self, run: Run, chosen: Plan) -> None:
         apply(run.model, chosen, optimizer=run.optimizer)
-        run.plan = chosen
+        run.plan, run.trimmed_at = chosen, run.step
         met = chosen.origin.get("step_time")
         timed = "" if met is None else f", step time x{met['met']:.3f}"
         run.events.append(f"step {run.step}: trimmed to FLOPs x{chosen.flops_ratio:.4f}{timed}")

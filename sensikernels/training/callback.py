@@ -88,7 +88,7 @@ class SensiCallback(TrainerCallback):
         method_: str | Method = "sensi-bert",
         *,
         budget: Budget | None = None,
-        ranking_rows: int = 2048,
+        ranking_rows: int = 512,
         sequence_length: float | None = None,
         costs: StepCosts | None = None,
         compute_loss: ComputeLoss | None = None,
@@ -107,8 +107,9 @@ class SensiCallback(TrainerCallback):
         self.run: Run | None = None
         self.world = ALONE
         self._trainer: Any = None
+        self._rates: list[Any] | None = None
         self._dense: Structure | None = None
-        self._resumed: tuple[Plan | None, Mapping[str, Tensor]] | None = None
+        self._resumed: tuple[Plan | None, Mapping[str, Tensor], int | None] | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -134,7 +135,7 @@ class SensiCallback(TrainerCallback):
         state, plan = checkpoint.load(Path(folder) / FOLDER, settings=self._identity())
         if plan is not None:
             self.method.shape(model, plan)
-        self._resumed = plan, state["method"]
+        self._resumed = plan, state["method"], state["trimmed_at"]
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Training FLOPs of one batch under the plan in force."""
@@ -195,7 +196,7 @@ class SensiCallback(TrainerCallback):
         resumed, self._resumed = self._resumed, None
         swap = applied(run.model)
         if resumed is not None:
-            run.plan, tensors = resumed
+            run.plan, tensors, run.trimmed_at = resumed
             if swap is None or tensors:
                 with self._followed(run):
                     self.method.resume(run, tensors)
@@ -218,8 +219,19 @@ class SensiCallback(TrainerCallback):
             _forget_best(args, state)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gradients are ready."""
-        self.method.before_step(self._at(state))
+        """Gradients are ready; the step's learning rate is the schedule's times the method's."""
+        run = self._at(state)
+        self.method.before_step(run)
+        groups, factor = run.optimizer.param_groups, self.method.rate_factor(run)
+        self._rates = [group["lr"] for group in groups] if factor != 1 else None
+        for group in groups if self._rates else ():
+            group["lr"] = group["lr"] * factor
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The learning rates are the schedule's again, which goes on from them."""
+        rates, self._rates = self._rates, None
+        for group, rate in zip(self._at(state).optimizer.param_groups, rates or (), strict=False):
+            group["lr"] = rate
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put plan and method state beside the Trainer's checkpoint."""
@@ -228,7 +240,7 @@ class SensiCallback(TrainerCallback):
             return
         target = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
         with writing(target) as folder:
-            content = {"method": self.method.state()}
+            content = {"method": self.method.state(), "trimmed_at": run.trimmed_at}
             checkpoint.write(folder, run.step, content, settings=self._identity(), plan=run.plan)
 
     @contextmanager

@@ -29,7 +29,7 @@ from sensikernels._core.files import (
 from sensikernels.masks import Plan
 from sensikernels.training.output import CHECKPOINTS
 
-FORMAT = 5
+FORMAT = 6
 STATE, TENSORS, PLAN, GRIDS = "state.json", "state.safetensors", "plan.json", "plan.safetensors"
 
 

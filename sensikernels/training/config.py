@@ -34,6 +34,7 @@ _COUNTS = {
     "pad_to_multiple": (1, 1 << 16),
     "ranking_rows": (1, 1 << 31),
     "max_train_samples": (1, 1 << 31),
+    "max_eval_samples": (1, 1 << 31),
     "held_out": (1, 1 << 31),
     "seed": (0, (1 << 63) - 1),
     "checkpoint_every": (0, 1 << 31),
@@ -44,7 +45,13 @@ _COUNTS = {
     "early_stopping_patience": (1, 1 << 31),
     "doc_stride": (0, 1 << 20),
 }
-_OPTIONAL = ("max_train_samples", "held_out", "early_stopping_patience", "doc_stride")
+_OPTIONAL = (
+    "max_train_samples",
+    "max_eval_samples",
+    "held_out",
+    "early_stopping_patience",
+    "doc_stride",
+)
 _LARGEST = 1e30
 # What may differ between a run and its continuation.
 _FREE = ("output", "resume", "checkpoint_every", "data_dir", "device", "parallel", "report_to")
@@ -63,6 +70,7 @@ class Settings:
     alone, which every run has. ``ranking_rows`` of the training data rank the units; with ``plan``,
     a saved plan, nothing is ranked and its budget is the run's. ``held_out`` training rows take the
     place of the development rows, to choose settings by; none shares a text with those trained on.
+    ``max_eval_samples`` of the development rows are scored, the same ones whatever the ``seed``.
     ``costs``: a table of ``sensikernels tune`` for a ``step_time`` budget, else measured anew.
     ``batch_size`` is that of all processes together; ``parallel`` says how several train: copies
     of the model (``ddp``) or shards of it (``fsdp``).
@@ -98,6 +106,7 @@ class Settings:
     data_dir: Path | None = None
     epochs: int = 1
     max_train_samples: int | None = None
+    max_eval_samples: int | None = None
     held_out: int | None = None
     batch_size: int = 32
     lr: float | None = None
@@ -114,7 +123,7 @@ class Settings:
     packed: bool = True
     pad_to_multiple: int = 8
     max_length: int | None = None
-    ranking_rows: int = 2048
+    ranking_rows: int = 512
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     schedule: str | None = None
@@ -217,6 +226,8 @@ class Settings:
             column = getattr(self, option)
             require(columns or column is None, option, f"none for task {name}", column)
         if self.predict is not None:
+            some = self.max_eval_samples
+            require(some is None, "predict", "none beside max_eval_samples", self.predict)
             kind_of(task).check_file(task, self.predict)
 
     def _check_budget(self) -> None:

@@ -66,6 +66,7 @@ class Data:
             settings.task,
             _places(settings, given),
             max_train_samples=settings.max_train_samples,
+            max_eval_samples=settings.max_eval_samples,
             held_out=settings.held_out,
             seed=settings.seed,
         )

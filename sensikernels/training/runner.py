@@ -121,8 +121,9 @@ class Runner:
     def _set_rate(self) -> None:
         run = self.run
         rate = self.schedule.rate(self.learning_rate, run.step - self.amp.skipped, run.max_steps)
+        factor = self.method.rate_factor(run)
         for group in run.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * factor
 
     def _eager(self, batches: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tensor:
         run = self.run
@@ -218,6 +219,7 @@ class Runner:
             "method": self.method.state(),
             "random": self.world.gather(self._random),
             "step": self.run.step,
+            "trimmed_at": self.run.trimmed_at,
             "events": list(self.run.events),
             "best": self.best.state(),
             "amp": self.amp.state(),
@@ -226,7 +228,7 @@ class Runner:
 
     def check_state(self, state: Mapping[str, Any], step: int) -> None:
         """Raise UsageError unless ``state`` can be one of this runner after ``step`` steps."""
-        known = {"model", "optimizer", "method", "random", "step", "events", "best", "amp", *_KEPT}
+        known = {"model", "optimizer", "method", "random", *_OF_RUN, "best", "amp", *_KEPT}
         require(state.keys() == known, "state", sorted(known), sorted(state))
         for name in ("losses", "step_ms"):
             values = state[name]
@@ -234,6 +236,8 @@ class Runner:
             require(ok, name, f"{step} numbers", f"{len(values)} values")
         at = state["changed_at"]
         require(type(at) is int and 0 <= at <= step == state["step"], "changed_at", step, at)
+        at = state["trimmed_at"]
+        require(at is None or (type(at) is int and 0 <= at <= step), "trimmed_at", step, at)
         require(all(isinstance(e, str) for e in state["events"]), "events", "lines", "others")
         numbers = [state["seconds"], *state["epochs"], dict(enumerate(state["evaluated_after"]))]
         ok = all(type(v) is float for values in numbers for v in values.values())
@@ -254,7 +258,7 @@ class Runner:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``; ``run.plan`` is set already."""
         run = self.run
-        run.step = state["step"]
+        run.step, run.trimmed_at = state["step"], state["trimmed_at"]
         self.method.resume(run, state["method"])
         for name, value in run.model.state_dict().items():
             got = state["model"][name].dtype
@@ -281,6 +285,7 @@ class Runner:
             self.seconds[what] += time.perf_counter() - start
 
 
+_OF_RUN = ("step", "trimmed_at", "events")
 _KEPT = (
     "losses",
     "step_ms",

@@ -87,6 +87,16 @@ def test_a_run_trains_and_is_scored_on_training_rows() -> None:
     assert "held out: 30 rows" in settled.notes
 
 
+def test_the_same_development_rows_are_scored_by_every_seed() -> None:
+    whole = load("demo", split="dev")
+    drawn = [load_splits("demo", Places(), max_eval_samples=30, seed=s).dev for s in (0, 1)]
+    assert drawn[0].texts_a == drawn[1].texts_a
+    assert len(drawn[0]) == 30 < len(whole)
+    assert set(drawn[0].texts_a) <= set(whole.texts_a)
+    every = load_splits("demo", Places(), max_eval_samples=10**6).dev
+    assert every.texts_a == whole.texts_a
+
+
 def test_too_many_are_refused() -> None:
     with pytest.raises(UsageError, match="^held_out: expected fewer than the 3 training rows, got"):
         held_out(SEQUENCES, rows_of(["a", "b", "c"]), 3, None, 0)

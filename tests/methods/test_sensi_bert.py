@@ -23,10 +23,9 @@ def make_run(**named: object) -> Run:
     return Run(
         model=model,
         optimizer=SubsetAdamW(model.parameters(), lr=1e-3),
-        max_steps=10,
         batches=lambda: [make_batch()],
         geometry=Geometry.uniform(9),
-        **{"budget": Budget(flops=0.6), **named},  # type: ignore[arg-type]
+        **{"max_steps": 10, "budget": Budget(flops=0.6), **named},  # type: ignore[arg-type]
     )
 
 
@@ -54,6 +53,23 @@ def test_trims_when_the_warm_up_ends(ranking: str) -> None:
     if ranking == "uniform":
         counts = list(run.plan.kept_counts().values())
         assert counts[:2] == counts[2:]
+
+
+def test_the_rate_rises_again_after_the_trim() -> None:
+    run, chosen = make_run(max_steps=20), SensiBert(warmup=0.3, rewarm=0.25, multiples=SMALL)
+    chosen.begin(run)
+    factors = []
+    for run.step in range(20):
+        chosen.begin_step(run)
+        factors.append(chosen.rate_factor(run))
+    assert factors == [*[1] * 6, *[pytest.approx(k / 5) for k in range(1, 6)], *[1] * 9]
+    assert run.trimmed_at == 6
+    for rewarm in (0.0, 0.05):
+        assert SensiBert(rewarm=rewarm).rate_factor(run) == 1
+    run.trimmed_at, run.step = None, 6
+    assert chosen.rate_factor(run) == 1  # another run trimmed
+    with pytest.raises(UsageError, match="rewarm: expected a share"):
+        SensiBert(rewarm=1.5)
 
 
 def test_resume_trims_at_once() -> None:

@@ -72,7 +72,7 @@ def make(tiny, tmp_path):
 
 def callback(**given):
     return SensiCallback(
-        "sensi-bert", budget=Budget(flops=0.6), warmup=0.35, ranking_rows=64, **given
+        "sensi-bert", budget=Budget(flops=0.6), warmup=0.35, rewarm=0.5, ranking_rows=64, **given
     )
 
 
@@ -105,6 +105,24 @@ def test_trims_goes_on_and_compacts_bit_equal(make, tmp_path):
     with torch.no_grad():
         assert torch.equal(small(**batch).logits, loaded(**batch).logits)
         torch.testing.assert_close(small(**batch).logits, model.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("optimizer", [SubsetAdamW, torch.optim.SGD])
+def test_the_rate_rises_again_after_the_trim(make, optimizer):
+    """The optimizer sees the Trainer's schedule times the method's factor; the Trainer its own."""
+    trainer = make(callback(), optimizer=lambda p: optimizer(p, lr=1e-3))
+    seen = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"])
+    )
+    trainer.train()
+    plain = [1e-3 * (1 - step / STEPS) for step in range(STEPS)]
+    rising = [min(1, max(step - 3, 0) / 6) if step >= 4 else 1 for step in range(STEPS)]
+    assert seen == pytest.approx(
+        [rate * factor for rate, factor in zip(plain, rising, strict=True)], rel=1e-12
+    )
+    shown = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
+    assert shown == pytest.approx(plain, rel=1e-12)
 
 
 def test_flops_are_those_that_run(make):
@@ -267,6 +285,6 @@ def test_bad_use_is_told_at_once(make, tiny, tmp_path):
     with pytest.raises(CheckpointError, match="state.json"):
         watcher.prepare(trainer.model, tmp_path)
     trainer.train()
-    other = SensiCallback("sensi-bert", budget=Budget(flops=0.7), warmup=0.35)
+    other = SensiCallback("sensi-bert", budget=Budget(flops=0.7), warmup=0.35, rewarm=0.5)
     with pytest.raises(CheckpointError, match="budget: expected"):
         other.prepare(load_model(tiny, labels=2), tmp_path / "out" / "checkpoint-6")

@@ -41,7 +41,7 @@ def killed(settings, kills, **given):
 
 def options(method):
     named = {
-        "sensi-bert": {"warmup": 0.35},
+        "sensi-bert": {"warmup": 0.35, "rewarm": 0.5},
         "dps": {"update_ratio": 0.25},
         "freeze": {"share": 0.5, "cache": True},
     }

@@ -208,6 +208,7 @@ BAD = {
     "max_length": (0, 7, 10**9),
     "ranking_rows": (0, 10**12),
     "max_train_samples": (0, -5, 10**12, 1.5),
+    "max_eval_samples": (0, -5, 10**12, 1.5),
     "pad_to_multiple": (0, 10**9),
     "checkpoint_every": (-1, 10**12, None),
     "lr": (-1.0, float("nan"), float("inf"), 1e308),
