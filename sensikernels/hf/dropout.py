@@ -144,13 +144,18 @@ def use_counter_dropout(model: nn.Module) -> tuple[str, ...]:
 
 
 def restore_dropout(model: nn.Module) -> None:
-    """Undo ``use_counter_dropout``. Raises UsageError if it is not in use."""
+    """Undo ``use_counter_dropout``, in the modules that are still there.
+
+    Raises UsageError if it is not in use.
+    """
     record = getattr(model, ATTENTION_RECORD, None)
     if record is None:
         raise UsageError("model: expected counter dropout in use, got torch's")
     names, implementation = record
-    for name in names:
-        model.get_submodule(name).__class__ = nn.Dropout
+    swapped = set(names)
+    for name, module in model.named_modules():
+        if name in swapped:
+            module.__class__ = nn.Dropout
     set_attention(model, implementation)
     object.__delattr__(model, ATTENTION_RECORD)
 

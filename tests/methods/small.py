@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "fewer-layers": {"layers": "1"},
     "freeze": {"share": 0.5},
     "dps": {"update_ratio": 0.25},
     "sensi-bert": {"warmup": 0.35},
