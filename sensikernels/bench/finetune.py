@@ -181,10 +181,9 @@ def _hugging_face(settings: Settings) -> Racer:
 
 
 def _ours(common: Settings, entry: Entry) -> Racer:
-    given = {"lr": None, **entry.settings, "epochs": math.ceil(entry.epochs)}
+    given = {"lr": None, **entry.settings, "epochs": entry.epochs}
     session = prepare(replace(common, **given))
     data = _shuffled(session.data, common, packed=True)
-    session.runner.run.max_steps = round(entry.epochs * data.steps_per_epoch)
     batches = (batch for epoch in count() for batch in data.epoch(epoch))
     return Racer(runner=session.runner, data=data, batches=batches)
 

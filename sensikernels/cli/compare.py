@@ -88,7 +88,7 @@ def compare(
     ] = 1000,
     epochs: o.Epochs = 1,
     batch_size: o.BatchSize = 32,
-    ranking_rows: o.Ranking = 512,
+    ranking_rows: o.Ranking = 256,
     weight_decay: o.WeightDecay = 0.01,
     dtype: o.Dtype = "fp32",
     max_length: o.MaxLength = None,

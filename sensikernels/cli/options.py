@@ -134,7 +134,7 @@ Options = Annotated[
 ]
 Ranking = Annotated[int, _budget("--ranking-rows", help="Training rows that rank the units.")]
 
-Epochs = Annotated[int, _training()]
+Epochs = Annotated[float, _training(help="The last may be a part of one: 1.5.")]
 BatchSize = Annotated[int, _training()]
 Lr = Annotated[float | None, _training(help="Peak learning rate; default: the method's own.")]
 DenseLr = Annotated[float | None, _training(help="The baseline's; default: --lr, else 5e-5.")]

@@ -20,7 +20,7 @@ HUGGING_FACE = "hf"
 FORM = "METHOD[@SHARE][/EPOCHS][:OPTION=VALUE]…[:lr=RATE]"
 _RATE = "lr="
 _TEXT = re.compile(
-    r"(?P<name>[\w-]+)(@(?P<share>[\d.]+))?(/(?P<epochs>\d+))?(?P<options>(:[^:]+)*)"
+    r"(?P<name>[\w-]+)(@(?P<share>[\d.]+))?(/(?P<epochs>\d+(\.\d+)?))?(?P<options>(:[^:]+)*)"
 )
 
 
@@ -34,7 +34,7 @@ class Contestant:
     text: str
     method: str
     share: float | None = None
-    epochs: int | None = None
+    epochs: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     rate: float | None = None
     once: bool = False
@@ -94,12 +94,12 @@ def contestant(text: str) -> Contestant:
     require(name in METHODS, "methods", f"one of {known}", repr(name))
     needs = METHODS[name].needs_budget
     require(needs == (share is not None), "methods", _share_wanted(name, needs), repr(text))
-    require(epochs is None or int(epochs) > 0, "methods", "at least one epoch", repr(text))
+    require(epochs is None or float(epochs) > 0, "methods", "epochs above 0", repr(text))
     return Contestant(
         text=text,
         method=name,
         share=None if share is None else _share(text, share),
-        epochs=None if epochs is None else int(epochs),
+        epochs=None if epochs is None else float(epochs),
         options=parse_options(name, pairs),
         rate=_rate(text, rates),
     )

@@ -33,8 +33,9 @@ class SensiBert(Method):
 
     ``ranked_on`` ``rows`` takes the mask gradients of the ranking rows once the warm-up is over,
     without dropout; ``steps`` adds up those of the warm-up's own steps, which costs no pass and
-    ranks a little worse at small budgets. Other criteria and statistics, and a run without a
-    warm-up, are ranked on rows.
+    ranks worse after a short warm-up. Ranked on rows whatever is asked: other criteria and
+    statistics, a run without a warm-up or whose warm-up gave no finite gradient, and a model with
+    frozen weights among those to trim.
 
     After the trim the learning rate rises again over ``rewarm`` of the steps, as the moments and
     the loss are no longer those of the whole model.
@@ -97,8 +98,7 @@ class SensiBert(Method):
                 f"step 0: warmup {self.warmup:g} of {run.max_steps} steps is none: the new head is "
                 f"ranked untrained{remedy}"
             )
-        if self._on_steps(run):
-            self._seen = self._step_scores(run)
+        self._seen = self._step_scores(run)
 
     def warmup_steps(self, run: Run) -> int:
         """Steps before the trim."""
@@ -139,21 +139,22 @@ class SensiBert(Method):
         """Trim at once where the run had trimmed already; else go on with the ranking."""
         if run.plan is not None:
             apply(run.model, run.plan, optimizer=run.optimizer)
-        elif self._on_steps(run):
+        else:
             self._seen = self._step_scores(run)
-            self._seen.load(tensors)
+            if self._seen is not None:
+                self._seen.load(tensors)
 
-    def _step_scores(self, run: Run) -> StepScores:
-        return StepScores(run.model, structure_of(run.model, self.granularity))
-
-    def _on_steps(self, run: Run) -> bool:
-        """Whether the warm-up's own steps rank the units."""
+    def _step_scores(self, run: Run) -> StepScores | None:
+        """Where the warm-up's own steps rank the units, their scores; else None."""
         by_mask = (self.criterion, self.statistic) == ("mask-gradient", STATISTIC)
         ranks = self._given is None and self.ranking != "uniform" and by_mask
-        return ranks and self.ranked_on == "steps" and self.warmup_steps(run) > 0
+        if not (ranks and self.ranked_on == "steps" and self.warmup_steps(run) > 0):
+            return None
+        made = StepScores(run.model, structure_of(run.model, self.granularity))
+        return made if made.complete else None
 
     def _scores(self, run: Run) -> Scores:
-        if self._seen is not None:
+        if self._seen is not None and self._seen.steps > 0:
             return self._controlled(run, self._seen.scores(run.geometry.mean_length))
         criterion = "magnitude" if self.ranking == "uniform" else self.criterion
         scores = sensitivity(

@@ -88,7 +88,7 @@ class SensiCallback(TrainerCallback):
         method_: str | Method = "sensi-bert",
         *,
         budget: Budget | None = None,
-        ranking_rows: int = 512,
+        ranking_rows: int = 256,
         sequence_length: float | None = None,
         costs: StepCosts | None = None,
         compute_loss: ComputeLoss | None = None,

@@ -29,7 +29,6 @@ DEVICES = ("auto", "cpu", "cuda")
 PARALLELS = ("ddp", "fsdp")
 # Least and most of each whole number; beyond is a slip of the keyboard, and would never end.
 _COUNTS = {
-    "epochs": (1, 10_000),
     "batch_size": (1, 1 << 20),
     "pad_to_multiple": (1, 1 << 16),
     "ranking_rows": (1, 1 << 31),
@@ -53,6 +52,7 @@ _OPTIONAL = (
     "doc_stride",
 )
 _LARGEST = 1e30
+_MOST_EPOCHS = 10_000
 # What may differ between a run and its continuation.
 _FREE = ("output", "resume", "checkpoint_every", "data_dir", "device", "parallel", "report_to")
 
@@ -62,8 +62,9 @@ class Settings:
     """A fine-tuning run. Raises UsageError naming the first argument that is wrong.
 
     ``lr`` and ``dense_lr`` default to the methods' own; with ``lr`` given, the dense baseline
-    takes it too. ``embeddings``: the word table's gradients are row-``sparse`` (only rows that
-    occur move), the table is ``frozen``, or updated ``dense``. ``dropout``: masks from a
+    takes it too. The last of ``epochs`` may be a part of one. ``embeddings``: the word table's
+    gradients are row-``sparse`` (only rows that occur move), the table is ``frozen``, or updated
+    ``dense``. ``dropout``: masks from a
     ``counter`` (parallel, none stored) or ``torch``'s own; the baseline's are torch's. ``packed``:
     the method's model runs on packed tokens, the last layer on first tokens (``use_packed``).
     ``checkpoint_every`` counts steps; with 0 there are those at the trim and after the last step
@@ -104,7 +105,7 @@ class Settings:
     plan: Path | None = None
     costs: Path | None = None
     data_dir: Path | None = None
-    epochs: int = 1
+    epochs: float = 1
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     held_out: int | None = None
@@ -123,7 +124,7 @@ class Settings:
     packed: bool = True
     pad_to_multiple: int = 8
     max_length: int | None = None
-    ranking_rows: int = 512
+    ranking_rows: int = 256
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     schedule: str | None = None
@@ -174,6 +175,7 @@ class Settings:
             value = getattr(self, name)
             ok = value is None or (math.isfinite(value) and 0 <= value <= _LARGEST)
             require(ok, name, f"a finite number of at least 0, at most {_LARGEST:g}", value)
+        self._check_epochs()
         self._check_schedule()
         check_trackers(self.report_to)
         lone = self.early_stopping_threshold > 0 and self.early_stopping_patience is None
@@ -181,6 +183,16 @@ class Settings:
         require(not lone, "early_stopping_threshold", wanted, self.early_stopping_threshold)
         self._check_places(task)
         self._check_budget()
+
+    def _check_epochs(self) -> None:
+        number = type(self.epochs) in (int, float) and math.isfinite(self.epochs)
+        require(number, "epochs", "a number", f"{self.epochs!r:.40}")
+        require(self.epochs > 0, "epochs", "above 0", self.epochs)
+        require(
+            self.epochs <= _MOST_EPOCHS, "epochs", f"at most {_MOST_EPOCHS}", f"{self.epochs:.3g}"
+        )
+        if self.epochs == int(self.epochs):
+            object.__setattr__(self, "epochs", int(self.epochs))
 
     def _check_schedule(self) -> None:
         steps, ratio = self.warmup_steps, self.warmup_ratio

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -234,9 +235,9 @@ def _ranking(train: Encoded, settings: Settings) -> Batches:
     return _batches(chosen, settings, size=32, seed=settings.seed)
 
 
-def _all_epochs(train: Batches, epochs: int) -> Geometry:
+def _all_epochs(train: Batches, epochs: float) -> Geometry:
     passes = []
-    for epoch in range(epochs):
+    for epoch in range(math.ceil(epochs)):
         train.resume(epoch=epoch, start=0)
         passes.append(train.geometry())
     return Geometry.total(passes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -100,7 +101,7 @@ def prepare(settings: Settings, given: Mapping[str, Any] | None = None) -> Sessi
     device = use_device(settings)
     data = Data.load(settings, device, world, given)
     model = fresh_model(settings, data)
-    max_steps = data.steps_per_epoch * settings.epochs
+    max_steps = math.ceil(data.steps_per_epoch * settings.epochs)
     method = settings.make_method()
     check_model(settings, method, model, data)
     runner = method_runner(settings, data, model, max_steps)

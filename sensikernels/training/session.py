@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +77,11 @@ class Session:
     def train(self, watch: Watcher | None = None) -> None:
         """Every remaining epoch, with checkpoints on the way and one of the trained model."""
         self._evaluate_if_due()  # a kill may have come between checkpoint and evaluation
-        for epoch in range(self.epoch, self.settings.epochs):
+        for epoch in range(self.epoch, math.ceil(self.settings.epochs)):
             if self.done:
                 break
-            for parts in self.data.steps(epoch, self.batch):
+            left = self.max_steps - self.step  # the last epoch may be a part of one
+            for parts in islice(self.data.steps(epoch, self.batch), left):
                 plan = self.runner.run.plan
                 self._step(parts)
                 self._log_step(plan)
@@ -121,9 +124,10 @@ class Session:
         self.log(values, self.step)
 
     def _evaluate_if_due(self) -> None:
-        """Evaluate at an epoch's end and every ``eval_steps``; once at a step."""
+        """Evaluate at an epoch's end, every ``eval_steps`` and at the end; once at a step."""
         every, step = self.settings.eval_steps, self.step
         due = self.batch == self.data.steps_per_epoch or (every > 0 and step % every == 0)
+        due = due or step == self.max_steps
         if not due or step == 0 or step in self.runner.evaluated_at[-1:]:
             return
         for runner in self.runners:

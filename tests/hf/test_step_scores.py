@@ -60,6 +60,21 @@ def test_a_frozen_linear_gives_its_units_nothing() -> None:
     assert not found.totals["layer.0.neurons"].any()
     assert found.totals["layer.0.heads"].all()
     assert found.totals["layer.1.neurons"].any()
+    assert not found.complete
+    assert StepScores(make_model(), structure_of(model)).complete
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_adds_nothing(value: float) -> None:
+    model, batch = make_model(), make_batch()
+    found = stepped(model, [batch])
+    before = {name: total.clone() for name, total in found.totals.items()}
+    weight = model.get_submodule("bert.encoder.layer.1.output.dense").weight
+    assert isinstance(weight.grad, torch.Tensor)
+    weight.grad[0, 0] = value
+    found.add()
+    assert found.steps == 1
+    assert all(torch.equal(before[name], total) for name, total in found.totals.items())
 
 
 def test_state_goes_on_where_it_was() -> None:

@@ -140,7 +140,6 @@ def test_warm_up_steps_rank_without_a_pass(ranking: str) -> None:
     "options",
     [
         {"ranked_on": "rows"},
-        {},
         {"criterion": "first-order"},
         {"statistic": "sum_grad_squared"},
         {"ranking": "uniform"},
@@ -152,13 +151,35 @@ def test_other_rankings_read_the_rows(options: dict[str, Any]) -> None:
     read: list[int] = []
     batches = run.batches
     run.batches = lambda: read.append(run.step) or batches()  # type: ignore[func-returns-value]
-    train(
-        SensiBert(**{"warmup": 0.3, **({"ranked_on": "steps"} if options else {}), **options}),
-        run,
-        5,
-    )
+    train(SensiBert(**{"warmup": 0.3, "ranked_on": "steps", **options}), run, 5)
     assert read == [0 if options.get("warmup") == 0.0 else 3]
     assert run.plan is not None
+
+
+@pytest.mark.parametrize("what", ["frozen", "not finite"])
+def test_gradients_that_say_nothing_leave_the_ranking_to_the_rows(what: str) -> None:
+    """Frozen weights get none, and steps that are not finite are left out."""
+    run = make_run(budget=Budget(flops=0.7))
+    weight = run.model.get_parameter("bert.encoder.layer.0.output.dense.weight")
+    if what == "frozen":
+        weight.requires_grad_(False)
+    read: list[int] = []
+    batches = run.batches
+    run.batches = lambda: read.append(run.step) or batches()  # type: ignore[func-returns-value]
+    used = SensiBert(warmup=0.3, ranked_on="steps")
+    used.begin(run)
+    for step in range(4):
+        run.step = step
+        used.begin_step(run)
+        run.model(**make_batch(seed=step)).loss.backward()
+        if what == "not finite" and run.plan is None:
+            assert weight.grad is not None
+            weight.grad[0, 0] = float("nan")
+        used.before_step(run)
+        run.optimizer.zero_grad()
+    assert read == [3]
+    assert run.scores is not None
+    assert all(values.isfinite().all() for values in run.scores.values.values())
 
 
 def test_tensors_keep_shares_and_need_a_share() -> None:

@@ -142,6 +142,14 @@ def test_a_finished_run_is_not_run_again(settings):
     assert again == json.loads(json.dumps(first))
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(1.5, [6, 9]), (0.4, [3]), (2.0, [6, 12])])
+def test_the_last_epoch_may_be_a_part_of_one(settings, epochs, steps):
+    report = finetune(settings(epochs=epochs))
+    assert report["evaluated_at"] == steps
+    assert report["steps"]["total"] == len(report["losses"]["planned"]) == steps[-1]
+    assert report["saved_model"]["bit_equal"]
+
+
 def test_an_infeasible_budget_names_the_smallest_and_leaves_nothing(settings):
     asked = settings(budget=Budget(flops=0.01))
     with pytest.raises(UsageError, match=r"at least 0\.\d+ \(the smallest feasible"):

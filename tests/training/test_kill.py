@@ -107,7 +107,7 @@ def test_sums_of_the_warm_up_survive_a_kill(settings, tmp_path):
 
 
 def test_the_command_killed_from_outside_resumes(settings, tiny, tmp_path):
-    given = {"checkpoint_every": 1, "epochs": 3}
+    given = {"checkpoint_every": 1, "epochs": 2.5}
     whole = settings(output=tmp_path / "whole", **given)
     assert run(whole) == 0
     output = tmp_path / "out"
@@ -118,7 +118,8 @@ def test_the_command_killed_from_outside_resumes(settings, tiny, tmp_path):
         "torch.use_deterministic_algorithms(True, warn_only=True); "
         "from sensikernels.cli import main; raise SystemExit(main())",
         *f"finetune --task demo --model {tiny} --flops 0.6 --max-train-samples 96 --batch-size 16 "
-        f"--epochs 3 --ranking-rows 64 --device cpu --checkpoint-every 1 --output {output}".split(),
+        f"--epochs 2.5 --ranking-rows 64 --device cpu --checkpoint-every 1 "
+        f"--output {output}".split(),
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while latest(output) is None and process.poll() is None:

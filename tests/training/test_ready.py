@@ -202,7 +202,7 @@ def test_ranking_an_untrained_head_is_said(settings):
 
 
 BAD = {
-    "epochs": (0, -1, 10**9, 1.5, True, None),
+    "epochs": (0, -1.5, 10**9, float("nan"), float("inf"), True, None),
     "batch_size": (0, -1, 10**12, "8"),
     "seed": (-1, 2**64, 0.5),
     "max_length": (0, 7, 10**9),

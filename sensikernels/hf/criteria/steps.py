@@ -18,13 +18,14 @@ from sensikernels.masks.structure import Coupling, Member, Structure
 from sensikernels.ops.group_reduce import GroupTable, group_reduce
 
 STATISTIC = "sum_batch_grad_squared"
+_STEPS = "steps"
 
 
 class StepScores:
     """Σ over steps of (∂L/∂mask)² of every unit, from the gradients of ``model``'s weights.
 
     The batches' losses are those of training, dropout included, and weights move between them.
-    ``totals``: float64 ``[units]`` by coupling name.
+    ``totals``: float64 ``[units]`` by coupling name; ``steps``: how many were added.
     """
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
@@ -32,14 +33,23 @@ class StepScores:
         self.totals = {
             c.name: torch.zeros(c.units, dtype=torch.float64) for c in structure.couplings
         }
+        self.steps = 0
         self._readers = [_reader(c) for c in structure.couplings]
         self._there: list[int] = []  # the readers that the table is of
         self._table: GroupTable | None = None
 
+    @property
+    def complete(self) -> bool:
+        """True if every linear that is to have a gradient trains."""
+        return all(linear.weight.requires_grad for linear in self._linears())
+
     @torch.no_grad()
     def add(self) -> None:
-        """Add the gradients that are there now; a frozen linear's units get nothing."""
-        linears: list[Any] = [self.model.get_submodule(m.module) for m in self._readers]
+        """Add the gradients that are there now, all or, where one is not finite, none.
+
+        A frozen linear's units get nothing.
+        """
+        linears = self._linears()
         there = [i for i, linear in enumerate(linears) if linear.weight.grad is not None]
         if not there:
             return
@@ -50,25 +60,30 @@ class StepScores:
         sums = group_reduce(
             weights, [w.grad for w in weights], statistics=("sum_wg",), table=self._table
         )
+        found: dict[str, Tensor] = {}
         for place, i in enumerate(there):
             coupling, linear = self.structure.couplings[i], linears[i]
             lines = sums.view("sum_wg", place).double()
             if self._readers[i].axis == 0 and linear.bias is not None:
                 lines = lines + _product(linear.bias)
             units = lines[: coupling.units * coupling.unit_size].view(coupling.units, -1).sum(1)
-            self.totals[coupling.name] += units.square().cpu()
+            found[coupling.name] = units.square().cpu()
+        if all(bool(values.isfinite().all()) for values in found.values()):
+            self.steps += 1
+            for name, values in found.items():
+                self.totals[name] += values
 
     def state(self) -> dict[str, Tensor]:
         """What was added up so far, for a checkpoint."""
-        return dict(self.totals)
+        return {**self.totals, _STEPS: torch.tensor(self.steps)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what ``state`` gave. Raises UsageError: it is another structure's."""
-        same = {n: t.shape for n, t in tensors.items()} == {
-            n: t.shape for n, t in self.totals.items()
-        }
-        require(same, "state", f"sums of {sorted(self.totals)}", sorted(tensors))
-        self.totals = {name: tensor.clone() for name, tensor in tensors.items()}
+        shapes = {name: tensor.shape for name, tensor in self.state().items()}
+        same = {name: tensor.shape for name, tensor in tensors.items()} == shapes
+        require(same, "state", f"sums of {sorted(shapes)}", sorted(tensors))
+        self.totals = {name: tensors[name].clone() for name in self.totals}
+        self.steps = int(tensors[_STEPS])
 
     def scores(self, sequence_length: float) -> Scores:
         """What was added up so far, of batches of that padded length."""
@@ -79,6 +94,9 @@ class StepScores:
             statistic=STATISTIC,
             sequence_length=sequence_length,
         )
+
+    def _linears(self) -> list[Any]:
+        return [self.model.get_submodule(member.module) for member in self._readers]
 
 
 def _reader(coupling: Coupling) -> Member:
