@@ -2,11 +2,11 @@
 
 MiniLM, bf16, at most 5,000 training rows (of SQuAD 2,000 questions), scored on 1,500 development
 rows (1,000 questions). Dense trains for three epochs, half the FLOPs for 3.75, a quarter for five,
-which takes about as long; the table has the seconds. Three seeds of these; one of the controls (uniform, random, reversed, a
-smaller dense model) and, where asked for, of every other method. With ``--choose`` the learning
-rates of the three are chosen on held-out training rows, by the same factors for each; without, they
-are those that were chosen so. DATA is the folder of GLUE's folders, or SQuAD's own. The same
-command goes on where it was cut off.
+which takes about as long; the table has the seconds. Three seeds of these; one of the controls
+(uniform, random, reversed, a smaller dense model) and, where asked for, of every other method. With
+``--choose`` the learning rates of the three are chosen on held-out training rows, by the same
+factors for each; without, they are those that were chosen so. DATA is the folder of GLUE's folders,
+or SQuAD's own. The same command goes on where it was cut off.
 """
 
 from __future__ import annotations

@@ -136,6 +136,17 @@ def norm(model: nn.Module) -> None:
     model.get_parameter("bert.embeddings.LayerNorm.bias").data.add_(1e-3)
 
 
+def one_word(model: nn.Module) -> None:
+    word = draw("classification", LENGTHS["ragged"])["input_ids"][0, 1]
+    model.get_parameter("bert.embeddings.word_embeddings.weight").data[word, 3] += 0.5
+
+
+def other_words(model: nn.Module) -> None:
+    table = copy.deepcopy(model.get_submodule("bert.embeddings.word_embeddings"))
+    table.weight.data.mul_(1.5)  # type: ignore[operator, union-attr]
+    model.bert.set_input_embeddings(table)  # type: ignore[operator, union-attr]
+
+
 def replaced(model: nn.Module) -> None:
     layer = model.get_submodule("bert.encoder.layer.0")
     layer.output.dense = copy.deepcopy(model.get_submodule("bert.encoder.layer.1.output.dense"))
@@ -153,7 +164,18 @@ def assigned(model: nn.Module) -> None:
         parameter.requires_grad_(not (low or "embeddings." in name))
 
 
-CHANGES = [swapped, one_entry, negated, permuted, norm, replaced, other_dtype, assigned]
+CHANGES = [
+    swapped,
+    one_entry,
+    negated,
+    permuted,
+    norm,
+    one_word,
+    other_words,
+    replaced,
+    other_dtype,
+    assigned,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -169,6 +191,27 @@ def test_no_write_is_missed(change: Callable[[nn.Module], None]) -> None:
     close = 1e-12 if got.dtype == torch.float64 else 1e-6
     torch.testing.assert_close(got, wanted, rtol=0, atol=close)
     assert got.dtype != before.dtype or float((got - before).abs().max()) > 10 * close
+
+
+def test_a_word_that_changes_is_noticed_where_it_occurs() -> None:
+    """Whatever other sentences were taken between; one without it stays kept."""
+    model, first = frozen().eval(), draw("classification", LENGTHS["ragged"])
+    second = {**first, "input_ids": first["input_ids"].clamp(max=7)}
+    cache = cache_frozen_prefix(model)
+    word = int(first["input_ids"].max())
+    assert word > 7
+    for batch in (first, second):
+        model(**batch)
+    kept = len(set(cache._kept))
+    model.get_parameter("bert.embeddings.word_embeddings.weight").data[word] *= 1.5
+    cache.hits = 0
+    model(**second)
+    assert cache.hits > 0
+    assert len(cache._kept) == kept
+    got = model(**first).logits
+    restore_packed(model)
+    use_packed(model)
+    torch.testing.assert_close(got, model(**first).logits, rtol=0, atol=1e-12)
 
 
 def test_modes_are_kept_apart() -> None:

@@ -69,6 +69,7 @@ class PackedEncoder(Changed):
     packing: Packing
     prefix_cache: FrozenPrefixCache | None = None
     config: Any
+    get_input_embeddings: Any
 
     def forward(
         self,
@@ -135,7 +136,8 @@ class PackedEncoder(Changed):
             hidden = self._lower(tokens, len(layers))
         else:
             prefix = [*below(self, self.packing.family), *layers[: cache.depth]]
-            hidden = cache(tokens, partial(self._lower, depth=cache.depth), prefix)
+            words = self.get_input_embeddings().weight
+            hidden = cache(tokens, partial(self._lower, depth=cache.depth), prefix, words)
             hidden = self._layers(hidden, tokens, cache.depth, len(layers))
         closing = self.packing.step.closing
         out: Tensor = reach(self, closing)(hidden) if closing else hidden

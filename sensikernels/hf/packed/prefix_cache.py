@@ -24,7 +24,8 @@ class FrozenPrefixCache:
     every use. Kept states belong to the values of the frozen weights, however they were written,
     and to the dtypes and modes they were computed in: at any change the cache is emptied. Beyond
     ``limit_mib`` nothing more is kept and sentences are computed again. A use reads the weights
-    once and waits for the device. Made by ``cache_frozen_prefix``.
+    once, of the words those that occur, which a copy of the table is held for, and waits for the
+    device. Made by ``cache_frozen_prefix``.
     """
 
     def __init__(self, depth: int, *, limit_mib: float) -> None:
@@ -32,6 +33,7 @@ class FrozenPrefixCache:
         self._kept: dict[bytes, Tensor] = {}
         self.held = 0
         self._made_of: bytes | None = None
+        self._words = torch.empty(0)
         self.hits = self.misses = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -44,10 +46,18 @@ class FrozenPrefixCache:
 
     @torch.no_grad()
     def __call__(
-        self, tokens: Tokens, compute: Callable[[Tokens], Tensor], prefix: Sequence[nn.Module]
+        self,
+        tokens: Tokens,
+        compute: Callable[[Tokens], Tensor],
+        prefix: Sequence[nn.Module],
+        words: Tensor,
     ) -> Tensor:
-        """Hidden states ``[tokens, hidden]`` after ``prefix``; ``compute`` makes absent ones."""
+        """Hidden states ``[tokens, hidden]`` after ``prefix``; ``compute`` makes absent ones.
+
+        ``words``: the table in ``prefix`` that ``tokens.input_ids`` are the rows of.
+        """
         self._check(prefix)
+        self._renew(prefix, words, tokens.input_ids)
         keys, bounds = _keys(tokens)
         absent = list({key: i for i, key in enumerate(keys) if key not in self._kept}.values())
         made: dict[bytes, Tensor] = {}
@@ -78,22 +88,27 @@ class FrozenPrefixCache:
         require(rate == 0, "model", "no dropout in the frozen prefix", f"p={rate}")
         called = [type(m).__name__ for module in prefix for m in module.modules() if hooked(m)]
         require(not called, "model", "no hooks in the kept prefix", f"hooks on {called[:3]}")
-        made_of = _state_of(prefix)
-        if made_of != self._made_of:
+
+    def _renew(self, prefix: Sequence[nn.Module], words: Tensor, ids: Tensor) -> None:
+        """Empty the cache if what it was made of has changed; of words those of ``ids`` count."""
+        made_of = _state_of(prefix, words)
+        if made_of != self._made_of or not torch.equal(words[ids], self._words[ids]):
             self._kept.clear()
             self.held, self._made_of = 0, made_of
+            self._words = words.detach().clone()
 
 
 def _empty(depth: int, limit_mib: float) -> FrozenPrefixCache:
     return FrozenPrefixCache(depth, limit_mib=limit_mib)
 
 
-def _state_of(prefix: Sequence[nn.Module]) -> bytes:
-    """The values of all weights, by a random projection of each row, and what else decides."""
-    tensors = [t.detach() for m in prefix for t in (*m.parameters(), *m.buffers())]
-    device = tensors[0].device.type
+def _state_of(prefix: Sequence[nn.Module], words: Tensor) -> bytes:
+    """All weights but ``words``, by a random projection of each row, and what else decides."""
+    every = [t for m in prefix for t in (*m.parameters(), *m.buffers())]
+    tensors = [t.detach() for t in every if t is not words]
+    device = words.device.type
     modes = [
-        *((t.dtype, tuple(t.shape), str(t.device)) for t in tensors),
+        *((t.dtype, tuple(t.shape), str(t.device)) for t in every),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         torch.get_float32_matmul_precision(),
