@@ -33,9 +33,9 @@ class SensiBert(Method):
 
     ``ranked_on`` ``rows`` takes the mask gradients of the ranking rows once the warm-up is over,
     without dropout; ``steps`` adds up those of the warm-up's own steps, which costs no pass and
-    ranks worse after a short warm-up. Ranked on rows whatever is asked: other criteria and
-    statistics, a run without a warm-up or whose warm-up gave no finite gradient, and a model with
-    frozen weights among those to trim.
+    ranks worse where few steps have to do for a small budget. Ranked on rows whatever is asked:
+    other criteria and statistics, a run without a warm-up or whose warm-up gave no finite gradient,
+    and a model with frozen weights among those to trim.
 
     After the trim the learning rate rises again over ``rewarm`` of the steps, as the moments and
     the loss are no longer those of the whole model.

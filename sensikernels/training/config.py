@@ -64,9 +64,9 @@ class Settings:
     ``lr`` and ``dense_lr`` default to the methods' own; with ``lr`` given, the dense baseline
     takes it too. The last of ``epochs`` may be a part of one. ``embeddings``: the word table's
     gradients are row-``sparse`` (only rows that occur move), the table is ``frozen``, or updated
-    ``dense``. ``dropout``: masks from a
-    ``counter`` (parallel, none stored) or ``torch``'s own; the baseline's are torch's. ``packed``:
-    the method's model runs on packed tokens, the last layer on first tokens (``use_packed``).
+    ``dense``. ``dropout``: masks from a ``counter`` (parallel, none stored) or ``torch``'s own; the
+    baseline's are torch's. ``packed``: the method's model runs on packed tokens, the last layer
+    on first tokens (``use_packed``).
     ``checkpoint_every`` counts steps; with 0 there are those at the trim and after the last step
     alone, which every run has. ``ranking_rows`` of the training data rank the units; with ``plan``,
     a saved plan, nothing is ranked and its budget is the run's. ``held_out`` training rows take the

@@ -126,8 +126,8 @@ class Session:
     def _evaluate_if_due(self) -> None:
         """Evaluate at an epoch's end, every ``eval_steps`` and at the end; once at a step."""
         every, step = self.settings.eval_steps, self.step
-        due = self.batch == self.data.steps_per_epoch or (every > 0 and step % every == 0)
-        due = due or step == self.max_steps
+        at_end = self.batch == self.data.steps_per_epoch or step == self.max_steps
+        due = at_end or (every > 0 and step % every == 0)
         if not due or step == 0 or step in self.runner.evaluated_at[-1:]:
             return
         for runner in self.runners:
